@@ -1,0 +1,1 @@
+"""One file a method: a recipe over `tfmq`. Methods never import each other."""

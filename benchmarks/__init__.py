@@ -1,0 +1,1 @@
+"""The suite: tasks, models, metrics, stages and tables."""

@@ -1,0 +1,1 @@
+"""One file an evaluator: the features that distances are computed on."""

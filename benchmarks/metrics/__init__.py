@@ -1,0 +1,1 @@
+"""One file a metric: a column of the tables."""

@@ -1,0 +1,1 @@
+"""How the small suite's data and models were made."""

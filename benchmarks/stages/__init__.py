@@ -1,0 +1,1 @@
+"""The stages of the suite: the only readers and writers of files."""

@@ -1,0 +1,1 @@
+"""Post-training quantisation of diffusion UNets: tensors in, tensors out."""
