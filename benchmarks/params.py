@@ -1,0 +1,127 @@
+"""Read `params.yaml`, which says what is measured, into frozen settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+from benchmarks import discover
+from benchmarks.fields import read
+from benchmarks.record import FULL_PRECISION, Cell
+from tfmq.precision import Precision
+
+PROTOCOLS = ("shared", "published")
+SCHEDULERS = ("ddim",)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checkpoint, how to sample from it, and how the samples are scored.
+
+    ``version`` goes up with every change that moves numbers; results of different versions are never compared.
+    ``checkpoint`` and ``data`` are paths from the repository's root. ``steps`` is the count of denoising steps, ``eta``
+    the share of noise that the DDIM step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored
+    per cell, sampled ``batch`` at a time (rounding differs between batch sizes, so the batch is part of the task);
+    ``calibration_images`` give the calibration pool, ``reference_images`` the full-precision distribution.
+    """
+
+    name: str
+    version: int
+    family: str
+    checkpoint: str
+    data: str
+    resolution: int
+    scheduler: str
+    steps: int
+    eta: float
+    guidance_scale: float
+    images: int
+    batch: int
+    calibration_images: int
+    reference_images: int
+    evaluator: str
+
+    def __post_init__(self) -> None:
+        for name in ("version", "resolution", "steps", "images", "batch", "calibration_images", "reference_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"task {self.name}: {name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"task {self.name}: eta is {self.eta}, but must be from 0 (deterministic) to 1")
+        if self.scheduler not in SCHEDULERS:
+            raise discover.unknown(f"scheduler of task {self.name}", self.scheduler, SCHEDULERS, "Choose one of them.")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All cells of a benchmark: every task with every method at every precision and seed.
+
+    ``methods`` maps each method's name to the settings that differ from its defaults. ``precisions`` are those of the
+    quantised methods; the full-precision row is always there. ``threads`` is the count of CPU threads of every stage.
+    """
+
+    name: str
+    protocol: str
+    threads: int
+    tasks: dict[str, Task]
+    methods: dict[str, dict[str, object]]
+    precisions: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise discover.unknown("protocol", self.protocol, PROTOCOLS, "Choose one of them.")
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}, but must be at least 1")
+        for precision in self.precisions:
+            if Precision.parse(precision).is_full:
+                raise ValueError(f"precisions has {precision}: the full-precision row is always there, remove it")
+        if FULL_PRECISION in self.methods:
+            raise ValueError(f"methods has {FULL_PRECISION}: the full-precision row is always there, remove it")
+        for axis in ("precisions", "seeds"):
+            values = getattr(self, axis)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{axis} is {list(values)}: give at least one, each once")
+
+    def cells(self) -> list[Cell]:
+        """Every cell, task by task, the full-precision ones first."""
+        rows = [(FULL_PRECISION, "w32a32"), *product(self.methods, self.precisions)]
+        return [
+            Cell(task, method, precision, seed)
+            for task, (method, precision), seed in product(self.tasks, rows, self.seeds)
+        ]
+
+
+def parse(document: object) -> Suite:
+    """The suite that a parsed `params.yaml` describes.
+
+    Raises ValueError for unknown or missing keys, values of a wrong type or range, and names of methods, families or
+    evaluators that have no file; the message names the nearest one.
+    """
+    if isinstance(document, dict) and isinstance(document.get("tasks"), dict):
+        tasks = {name: _named(name, task) for name, task in document["tasks"].items()}
+        document = document | {"tasks": tasks}
+    suite = read(Suite, document, "params")
+    for task in suite.tasks.values():
+        _check(discover.FAMILIES, "family", task.family)
+        _check(discover.EXTRACTORS, "evaluator", task.evaluator)
+    for method in suite.methods:
+        _check(discover.METHODS, "method", method)
+    return suite
+
+
+def load(path: Path) -> Suite:
+    """Read the suite from a YAML file; see `parse` for the errors raised."""
+    return parse(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _named(name: str, task: object) -> object:
+    return {"name": name} | task if isinstance(task, dict) else task
+
+
+def _check(package: str, kind: str, name: str) -> None:
+    if name not in discover.names(package):
+        folder = package.replace(".", "/")
+        raise discover.unknown(kind, name, discover.names(package), f"A file {folder}/{name}.py would add it.")
