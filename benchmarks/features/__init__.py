@@ -1,1 +1,169 @@
-"""One file an evaluator: the features that distances are computed on."""
+"""One file an evaluator: the features that distances are computed on.
+
+Each module here holds `EXTRACTOR`, and is found by its file name (`benchmarks.discover.extractor`). With a weights file
+it becomes an `Evaluator`, whose `identity` says which features a number was computed on; numbers of different
+identities are not comparable.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from benchmarks import discover
+
+__all__ = [
+    "Evaluator",
+    "Extractor",
+    "Features",
+    "compare",
+    "concatenate",
+    "extract",
+    "load_evaluator",
+    "perceptual_distance",
+    "resize",
+]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an evaluator sees in N images; float32 on the CPU, one row an image.
+
+    `pooled` [N, D] is the last feature map averaged over positions (Frechet and kernel distances), `spatial` [N, S] a
+    few channels of a middle feature map with their positions, flattened channels last (the spatial distance, after
+    sFID), `logits` [N, C] the class scores before the softmax.
+    """
+
+    pooled: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in vars(self).items()}
+        if any(len(shape) != 2 for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) != 1:
+            raise ValueError(f"Features need one row an image in every field; got the shapes {shapes}.")
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature network without its weights.
+
+    `version` rises when anything that moves a number changes: layers, resize, normalisation, dtype or batch.
+    `resolution` is the side in pixels that images are resized to. `batch` is fixed, because features change with it in
+    the last bits. `distance_label` is "FID" for the FID Inception network and "FD" for every other one.
+
+    `load(path)` reads a weights file and returns a module that maps uint8 images [B, 3, H, W] to their `Features` and a
+    tuple of feature maps [B, C, h, w] from shallow to deep, in one forward pass.
+    """
+
+    name: str
+    version: int
+    resolution: int
+    batch: int
+    distance_label: str
+    load: Callable[[Path], torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """An extractor with its weights, on a device."""
+
+    extractor: Extractor
+    weights_sha256: str
+    device: torch.device
+    network: torch.nn.Module
+
+    @property
+    def identity(self) -> str:
+        """Name, version, resize and weights, as in `efficientnet_lite0@1-224px-57934424`."""
+        return f"{self.extractor.name}@{self.extractor.version}-{self.extractor.resolution}px-{self.weights_sha256[:8]}"
+
+
+def load_evaluator(name: str, weights: Path, device: torch.device | None = None) -> Evaluator:
+    """The extractor `name` with the weights of that file, on `device` (the CPU unless given).
+
+    Raises ValueError for an unknown name or weights that do not fit, FileNotFoundError for a missing file.
+    """
+    found = discover.extractor(name)
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    device = device or torch.device("cpu")
+    return Evaluator(found, digest, device, found.load(weights).eval().requires_grad_(False).to(device))
+
+
+def extract(evaluator: Evaluator, images: Tensor) -> Features:
+    """Features of uint8 images [N, 3, H, W], in batches of the extractor's own size."""
+    _check_images(images)
+    return concatenate([features for features, _ in _passes(evaluator, images)])
+
+
+def compare(evaluator: Evaluator, images: Tensor, paired: Tensor) -> tuple[Features, Features, Tensor]:
+    """Features of two sets of uint8 images [N, 3, H, W], and the perceptual distance [N] of each pair.
+
+    One forward pass an image gives all three, since feature maps are too large to keep.
+    """
+    _check_images(images)
+    _check_images(paired)
+    if images.shape != paired.shape:
+        raise ValueError(
+            f"Images are compared in pairs, but their shapes differ: {tuple(images.shape)} and {tuple(paired.shape)}."
+        )
+    parts, paired_parts, distances = [], [], []
+    for (part, maps), (paired_part, paired_maps) in zip(
+        _passes(evaluator, images), _passes(evaluator, paired), strict=True
+    ):
+        parts.append(part)
+        paired_parts.append(paired_part)
+        distances.append(perceptual_distance(maps, paired_maps).cpu())
+    return concatenate(parts), concatenate(paired_parts), torch.cat(distances)
+
+
+def perceptual_distance(maps: tuple[Tensor, ...], paired_maps: tuple[Tensor, ...]) -> Tensor:
+    """Distance [B] of image pairs from their feature maps [B, C, h, w]: 0 for equal images, at most 4.
+
+    Channels are normalised to unit length at each position; the squared differences are summed over channels, averaged
+    over positions, then over maps. This is LPIPS (Zhang et al., 2018, arXiv:1801.03924, eq. 1) with all channel weights
+    one and the evaluator's own network: without LPIPS' learned weights its values are not LPIPS values.
+    """
+    layers = [
+        (functional.normalize(a, dim=1) - functional.normalize(b, dim=1)).square().sum(dim=1).mean(dim=(1, 2))
+        for a, b in zip(maps, paired_maps, strict=True)
+    ]
+    return torch.stack(layers).mean(dim=0)
+
+
+def concatenate(parts: list[Features]) -> Features:
+    """The features of several sets of images as of one set, in their order."""
+    return Features(
+        pooled=torch.cat([part.pooled for part in parts]),
+        spatial=torch.cat([part.spatial for part in parts]),
+        logits=torch.cat([part.logits for part in parts]),
+    )
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Float32 images of size x size pixels, from uint8 images [B, 3, H, W]: bilinear, antialiased, values 0 to 255."""
+    return functional.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+
+
+def _passes(evaluator: Evaluator, images: Tensor) -> Iterator[tuple[Features, tuple[Tensor, ...]]]:
+    batches = images.split(evaluator.extractor.batch)
+    for batch in tqdm(batches, desc=evaluator.extractor.name, unit="batch", leave=False, disable=None):
+        with torch.inference_mode():
+            features, maps = evaluator.network(batch.to(evaluator.device))
+        yield Features(features.pooled.cpu(), features.spatial.cpu(), features.logits.cpu()), maps
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ValueError(
+            f"An evaluator takes uint8 images of shape [N, 3, H, W]; got {images.dtype} {tuple(images.shape)}."
+        )
