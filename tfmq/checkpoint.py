@@ -1,0 +1,167 @@
+"""Quantised checkpoints that describe themselves: packed integer weights, scales and the whole setting in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tfmq.layers import QuantizedLayer
+from tfmq.plan import (
+    AttentionPlan,
+    LayerPlan,
+    QuantizationPlan,
+    activation_quantizers,
+    insert_quantizers,
+    quantized_layers,
+)
+from tfmq.unet import UNet
+
+FORMAT = "tfmq-quantized-1"
+UNET_CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Flatten uint8 codes; two codes of at most 4 bits share a byte (the first in the low half)."""
+    flat = codes.flatten()
+    if bits > 4:
+        return flat.clone()
+    flat = torch.cat([flat, flat.new_zeros(len(flat) % 2)])
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    """Inverse of ``pack`` for codes of ``shape``."""
+    flat = packed if bits > 4 else torch.stack([packed & 15, packed >> 4], 1).flatten()
+    return flat[: shape.numel()].reshape(shape)
+
+
+def packed_bytes(unet: UNet) -> int:
+    """Size of the network's tensors in a quantised checkpoint, in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(unet).values())
+
+
+def full_precision_bytes(unet: UNet) -> int:
+    """Size of the network's parameters at 32 bits, in bytes."""
+    return sum(parameter.numel() * 4 for parameter in unet.parameters())
+
+
+def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) -> None:
+    """Write a quantised UNet to one safetensors file, through a temporary name.
+
+    Args:
+        metadata: JSON-able facts to keep with it: method, settings, hashes of base checkpoint and calibration pool.
+    """
+    path = Path(path)
+    described = {
+        "format": FORMAT,
+        "unet_class": type(unet).__name__,
+        "unet_config": json.dumps(dict(unet.config), default=list),
+        "plan": json.dumps(asdict(_plan(unet))),
+        "steps": json.dumps(unet.step_tracker.steps.tolist()),
+        "metadata": json.dumps(metadata),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(_tensors(unet), temporary, metadata=described)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metadata(path: str | Path) -> dict[str, object]:
+    """What ``save_quantized`` was given as metadata."""
+    return json.loads(_description(Path(path))["metadata"])
+
+
+def load_quantized(path: str | Path) -> UNet:
+    """Rebuild the quantised UNet of a checkpoint; needs nothing but the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, not a quantised checkpoint, or its tensors do not match its description exactly.
+    """
+    path = Path(path)
+    described = _description(path)
+    if described.get("unet_class") not in UNET_CLASSES:
+        raise ValueError(f"{path} holds a {described.get('unet_class')}; known are {', '.join(UNET_CLASSES)}")
+    config = {key: value for key, value in json.loads(described["unet_config"]).items() if not key.startswith("_")}
+    unet = UNET_CLASSES[described["unet_class"]](**config).eval().requires_grad_(False)
+    plan = json.loads(described["plan"])
+    layers = {name: LayerPlan(**{**layer, "splits": tuple(layer["splits"])}) for name, layer in plan["layers"].items()}
+    attentions = {name: AttentionPlan(**attention) for name, attention in plan["attentions"].items()}
+    insert_quantizers(unet, QuantizationPlan(layers, attentions))
+    unet.step_tracker.steps = torch.tensor(json.loads(described["steps"]), dtype=torch.int64)
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    _restore(unet, stored, path)
+    return unet
+
+
+def _description(path: Path) -> dict[str, str]:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no quantised checkpoint {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            described = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}): delete it and quantise again") from None
+    if described.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a quantised checkpoint of format {FORMAT} (found {described.get('format')})")
+    return described
+
+
+def _plan(unet: UNet) -> QuantizationPlan:
+    layers = {}
+    for path, layer in quantized_layers(unet).items():
+        inputs = list(activation_quantizers(layer.input_quantizer).values())
+        symmetric = bool(inputs) and inputs[0].symmetric
+        layers[path] = LayerPlan(layer.weight_bits, layer.activation_bits, layer.splits, symmetric)
+    attentions = {}
+    for path, quantizer in activation_quantizers(unet).items():
+        attention, _, part = path.rpartition(".processor.")
+        if part == "query":
+            processor = unet.get_submodule(attention).processor
+            attentions[attention] = AttentionPlan(quantizer.bits, processor.probabilities.bits, quantizer.symmetric)
+    return QuantizationPlan(layers, attentions)
+
+
+def _tensors(unet: UNet) -> dict[str, Tensor]:
+    """All tensors of the network, a quantised weight as its packed codes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unet.state_dict().items()}
+    for path, layer in quantized_layers(unet).items():
+        del tensors[f"{path}.weight"]
+        tensors[f"{path}.codes"] = pack(layer.codes.cpu(), layer.weight_bits)
+    return tensors
+
+
+def _restore(unet: UNet, stored: dict[str, Tensor], path: Path) -> None:
+    layers = quantized_layers(unet)
+    quantizers = activation_quantizers(unet)
+    weights = {f"{name}.weight" for name in layers}
+    expected = (set(unet.state_dict()) - weights) | {f"{name}.codes" for name in layers}
+    if set(stored) != expected:
+        missing, unexpected = sorted(expected - set(stored)), sorted(set(stored) - expected)
+        raise ValueError(f"{path} does not match its description: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    codes = {name: stored.pop(f"{name}.codes") for name in layers}
+    for name, quantizer in quantizers.items():
+        quantizer.scale = torch.empty_like(stored[f"{name}.scale"])
+        quantizer.zero_point = torch.empty_like(stored[f"{name}.zero_point"])
+        quantizer.enabled = True
+    try:
+        unet.load_state_dict(stored, strict=False)
+        for name, layer in layers.items():
+            _load_codes(layer, codes[name])
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not match its description: {error}") from None
+
+
+def _load_codes(layer: QuantizedLayer, packed: Tensor) -> None:
+    layer.load_codes(unpack(packed, layer.weight_bits, layer.weight.shape))

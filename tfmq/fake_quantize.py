@@ -1,0 +1,158 @@
+"""Activation quantisers: observe a range, then freeze it; one range for all time steps, or a table of one a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.affine import Grid, fake_quantize
+from tfmq.observer import RangeObserver
+
+
+class StepTracker:
+    """Tells the quantisers of a UNet which of the finite set of time steps is being evaluated.
+
+    A forward pre-hook on the UNet (``watch``) feeds it, so that the UNet works inside any pipeline. Steps are looked up
+    by value, never counted: a stock scheduler may repeat or skip steps.
+
+    Attributes:
+        steps: int64 (S,), the finite set, in ascending order; empty where no quantiser has a table.
+        index: position of the current step in ``steps``: an int, or (B,) where the rows of a batch differ.
+        current: the (first) current time step.
+    """
+
+    def __init__(self) -> None:
+        self.steps = torch.empty(0, dtype=torch.int64)
+        self.index: int | Tensor = 0
+        self.current: int | None = None
+
+    def watch(self, unet: nn.Module) -> None:
+        unet.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.set(kwargs["timestep"] if "timestep" in kwargs else args[1])
+
+    def set(self, timestep: Tensor | int | float) -> None:
+        """Look up a time step, or one for each row. Raises ValueError for a step outside the finite set."""
+        values = torch.as_tensor(timestep).detach().reshape(-1).to("cpu", torch.int64)
+        self.current = int(values[0])
+        if not len(self.steps):
+            return
+        index = torch.searchsorted(self.steps, values).clamp_max(len(self.steps) - 1)
+        unknown = values[self.steps[index] != values]
+        if len(unknown):
+            raise ValueError(
+                f"no activation range for time step {int(unknown[0])}: this UNet was calibrated for the "
+                f"{len(self.steps)} steps {self.steps.tolist()}; sample with that schedule, or calibrate for yours"
+            )
+        self.index = int(index[0]) if (index == index[0]).all() else index
+
+    def where(self) -> str:
+        """The current time step, for error messages."""
+        return "" if self.current is None else f" at time step {self.current}"
+
+
+class FakeQuantize(nn.Module):
+    """Quantise-dequantise one activation tensor per tensor and, where it has a table, per time step.
+
+    Lifecycle: ``observe()`` starts recording (the input passes unchanged), ``freeze()`` turns the recorded range into
+    ``scale`` and ``zero_point``, and from then on ``forward`` quantises. ``enabled = False`` lets the input pass.
+
+    Args:
+        bits: width of the codes.
+        tracker: the UNet's step tracker.
+        symmetric: signed grid with zero point 0 instead of an affine one.
+        positive: for inputs in [0, inf): the range and the zero point start at 0 (softmax output).
+
+    Attributes:
+        path: where it stands in the UNet, for error messages.
+
+    Buffers:
+        scale, zero_point: float32, (1,) or (S,) with one entry for each of ``tracker.steps``.
+    """
+
+    def __init__(self, bits: int, tracker: StepTracker, symmetric: bool = False, positive: bool = False) -> None:
+        super().__init__()
+        self.bits = bits
+        self.tracker = tracker
+        self.symmetric = symmetric
+        self.positive = positive
+        self.grid = Grid.signed(bits) if symmetric else Grid.unsigned(bits)
+        self.path = "activation"
+        self.enabled = False
+        self.observer: RangeObserver | None = None
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1))
+
+    @property
+    def per_step(self) -> bool:
+        return len(self.scale) > 1
+
+    def observe(self, momentum: float | None = None, per_step: bool = False) -> None:
+        """Start recording; ``momentum`` as in ``RangeObserver``, ``per_step`` keeps one range a time step."""
+        self.observer = RangeObserver(momentum, len(self.tracker.steps) if per_step else 0)
+
+    def freeze(self) -> None:
+        """Set scale and zero point from what was recorded, and quantise from now on.
+
+        Raises ValueError for data that was never seen, or constant: such a range is empty or meaningless.
+        """
+        observer, self.observer = self.observer, None
+        if observer is None:
+            raise ValueError(f"{self.path} was frozen before it observed anything")
+        if not self.positive and observer.low.min() == observer.high.max():
+            raise ValueError(
+                f"the activation at {self.path} is constant ({observer.low.min().item():g}) over the calibration set "
+                "and has no range to quantise: is a layer before it dead, or the calibration set too small?"
+            )
+        if torch.isnan(observer.low).any():
+            raise ValueError(f"the activation at {self.path} was not seen at every time step of the finite set")
+        scale, zero_point = observer.affine(self.bits, self.symmetric, self.positive)
+        self.scale = scale.to(self.scale.device)
+        self.zero_point = zero_point.to(self.zero_point.device)
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self._record(x)
+            return x
+        if not self.enabled:
+            return x
+        if not self.per_step:
+            return fake_quantize(x, self.scale, self.zero_point, self.grid)
+        index = self.tracker.index
+        scale, zero_point = self.scale[index], self.zero_point[index]
+        if scale.dim():
+            rows = (-1, *[1] * (x.dim() - 1))
+            scale, zero_point = scale.view(rows), zero_point.view(rows)
+        return fake_quantize(x, scale, zero_point, self.grid)
+
+    def _record(self, x: Tensor) -> None:
+        index = self.tracker.index
+        if not torch.isfinite(x).all():
+            raise ValueError(f"the activation at {self.path} holds NaN or infinity{self.tracker.where()}")
+        if len(self.observer.low) == 1:
+            self.observer.update(x)
+        elif isinstance(index, int):
+            self.observer.update(x, index)
+        else:
+            for step in index.unique():
+                self.observer.update(x[index == step], int(step))
+
+    def extra_repr(self) -> str:
+        table = f", {len(self.scale)} steps" if self.per_step else ""
+        return f"bits={self.bits}, symmetric={self.symmetric}, enabled={self.enabled}{table}"
+
+
+class SplitFakeQuantize(nn.Module):
+    """Own ranges for consecutive groups of channels (dim 1): Q-Diffusion's split of concatenated shortcuts."""
+
+    def __init__(self, sizes: tuple[int, ...], parts: list[FakeQuantize]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not any(part.enabled or part.observer is not None for part in self.parts):
+            return x
+        return torch.cat([part(piece) for part, piece in zip(self.parts, x.split(self.sizes, 1), strict=True)], 1)

@@ -1,0 +1,195 @@
+"""Quantised Conv2d, Linear and attention products: drop-in modules for a diffusers UNet."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tfmq.affine import Grid, dequantize, quantize
+from tfmq.fake_quantize import FakeQuantize, SplitFakeQuantize, StepTracker
+from tfmq.observer import minmax, search
+from tfmq.precision import FULL
+from tfmq.rounding import AdaRound
+
+RANGES = {"minmax": minmax, "search": search}
+
+
+class QuantizedLayer(nn.Module):
+    """What the quantised Conv2d and Linear share. Weights are affine per output channel, the bias stays as it is.
+
+    ``weight`` holds the full-precision weight until ``fold`` replaces it by its dequantised codes; from then on the
+    forward pass costs no weight quantisation.
+
+    Attributes:
+        weight_bits, activation_bits: 32 where not quantised.
+        splits: sizes of consecutive groups of input channels that have ranges of their own; one entry where unsplit.
+        codes: uint8, shape of the weight, once folded.
+        weight_scale, weight_zero_point: (output channels, groups).
+        input_quantizer: FakeQuantize, SplitFakeQuantize or Identity.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    splits: tuple[int, ...]
+
+    def set_up(
+        self, weight_bits: int, activation_bits: int, splits: tuple[int, ...], symmetric: bool, tracker: StepTracker
+    ) -> None:
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.splits = splits
+        self.rounding: AdaRound | None = None
+        self.register_buffer("codes", None)
+        self.register_buffer("weight_scale", torch.ones(self.weight.shape[0], len(splits)))
+        self.register_buffer("weight_zero_point", torch.zeros(self.weight.shape[0], len(splits)))
+        if activation_bits == FULL:
+            self.input_quantizer: nn.Module = nn.Identity()
+            return
+        parts = [FakeQuantize(activation_bits, tracker, symmetric) for _ in splits]
+        self.input_quantizer = SplitFakeQuantize(splits, parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.unsigned(self.weight_bits)
+
+    @torch.no_grad()
+    def find_weight_range(self, method: str) -> None:
+        """Set the weight's scales by ``minmax`` or ``search``."""
+        groups = [RANGES[method](group.flatten(1), self.weight_bits) for group in self.weight.split(self.splits, 1)]
+        self.weight_scale = torch.stack([scale for scale, _ in groups], 1)
+        self.weight_zero_point = torch.stack([point for _, point in groups], 1)
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        """(output channels, groups) -> a shape that broadcasts against the weight."""
+        if len(self.splits) > 1:
+            per_group = per_group.repeat_interleave(torch.tensor(self.splits, device=per_group.device), 1)
+        return per_group.view(*per_group.shape, *[1] * (self.weight.dim() - 2))
+
+    def learn_rounding(self) -> AdaRound:
+        """Start AdaRound from the present ranges; ``effective_weight`` uses it until ``fold``."""
+        scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
+        self.rounding = AdaRound(self.weight.detach(), scale, zero_point, self.grid)
+        return self.rounding
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Round for good (learned rounding if any, else to nearest) and replace the weight by its dequantised codes."""
+        scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
+        if self.rounding is not None:
+            codes, self.rounding = self.rounding.codes(), None
+        else:
+            codes = quantize(self.weight, scale, zero_point, self.grid)
+        self.load_codes(codes.to(torch.uint8))
+
+    @torch.no_grad()
+    def load_codes(self, codes: Tensor) -> None:
+        """Take integer codes (uint8, shape of the weight) with the present scales as the weight."""
+        self.codes = codes
+        values = dequantize(codes, self._spread(self.weight_scale), self._spread(self.weight_zero_point))
+        self.weight = nn.Parameter(values.to(self.weight.dtype), requires_grad=False)
+
+    def effective_weight(self) -> Tensor:
+        return self.weight if self.rounding is None else self.rounding()
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """Conv2d whose weight and input are quantised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(x), self.effective_weight(), self.bias)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """Linear layer whose weight and input are quantised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.input_quantizer(x), self.effective_weight(), self.bias)
+
+
+def quantized_layer(
+    layer: nn.Conv2d | nn.Linear,
+    weight_bits: int,
+    activation_bits: int,
+    tracker: StepTracker,
+    splits: tuple[int, ...] = (),
+    symmetric: bool = False,
+) -> QuantizedConv2d | QuantizedLinear:
+    """The quantised twin of ``layer``, sharing its parameters (weights not yet quantised)."""
+    if isinstance(layer, nn.Conv2d):
+        twin = QuantizedConv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
+    else:
+        twin = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    twin.weight, twin.bias = layer.weight, layer.bias
+    twin.set_up(weight_bits, activation_bits, splits or (layer.weight.shape[1],), symmetric, tracker)
+    return twin
+
+
+class QuantizedAttention(nn.Module):
+    """Attention processor with quantised operands of both matrix products: query, key, value and probabilities.
+
+    The products themselves, the softmax and the norms run in floating point. Set with ``Attention.set_processor``.
+    """
+
+    def __init__(self, activation_bits: int, softmax_bits: int, tracker: StepTracker, symmetric: bool = False) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (FakeQuantize(activation_bits, tracker, symmetric) for _ in range(3))
+        self.probabilities = FakeQuantize(softmax_bits, tracker, positive=True)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        # diffusers reads this signature to decide which arguments a processor takes.
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
+        """Self- or cross-attention over (B, C, H, W) or (B, tokens, C), as diffusers' own processors compute it."""
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if residual.dim() == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+
+        query = attn.head_to_batch_dim(self.query(attn.to_q(hidden_states)))
+        key = attn.head_to_batch_dim(self.key(attn.to_k(context)))
+        value = attn.head_to_batch_dim(self.value(attn.to_v(context)))
+        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
+        probabilities = attn.get_attention_scores(query, key, mask)
+        by_image = probabilities.unflatten(0, (hidden_states.shape[0], -1))
+        output = torch.bmm(self.probabilities(by_image).flatten(0, 1), value)
+        output = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(output)))
+
+        if residual.dim() == 4:
+            output = output.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            output = output + residual
+        return output / attn.rescale_output_factor

@@ -1,0 +1,151 @@
+"""The front door: quantise a diffusers UNet in place, after training."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tfmq.calibration import CalibrationRows
+from tfmq.plan import Coverage, activation_quantizers, coverage, insert_quantizers, quantized_layers, shared_plan
+from tfmq.precision import FULL, Precision
+from tfmq.reconstruction import Effort, RoundingConfig, StepSizeConfig, reconstruct_activations, reconstruct_weights
+from tfmq.temporal import calibrate_finite_set, reconstruct_temporal
+from tfmq.unet import UNet, UNetLayout
+
+ActivationScales = Literal["shared", "temporal", "per_step"]
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What is done to the network, in this order; the methods are choices among these.
+
+    Attributes:
+        weight_range: ``minmax``, or ``search`` for the smallest |w - w_hat|^2.4 among 80 ranges.
+        split_shortcuts: own ranges for the two halves of concatenated shortcuts (Q-Diffusion).
+        temporal: reconstruct the temporal information block on the finite set of steps (TFMQ-DM), or None.
+        rounding: learn the roundings of the remaining layers block by block, or None for nearest rounding.
+        symmetric_activations: signed grids with zero point 0.
+        activation_momentum: running average of ranges over batches; None keeps the widest range.
+        activation_batch: rows in one batch of range calibration.
+        activation_scales: ``shared``: one scale for all steps; ``temporal``: a table over steps in the temporal
+            information block (finite-set calibration); ``per_step``: tables everywhere.
+        step_sizes: learn activation step sizes block by block, or None.
+        batch: rows evaluated at once where nothing is learned.
+        memory_bytes: most that calibration rows waiting between blocks may take.
+    """
+
+    weight_range: Literal["minmax", "search"] = "search"
+    split_shortcuts: bool = False
+    temporal: RoundingConfig | None = None
+    rounding: RoundingConfig | None = None
+    symmetric_activations: bool = False
+    activation_momentum: float | None = None
+    activation_batch: int = 64
+    activation_scales: ActivationScales = "shared"
+    step_sizes: StepSizeConfig | None = None
+    batch: int = 64
+    memory_bytes: int = 8 * 2**30
+
+
+@dataclass
+class QuantizationReport:
+    """What a quantisation did: seconds by phase, effort, and every layer's treatment."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"weights": 0.0, "activations": 0.0})
+    effort: Effort = field(default_factory=Effort)
+    coverage: list[Coverage] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+
+def quantize_(
+    unet: UNet,
+    precision: Precision,
+    config: QuantizationConfig,
+    rows: CalibrationRows,
+    activation_rows: CalibrationRows,
+    timesteps: Tensor,
+    generator: torch.Generator,
+) -> QuantizationReport:
+    """Quantise ``unet`` in place; it keeps working in any diffusers pipeline.
+
+    Args:
+        rows: calibration rows for learning roundings and step sizes.
+        activation_rows: calibration rows for activation ranges, in the order in which they are observed.
+        timesteps: int64 (T,), the steps of the schedule the network will be sampled with.
+        generator: draws the batches; the same state gives the same network.
+
+    Raises:
+        ValueError: weights or activations hold NaN or infinity or are constant, the calibration rows do not fit in
+            ``config.memory_bytes``, or the UNet's structure is not supported.
+    """
+    if precision.weight_bits == FULL:
+        raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
+    check_weights(unet)
+    layout = UNetLayout.of(unet)
+    unet.eval().requires_grad_(False)
+    report = QuantizationReport()
+    full = copy.deepcopy(unet)
+    finite_set = timesteps.unique()
+    plan = shared_plan(unet, layout, precision, config.split_shortcuts, config.symmetric_activations)
+    insert_quantizers(unet, plan)
+    limits = {"batch": config.batch, "memory_bytes": config.memory_bytes}
+    with report.timed("weights"):
+        layers = quantized_layers(unet)
+        for layer in tqdm(layers.values(), desc="weight ranges", disable=None):
+            layer.find_weight_range(config.weight_range)
+        if config.temporal is not None:
+            steps = finite_set.to(unet.device)
+            reconstruct_temporal(unet, full, layout, steps, config.temporal, generator, report.effort)
+        if config.rounding is not None:
+            reconstruct_weights(unet, full, layout, rows, config.rounding, generator, report.effort, **limits)
+        for layer in layers.values():
+            if layer.codes is None:
+                layer.fold()
+    if precision.quantizes_activations:
+        with report.timed("activations"):
+            if config.activation_scales != "shared":
+                unet.step_tracker.steps = finite_set.cpu()
+            calibrate_activations(unet, layout, activation_rows, config)
+            report.effort.unet_evaluations += len(activation_rows)
+            if config.step_sizes is not None:
+                reconstruct_activations(unet, full, layout, rows, config.step_sizes, generator, report.effort, **limits)
+    report.coverage = coverage(unet)
+    return report
+
+
+@torch.no_grad()
+def calibrate_activations(unet: UNet, layout: UNetLayout, rows: CalibrationRows, config: QuantizationConfig) -> None:
+    """Observe ``rows`` in batches and freeze every activation quantiser. Inputs pass the observers unquantised."""
+    quantizers = activation_quantizers(unet)
+    if config.activation_scales == "temporal":
+        calibrate_finite_set(unet, layout)
+        quantizers = {path: quantizer for path, quantizer in quantizers.items() if not quantizer.enabled}
+    for quantizer in quantizers.values():
+        quantizer.observe(config.activation_momentum, per_step=config.activation_scales == "per_step")
+    starts = range(0, len(rows), config.activation_batch)
+    for start in tqdm(starts, desc="activation ranges", disable=None):
+        batch = rows[slice(start, start + config.activation_batch)]
+        arguments = (batch.latents, batch.timesteps) + (() if batch.context is None else (batch.context,))
+        unet(*arguments)
+    for quantizer in quantizers.values():
+        quantizer.freeze()
+
+
+def check_weights(unet: UNet) -> None:
+    """Raise ValueError naming the first parameter that holds NaN or infinity."""
+    for name, parameter in unet.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")

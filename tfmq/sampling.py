@@ -1,0 +1,130 @@
+"""The one denoising loop: every method, the calibration pool and the full-precision reference run through it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from tfmq.unet import UNet
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Steps of the schedule, DDIM's eta (0 deterministic, 1 ancestral), classifier-free guidance scale (1: none)."""
+
+    steps: int
+    eta: float = 0.0
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Cross-attention context (B, tokens, D) of each image, and its unconditional counterpart for guidance."""
+
+    context: Tensor
+    unconditional: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees of one denoising step.
+
+    Attributes:
+        index: position in the schedule, 0 the noisiest.
+        timestep: the schedule's time step.
+        latents: UNet input (B, C, H, W), before guidance doubles it.
+        noise: predicted noise (B, C, H, W), after guidance and correction.
+    """
+
+    index: int
+    timestep: int
+    latents: Tensor
+    noise: Tensor
+
+
+Callback = Callable[[Step], None]
+Correction = Callable[[int, Tensor], Tensor]
+
+
+def predict_noise(
+    unet: UNet, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None, guidance_scale: float
+) -> Tensor:
+    """Predicted noise at ``timestep``; under guidance e = e_u + s (e_c - e_u), halves ordered [uncond, cond]."""
+    if conditioning is None:
+        return unet(latents, timestep).sample
+    if guidance_scale == 1.0:
+        return unet(latents, timestep, conditioning.context).sample
+    context = torch.cat([conditioning.unconditional, conditioning.context])
+    unconditional, conditional = unet(torch.cat([latents, latents]), timestep, context).sample.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def sample(
+    unet: UNet,
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    settings: SamplingSettings,
+    *,
+    conditioning: Conditioning | None = None,
+    step_noise: Tensor | None = None,
+    callback: Callback | None = None,
+    correction: Correction | None = None,
+) -> Tensor:
+    """Denoise ``noise`` (B, C, H, W) to latents, exactly as the stock diffusers pipelines do.
+
+    Args:
+        step_noise: (steps, B, C, H, W), the noise that eta > 0 adds at each step.
+        correction: maps (time step, predicted noise) to the noise the scheduler is given.
+
+    Raises:
+        ValueError: the UNet predicted NaN or infinity; the message names the step and the first layer.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(settings.steps, device=noise.device)
+    accepts_eta = "eta" in inspect.signature(scheduler.step).parameters
+    latents = noise * scheduler.init_noise_sigma
+    for index, timestep in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(latents, timestep)
+        predicted = predict_noise(unet, scaled, timestep, conditioning, settings.guidance_scale)
+        if not torch.isfinite(predicted).all():
+            layer = _first_nonfinite_layer(unet, scaled, timestep, conditioning)
+            raise ValueError(f"sampling: {layer} put out NaN or infinity at step {index} (time step {int(timestep)})")
+        if correction is not None:
+            predicted = correction(int(timestep), predicted)
+        if callback is not None:
+            callback(Step(index, int(timestep), scaled, predicted))
+        extra = {}
+        if accepts_eta:
+            extra["eta"] = settings.eta
+            if settings.eta > 0:
+                if step_noise is None:
+                    raise ValueError("eta > 0 needs step_noise, the noise that each step adds")
+                extra["variance_noise"] = step_noise[index]
+        latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
+    return latents
+
+
+def _first_nonfinite_layer(unet: UNet, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None) -> str:
+    found: list[str] = []
+
+    def watch(path: str) -> Callable:
+        def hook(module: torch.nn.Module, args: tuple, output: object) -> None:
+            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(path)
+
+        return hook
+
+    hooks = [m.register_forward_hook(watch(p)) for p, m in unet.named_modules() if not any(m.children())]
+    try:
+        predict_noise(unet, latents, timestep, conditioning, 1.0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "the UNet"

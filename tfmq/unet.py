@@ -1,0 +1,147 @@
+"""What is where in a diffusers UNet, by module path, and running it block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+UNet = UNet2DModel | UNet2DConditionModel
+
+
+@dataclass(frozen=True)
+class Block:
+    """One step of the UNet's forward pass: the module at ``path`` maps the hidden state to the next.
+
+    ``pop`` concatenates the top of the skip stack to the input first; ``push`` puts the output on that stack.
+    """
+
+    path: str
+    pop: bool = False
+    push: bool = False
+
+
+@dataclass(frozen=True)
+class UNetLayout:
+    """The parts of a UNet, all by module path.
+
+    Attributes:
+        blocks: in forward order, from the input convolution to the output convolution.
+        time_embedding: the linear layers of the time-embedding network.
+        time_projections: the linear layer in each residual block that projects the time embedding.
+        shortcut_splits: shortcut convolutions over concatenated features -> channels (decoder, skip).
+        attentions: attention modules.
+        boundary: the first and the last layer of the network.
+    """
+
+    blocks: tuple[Block, ...]
+    time_embedding: tuple[str, ...]
+    time_projections: tuple[str, ...]
+    shortcut_splits: dict[str, tuple[int, int]] = field(hash=False)
+    attentions: tuple[str, ...]
+    boundary: tuple[str, ...] = ("conv_in", "conv_out")
+
+    @classmethod
+    def of(cls, unet: UNet) -> UNetLayout:
+        """Read the layout of a UNet2DModel or UNet2DConditionModel.
+
+        Raises ValueError for other classes and for parts that the block-by-block pass would not reproduce.
+        """
+        if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
+            raise ValueError(f"{type(unet).__name__} is not supported: give a UNet2DModel or a UNet2DConditionModel")
+        time_act = getattr(unet, "time_embed_act", None)
+        if unet.config.center_input_sample or time_act is not None or unet.config.time_embedding_type != "positional":
+            raise ValueError("only UNets with a positional time embedding and an uncentred input are supported")
+        blocks, splits = [], {}
+        stack = [unet.conv_in.out_channels]
+        blocks.append(Block("conv_in", push=True))
+        for i, down in enumerate(unet.down_blocks):
+            for j, (resnet, attention) in enumerate(_pairs(down)):
+                blocks.append(Block(f"down_blocks.{i}.resnets.{j}", push=attention is None))
+                if attention is not None:
+                    blocks.append(Block(f"down_blocks.{i}.attentions.{j}", push=True))
+                stack.append(resnet.out_channels)
+            for j, _ in enumerate(down.downsamplers or ()):
+                blocks.append(Block(f"down_blocks.{i}.downsamplers.{j}", push=True))
+                stack.append(stack[-1])
+        channels = stack[-1]
+        if unet.mid_block is not None:
+            blocks.append(Block("mid_block.resnets.0"))
+            for j, attention in enumerate(unet.mid_block.attentions):
+                if attention is not None:
+                    blocks.append(Block(f"mid_block.attentions.{j}"))
+                blocks.append(Block(f"mid_block.resnets.{j + 1}"))
+        for i, up in enumerate(unet.up_blocks):
+            for j, (resnet, attention) in enumerate(_pairs(up)):
+                path = f"up_blocks.{i}.resnets.{j}"
+                blocks.append(Block(path, pop=True))
+                if resnet.conv_shortcut is not None:
+                    splits[f"{path}.conv_shortcut"] = (channels, stack[-1])
+                stack.pop()
+                if attention is not None:
+                    blocks.append(Block(f"up_blocks.{i}.attentions.{j}"))
+                channels = resnet.out_channels
+            for j, _ in enumerate(up.upsamplers or ()):
+                blocks.append(Block(f"up_blocks.{i}.upsamplers.{j}"))
+        blocks.append(Block("conv_out"))
+        modules = dict(unet.named_modules())
+        return cls(
+            blocks=tuple(blocks),
+            time_embedding=("time_embedding.linear_1", "time_embedding.linear_2"),
+            time_projections=tuple(
+                f"{block.path}.time_emb_proj"
+                for block in blocks
+                if isinstance(modules[block.path], ResnetBlock2D) and modules[block.path].time_emb_proj is not None
+            ),
+            shortcut_splits=splits,
+            attentions=tuple(path for path, module in modules.items() if isinstance(module, Attention)),
+        )
+
+    @property
+    def temporal(self) -> tuple[str, ...]:
+        """The temporal information block of TFMQ-DM: all layers that depend on the time step alone."""
+        return self.time_embedding + self.time_projections
+
+
+def _pairs(stage: nn.Module) -> Iterator[tuple[ResnetBlock2D, nn.Module | None]]:
+    attentions = getattr(stage, "attentions", None) or [None] * len(stage.resnets)
+    return zip(stage.resnets, attentions, strict=True)
+
+
+def time_features(unet: UNet, timesteps: Tensor) -> Tensor:
+    """Time embedding (N, D) of time steps (N,): the sinusoidal encoding through the time-embedding network."""
+    encoding = unet.time_proj(timesteps).to(unet.dtype)
+    return unet.time_embedding(encoding)
+
+
+def temporal_features(unet: UNet, layout: UNetLayout, timesteps: Tensor) -> list[Tensor]:
+    """What the time step contributes to each residual block: (N, C_i) for each of ``layout.time_projections``.
+
+    These are the emb_{t,i} of TFMQ-DM (arXiv 2311.16503, eq. 3), the outputs of the temporal information block.
+    """
+    embedding = time_features(unet, timesteps)
+    features = []
+    for path in layout.time_projections:
+        resnet = unet.get_submodule(path.rpartition(".")[0])
+        activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
+        features.append(resnet.time_emb_proj(activated))
+    return features
+
+
+def run_block(unet: UNet, block: Block, hidden: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+    """Output of one block for hidden state (B, C, H, W), time embedding (B, D) and context (B, tokens, D) or None."""
+    module = unet.get_submodule(block.path)
+    if isinstance(module, ResnetBlock2D):
+        return module(hidden, embedding)
+    if isinstance(module, Transformer2DModel):
+        return module(hidden, encoder_hidden_states=context, return_dict=False)[0]
+    if block.path == "conv_out":
+        if unet.conv_norm_out is not None:
+            hidden = unet.conv_act(unet.conv_norm_out(hidden))
+        return module(hidden)
+    return module(hidden)
