@@ -1,7 +1,7 @@
-"""Find the one-file plugins: methods, model families, evaluators and metrics.
+"""Find the one-file plugins by the names of their files.
 
-A plugin is a module whose name does not start with an underscore and that holds one object under a fixed name
-(`METHOD`, `FAMILY`, `EXTRACTOR`, `METRIC`). Adding the file is all that registers it.
+A plugin is a module whose name does not start with an underscore and that holds one object under a fixed name, such as
+`METHOD` or `FAMILY`. Adding the file is all that registers it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from baselines import Method
-    from benchmarks.features import Extractor
-    from benchmarks.metrics import Metric
     from benchmarks.models import Family
 
 METHODS = "baselines"
 FAMILIES = "benchmarks.models"
 EXTRACTORS = "benchmarks.features"
-METRICS = "benchmarks.metrics"
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str], advice: str) -> ValueError:
@@ -61,13 +58,3 @@ def method(name: str) -> Method:
 def family(name: str) -> Family:
     """The model family of `benchmarks/models/<name>.py`."""
     return find(FAMILIES, "family", name)
-
-
-def extractor(name: str) -> Extractor:
-    """The evaluator of `benchmarks/features/<name>.py`."""
-    return find(EXTRACTORS, "extractor", name)
-
-
-def metrics() -> list[Metric]:
-    """All metrics, in the order of their file names."""
-    return [find(METRICS, "metric", name) for name in names(METRICS)]

@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+import yaml
+
+from benchmarks import discover
+from benchmarks.params import load, parse
+
+PLUGINS = {
+    discover.METHODS: ("full_precision", "nearest", "tfmq"),
+    discover.FAMILIES: ("ldm",),
+    discover.EXTRACTORS: ("efficientnet_lite0",),
+}
+
+
+@pytest.fixture(autouse=True)
+def plugins(monkeypatch):
+    monkeypatch.setattr(discover, "names", PLUGINS.get)
+
+
+@pytest.fixture
+def document(task_settings):
+    del task_settings["name"]
+    return {
+        "name": "small",
+        "protocol": "shared",
+        "threads": 2,
+        "tasks": {"emoji-ldm4": task_settings},
+        "methods": {"nearest": {}, "tfmq": {"iterations": 1000}},
+        "precisions": ["w8a8", "w4a8"],
+        "seeds": [0],
+    }
+
+
+def test_a_suite_is_read_from_yaml(document, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document))
+    suite = load(path)
+    assert suite == parse(document)
+    assert suite.tasks["emoji-ldm4"].name == "emoji-ldm4"
+    assert suite.tasks["emoji-ldm4"].guidance_scale == 1.0
+    assert suite.methods["tfmq"] == {"iterations": 1000}
+
+
+def test_cells_start_with_full_precision(document):
+    assert [cell.name for cell in parse(document).cells()] == [
+        "emoji-ldm4-full_precision-w32a32",
+        "emoji-ldm4-nearest-w8a8",
+        "emoji-ldm4-nearest-w4a8",
+        "emoji-ldm4-tfmq-w8a8",
+        "emoji-ldm4-tfmq-w4a8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("sead",), 1, "unknown key in params 'sead': did you mean 'seeds'"),
+        (("tasks", "emoji-ldm4", "step"), 1, "unknown key in params.tasks.emoji-ldm4 'step': did you mean 'steps'"),
+        (("tasks", "emoji-ldm4", "steps"), "20", "params.tasks.emoji-ldm4.steps is '20': it must be a whole number"),
+        (("tasks", "emoji-ldm4", "steps"), 0, "steps is 0, but must be at least 1"),
+        (("tasks", "emoji-ldm4", "steps"), True, "must be a whole number"),
+        (("tasks", "emoji-ldm4", "eta"), 2.0, "eta is 2.0, but must be from 0"),
+        (("tasks", "emoji-ldm4", "family"), "ldn", "unknown family 'ldn': did you mean 'ldm'"),
+        (("tasks", "emoji-ldm4", "scheduler"), "dim", "did you mean 'ddim'"),
+        (("tasks", "emoji-ldm4", "evaluator"), "inception", "unknown evaluator 'inception'"),
+        (("methods", "tfqm"), {}, "unknown method 'tfqm': did you mean 'tfmq'.*baselines/tfqm.py"),
+        (("methods", "nearest"), None, "params.methods.nearest is None: it must be a mapping"),
+        (("methods", "full_precision"), {}, "full-precision row is always there"),
+        (("precisions",), ["4w8a"], "precision '4w8a' is not of the form"),
+        (("precisions",), ["w32a32"], "full-precision row is always there"),
+        (("precisions",), ["w4a8", "w4a8"], "each once"),
+        (("seeds",), [], "give at least one"),
+        (("protocol",), "share", "did you mean 'shared'"),
+        (("threads",), 0, "at least 1"),
+    ],
+)
+def test_mistakes_are_named(document, path, value, message):
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        parse(document)
+
+
+def test_missing_keys_are_named(document):
+    del document["seeds"], document["tasks"]["emoji-ldm4"]["eta"]
+    with pytest.raises(ValueError, match="params lacks seeds"):
+        parse(document)
+    with pytest.raises(ValueError, match="params.tasks.emoji-ldm4 lacks eta"):
+        parse(document | {"seeds": [0]})
+    with pytest.raises(ValueError, match="params is None"):
+        parse(None)
+
+
+def test_parsing_leaves_the_document_alone(document):
+    before = copy.deepcopy(document)
+    parse(document)
+    assert document == before

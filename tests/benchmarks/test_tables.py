@@ -1,0 +1,139 @@
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks import figures, tables
+from benchmarks.metrics import metrics
+from benchmarks.record import Cost, Value
+
+COLUMNS = metrics()
+
+
+@pytest.fixture
+def records(make_record):
+    return [
+        make_record(method="nearest", kid=(0.050, 0.045, 0.055)),
+        make_record(method="qdiffusion", kid=(0.021, 0.018, 0.026)),
+        make_record(method="tfmq", kid=(0.019, 0.015, 0.022)),
+        make_record(method="tfmq", precision="w8a8", kid=(0.001, 0.0005, 0.002)),
+        make_record(method="full_precision", precision="w32a32", kid=None),
+    ]
+
+
+def test_ranks_are_shared_where_intervals_overlap(records):
+    assert tables.ranking(records) == {
+        "emoji-ldm4-nearest-w4a8": 3,
+        "emoji-ldm4-qdiffusion-w4a8": 1,
+        "emoji-ldm4-tfmq-w4a8": 1,
+        "emoji-ldm4-tfmq-w8a8": 1,
+    }
+
+
+def test_a_frame_has_a_row_a_cell_in_reading_order(records):
+    table = tables.frame(records, COLUMNS)
+    assert list(zip(table["precision"], table["method"], strict=True)) == [
+        ("w32a32", "full_precision"),
+        ("w8a8", "tfmq"),
+        ("w4a8", "tfmq"),
+        ("w4a8", "qdiffusion"),
+        ("w4a8", "nearest"),
+    ]
+    assert table.loc[1, "kid_fp"] == 0.001
+    assert table.loc[1, "kid_fp_high"] == 0.002
+    assert table.loc[1, "kid_fp_n"] == 512
+    assert pd.isna(table.loc[0, "kid_fp"])
+    assert table.loc[1, "quantization_seconds"] == 25.0
+    assert table.loc[1, "seconds_sample"] == 100.0
+
+
+def test_csv_reads_back(records):
+    table = tables.frame(records, COLUMNS)
+    again = pd.read_csv(io.StringIO(tables.csv(table)))
+    assert list(again.columns) == list(table.columns)
+    np.testing.assert_allclose(again["fd_data"], table["fd_data"])
+    assert tables.csv(tables.frame(records[::-1], COLUMNS)) == tables.csv(table)
+
+
+def test_the_leaderboard_shows_intervals_and_names_its_settings(records):
+    text = tables.leaderboard(records, COLUMNS)
+    assert "| w4a8        | tfmq           |      1 | 0.0190 [0.0150, 0.0220] |" in text
+    assert text.index("full_precision") < text.index("| w8a8")
+    for part in ("FD512 to data", "512 images", "4096", "20 DDIM steps", "efficientnet_lite0", "`shared`", "simulated"):
+        assert part in text
+    assert "FID" not in text
+    assert "Note" not in text and "Seed" not in text
+
+
+@pytest.mark.parametrize("status", ["not applicable", "failed", "unverified"])
+def test_what_was_not_measured_stays_visible(records, make_record, status):
+    unverified = status == "unverified"
+    cost = Cost("cpu", {"weights": 7200.0}, 1.0, 0, 0, 1.5, 9.75) if unverified else None
+    changes = {} if unverified else {"metrics": {}}
+    odd = make_record(method="odd", status=status, reason="a | b", cost=cost, **changes)
+    text = tables.leaderboard([*records, odd], COLUMNS)
+    (line,) = [line for line in text.splitlines() if "| odd" in line]
+    assert f"{status}: a \\| b" in line
+    assert "–" in line
+    assert odd.cell.name not in tables.ranking([*records, odd])
+    assert ("2.0 h" in line) == unverified
+
+
+def test_seeds_have_rows_of_their_own(make_record):
+    text = tables.leaderboard([make_record(), make_record(seed=1)], COLUMNS)
+    assert "Seed" in text
+    assert text.count("| nearest") == 2
+
+
+def test_records_that_cannot_be_compared_are_refused(make_record, task_settings):
+    other = make_record(method="tfmq", settings={"task": task_settings | {"images": 64}, "method": {}})
+    for different in (
+        other,
+        make_record(method="tfmq", task_version=2),
+        make_record(method="tfmq", protocol="published"),
+    ):
+        with pytest.raises(ValueError, match="different settings of emoji-ldm4"):
+            tables.frame([make_record(), different], COLUMNS)
+    with pytest.raises(ValueError, match="there twice"):
+        tables.frame([make_record(), make_record()], COLUMNS)
+    with pytest.raises(ValueError, match="no records"):
+        tables.leaderboard([], COLUMNS)
+    with pytest.raises(ValueError, match="did you mean 'kid_fp'"):
+        tables.frame([make_record(metrics={"kid_pf": Value(1.0, 1.0, 1.0, 2)})], COLUMNS)
+
+
+def test_the_report_has_every_metric_and_the_figures(records):
+    text = tables.report(records, COLUMNS, [("Same noise", "figures/grid.png")])
+    for metric in COLUMNS.values():
+        assert metric.title("FD", 512) in text
+    assert "![Same noise](figures/grid.png)" in text
+    assert text.endswith("\n") and not text.endswith("\n\n")
+
+
+def test_only_the_marked_region_changes():
+    text = f"above\n{tables.START}\nold\n{tables.END}\nbelow\n"
+    once = tables.replace_region(text, "new")
+    assert once == f"above\n{tables.START}\n\nnew\n\n{tables.END}\nbelow\n"
+    assert tables.replace_region(once, "new") == once
+    for broken in ("nothing", tables.START, tables.END + tables.START, text + text):
+        with pytest.raises(ValueError, match="needs one"):
+            tables.replace_region(broken, "new")
+
+
+def test_figures_are_the_same_bytes_each_time():
+    curves = {"nearest": np.array([0.1, 0.2, 0.3]), "tfmq": np.array([0.01, 0.02, 0.0])}
+    images = {name: np.full((3, 3, 8, 8), index, dtype=np.uint8) for index, name in enumerate(curves)}
+    for draw in (
+        lambda: figures.temporal_error(curves, np.array([900, 500, 1]), "emoji-ldm4 w4a8"),
+        lambda: figures.sample_grid(images, columns=3),
+    ):
+        first = figures.png(draw())
+        assert first.startswith(b"\x89PNG")
+        assert first == figures.png(draw())
+        assert b"Software" not in first and b"tIME" not in first
+
+
+def test_a_grid_needs_enough_images():
+    with pytest.raises(ValueError, match="tfmq has 2 images: the grid shows 8"):
+        figures.sample_grid({"tfmq": np.zeros((2, 3, 8, 8), dtype=np.uint8)})
