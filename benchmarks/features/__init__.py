@@ -1,8 +1,7 @@
 """One file an evaluator: the features that distances are computed on.
 
-Each module here holds `EXTRACTOR`, and is found by its file name (`benchmarks.discover.extractor`). With a weights file
-it becomes an `Evaluator`, whose `identity` says which features a number was computed on; numbers of different
-identities are not comparable.
+Each module here holds `EXTRACTOR`, and is found by its file name. With a weights file it becomes an `Evaluator`, whose
+`identity` says which features a number was computed on; numbers of different identities are not comparable.
 """
 
 import hashlib
@@ -24,6 +23,7 @@ __all__ = [
     "compare",
     "concatenate",
     "extract",
+    "extractor",
     "load_evaluator",
     "perceptual_distance",
     "resize",
@@ -87,12 +87,17 @@ class Evaluator:
         return f"{self.extractor.name}@{self.extractor.version}-{self.extractor.resolution}px-{self.weights_sha256[:8]}"
 
 
+def extractor(name: str) -> Extractor:
+    """The extractor of the file of that name; a ValueError names the nearest if there is none."""
+    return discover.find(__name__, "extractor", name)
+
+
 def load_evaluator(name: str, weights: Path, device: torch.device | None = None) -> Evaluator:
     """The extractor `name` with the weights of that file, on `device` (the CPU unless given).
 
     Raises ValueError for an unknown name or weights that do not fit, FileNotFoundError for a missing file.
     """
-    found = discover.extractor(name)
+    found = extractor(name)
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     device = device or torch.device("cpu")

@@ -85,7 +85,7 @@ class Evidence:
             )
         if len({tensor.shape for tensor in images}) != 1:
             raise ValueError(
-                f"Images of shape {tuple(images[0].shape)} cannot be paired with images of shape {tuple(images[1].shape)}."
+                f"Images of shape {tuple(images[0].shape)} cannot be paired with those of {tuple(images[1].shape)}."
             )
         for name in ("features", "paired_features", "perceptual_distance", "trajectory_error"):
             part = getattr(self, name)
@@ -119,7 +119,8 @@ class Metric:
 
 def metrics() -> dict[str, Metric]:
     """All metrics by name, in the order of their columns."""
-    return {metric.name: metric for metric in sorted(discover.metrics(), key=lambda metric: metric.position)}
+    found = [discover.find(__name__, "metric", name) for name in discover.names(__name__)]
+    return {metric.name: metric for metric in sorted(found, key=lambda metric: metric.position)}
 
 
 def _tensors(part: object, prefix: str = "") -> list[tuple[str, Tensor]]:
