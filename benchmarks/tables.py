@@ -91,12 +91,20 @@ def report(records: Sequence[Record], metrics: Mapping[str, Metric], figures: Se
     return "\n\n".join([head, leaderboard(records, metrics).rstrip(), *every, *shown]) + "\n"
 
 
-def replace_region(text: str, content: str) -> str:
-    """``text`` with what stands between the leaderboard markers replaced. Raises ValueError unless both occur once."""
+def region(text: str) -> str:
+    """What stands between the leaderboard markers, without surrounding space.
+
+    Raises ValueError unless each marker occurs once, in order.
+    """
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise ValueError(f"the text needs one {START} followed by one {END}: put them where the leaderboard goes")
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
+    return text[text.index(START) + len(START) : text.index(END)].strip()
+
+
+def replace_region(text: str, content: str) -> str:
+    """``text`` with ``content`` between the leaderboard markers. Raises ValueError as `region` does."""
+    region(text)
+    before, after = text[: text.index(START)], text[text.index(END) + len(END) :]
     return f"{before}{START}\n\n{content.strip()}\n\n{END}{after}"
 
 

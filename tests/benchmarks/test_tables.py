@@ -116,6 +116,7 @@ def test_only_the_marked_region_changes():
     once = tables.replace_region(text, "new")
     assert once == f"above\n{tables.START}\n\nnew\n\n{tables.END}\nbelow\n"
     assert tables.replace_region(once, "new") == once
+    assert tables.region(text) == "old"
     for broken in ("nothing", tables.START, tables.END + tables.START, text + text):
         with pytest.raises(ValueError, match="needs one"):
             tables.replace_region(broken, "new")
