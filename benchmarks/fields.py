@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from typing import TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from benchmarks.discover import unknown
 
@@ -45,6 +45,10 @@ def _value(value: object, hint: object, where: str) -> object:
         return value
     if dataclasses.is_dataclass(hint):
         return read(hint, value, where)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise unknown(where, value, get_args(hint), "Choose one of them.")
+        return value
     if isinstance(hint, types.UnionType):
         (inner,) = (option for option in get_args(hint) if option is not types.NoneType)
         return None if value is None else _value(value, inner, where)

@@ -1,0 +1,134 @@
+"""All that one does with this repository: `nox -l` lists the sessions, `nox -s NAME` runs one.
+
+The sessions share one environment, `.nox/env`, since torch takes several GB. It is made once from constraints.txt and
+again when pyproject.toml or constraints.txt change.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "tests", "results-fresh"]
+nox.options.default_venv_backend = "none"
+nox.needs_version = ">=2025.5"
+
+ROOT = Path(__file__).parent
+ENVIRONMENT = ROOT / ".nox" / "env"
+BIN = ENVIRONMENT / "bin"
+PYTHON = str(BIN / "python")
+STAMP = ENVIRONMENT / "installed"
+DEVICE = "TFMQ_BENCH_DEVICE"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format with ruff."""
+    install(session)
+    session.run(PYTHON, "-m", "ruff", "check", external=True)
+    session.run(PYTHON, "-m", "ruff", "format", "--check", external=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; arguments after -- go to pytest."""
+    install(session)
+    session.run(PYTHON, "-m", "pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Reproduce the small suite and its tables: what has not changed since the last run is skipped.
+
+    `nox -s bench -- --device cuda` runs on a GPU.
+    """
+    install(session)
+    pull(session, ROOT)
+    session.run(PYTHON, "-m", "dvc", "repro", env=stage_environment(session.posargs), external=True)
+    print((ROOT / "results" / "README.md").read_text(encoding="utf-8"))
+
+
+@nox.session(name="bench-smoke")
+def bench_smoke(session: nox.Session) -> None:
+    """Run every stage, task and method in minutes, on a copy: the results in this folder stay as they are.
+
+    The copy has the files that git knows or would add, cut-down settings, and no results.
+    `nox -s bench-smoke -- --device cuda` runs on a GPU.
+    """
+    install(session)
+    environment = stage_environment(session.posargs)
+    started = time.monotonic()
+    copy = Path(session.create_tmp()) / "repository"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy_repository(ROOT, copy)
+    smoke = [PYTHON, "-m", "benchmarks.smoke"]
+    settings = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    cut = subprocess.run([*smoke, "params"], cwd=copy, input=settings, text=True, check=True, stdout=subprocess.PIPE)
+    (copy / "params.yaml").write_text(cut.stdout, encoding="utf-8")
+    with session.chdir(copy):
+        pull(session, copy)
+        session.run(PYTHON, "-m", "dvc", "repro", env=environment, external=True)
+        session.run(*smoke, "check", external=True)
+    shutil.rmtree(copy)
+    session.log(f"smoke run took {time.monotonic() - started:.0f} s")
+
+
+@nox.session(name="results-fresh")
+def results_fresh(session: nox.Session) -> None:
+    """Fail if committed results are older than the code or settings that make them, or were edited by hand."""
+    install(session)
+    pull(session, ROOT)
+    session.run(PYTHON, "-m", "benchmarks.freshness", external=True)
+
+
+def install(session: nox.Session) -> None:
+    """Make the shared environment, unless it is there for these requirements."""
+    requirements = fingerprint([ROOT / "pyproject.toml", ROOT / "constraints.txt"])
+    if STAMP.exists() and STAMP.read_text(encoding="utf-8") == requirements:
+        return
+    session.run(sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT), external=True)
+    extras = f"{ROOT}[bench,paper,dev]"
+    session.run(PYTHON, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", extras, external=True)
+    STAMP.write_text(requirements, encoding="utf-8")
+
+
+def fingerprint(paths: list[Path]) -> str:
+    """One hash over the contents of files."""
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def pull(session: nox.Session, root: Path) -> None:
+    """Fetch data/ from the embedded remote; with the cache that is nothing to do."""
+    if (root / "data.dvc").exists():
+        session.run(PYTHON, "-m", "dvc", "pull", "-q", "data.dvc", external=True)
+
+
+def stage_environment(arguments: list[str]) -> dict[str, str]:
+    """Variables for `dvc repro`: its stages run `python`, on the device of `--device NAME` where that is given.
+
+    Raises ValueError for any other arguments.
+    """
+    path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    if not arguments:
+        return path
+    if len(arguments) != 2 or arguments[0] != "--device":
+        raise ValueError(f"unknown arguments {' '.join(arguments)!r}: give --device cpu or --device cuda")
+    return path | {DEVICE: arguments[1]}
+
+
+def copy_repository(root: Path, target: Path) -> None:
+    """Copy the files that git knows or would add, as they are now, without results; DVC there needs no git."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\0")
+    for name in sorted({name for name in names if name}):
+        if not (root / name).is_file() or name == "dvc.lock" or name.startswith("results/"):
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / name, target / name)
+    (target / ".dvc").mkdir(exist_ok=True)
+    (target / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n", encoding="utf-8")
