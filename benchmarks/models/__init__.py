@@ -1,1 +1,47 @@
-"""One file a model family."""
+"""Model families: one file each says how a checkpoint becomes a UNet, a scheduler and a decoder.
+
+A file holds ``FAMILY``, and with that is in the suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from tfmq.sampling import Conditioning
+from tfmq.unet import UNet
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint, in evaluation mode.
+
+    Attributes:
+        latent_shape: (C, H, W) of the noise that sampling starts from.
+        decode: latents (B, C, H, W) -> images uint8 (B, 3, height, width).
+        conditioning: image indices -> what these images are conditioned on; None for an unconditional model.
+    """
+
+    unet: UNet
+    scheduler: SchedulerMixin
+    latent_shape: tuple[int, int, int]
+    decode: Callable[[Tensor], Tensor]
+    conditioning: Callable[[range], Conditioning] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    Attributes:
+        load: folder of a checkpoint and a device -> Model. Raises ValueError naming a missing or damaged file.
+        save_tiny: writes a tiny checkpoint with random weights (from a seed) to a folder, for tests.
+    """
+
+    load: Callable[[Path, torch.device], Model]
+    save_tiny: Callable[[Path, int], None]

@@ -1,0 +1,38 @@
+"""Round-to-nearest: every weight to the nearest code of its channel's min-max range; nothing is learned.
+
+Activation ranges are the widest min-max range over the calibration rows, one scale a tensor for all time steps. This is
+the plain baseline that any method has to beat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from baselines import Method, applies_always
+from tfmq.calibration import CalibrationSet
+from tfmq.precision import Precision
+from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
+from tfmq.unet import UNet
+
+
+@dataclass(frozen=True)
+class Config:
+    """Steps of the schedule and images at each step that activation ranges are taken from."""
+
+    steps: int = 20
+    images: int = 64
+    batch: int = 64
+
+
+def quantize(
+    unet: UNet, pool: CalibrationSet, precision: Precision, config: Config, generator: torch.Generator
+) -> QuantizationReport:
+    """Quantise ``unet`` in place."""
+    rows = pool.spaced(config.steps, config.images)
+    setting = QuantizationConfig(weight_range="minmax", activation_batch=config.batch, batch=config.batch)
+    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator)
+
+
+METHOD = Method("Round-to-nearest", "plain baseline", Config, quantize, applies_always)

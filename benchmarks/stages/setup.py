@@ -1,0 +1,82 @@
+"""What several stages begin with: the task's model, the noise of its images, the threads and the device."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import discover
+from benchmarks.models import Model
+from benchmarks.params import Suite, Task
+from tfmq.sampling import Conditioning, SamplingSettings
+
+
+def task_of(suite: Suite, name: str) -> Task:
+    """The task of that name. Raises ValueError with the nearest name if the suite has none."""
+    if name not in suite.tasks:
+        raise discover.unknown("task", name, suite.tasks, "Tasks stand in params.yaml.")
+    return suite.tasks[name]
+
+
+def device_of(name: str) -> torch.device:
+    """The device to compute on: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
+
+    Raises ValueError if CUDA is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
+    return torch.device(name)
+
+
+def load_model(task: Task, device: torch.device) -> Model:
+    """The full-precision model of a task, on ``device``."""
+    return discover.family(task.family).load(Path(task.checkpoint), device)
+
+
+def sampling_settings(task: Task) -> SamplingSettings:
+    """The task's part of the denoising loop."""
+    return SamplingSettings(task.steps, task.eta, task.guidance_scale)
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from names and numbers."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def draw_noise(
+    task: Task, purpose: str, seed: int, images: range, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Noise of some images: the starting latents (N, C, H, W), and each step's noise (steps, N, C, H, W) for eta > 0.
+
+    Each image has its own generator, on the CPU, seeded from task, purpose, seed and the image's index alone; so any
+    batch, shard, method or device gives an image the same noise. Without eta the second tensor has no steps.
+    """
+    draws = 1 + (task.steps if task.eta > 0 else 0)
+    noise = torch.stack(
+        [
+            torch.randn(
+                draws,
+                *shape,
+                generator=torch.Generator().manual_seed(seed_of(task.name, task.version, purpose, seed, index)),
+            )
+            for index in images
+        ],
+        1,
+    )
+    return noise[0], noise[1:]
+
+
+def conditioning_of(model: Model, images: range) -> Conditioning | None:
+    """What ``images`` are conditioned on, or None."""
+    return None if model.conditioning is None else model.conditioning(images)
+
+
+def batches(images: int, batch: int) -> list[range]:
+    """Image indices cut into generation batches."""
+    return [range(start, min(start + batch, images)) for start in range(0, images, batch)]
