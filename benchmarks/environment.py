@@ -13,7 +13,7 @@ PACKAGES = ("torch", "torchvision", "diffusers", "numpy", "safetensors", "pillow
 CODE = ("tfmq", "baselines", "benchmarks", "params.yaml", "dvc.yaml")
 
 
-def describe(device: str = "cpu") -> dict[str, object]:
+def describe(device: torch.device | str = "cpu") -> dict[str, object]:
     """The environment of a run on ``device``, as plain values for a Record.
 
     ``commit`` is None outside a git repository; ``modified`` says whether code or settings differed from that commit.
