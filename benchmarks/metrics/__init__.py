@@ -61,7 +61,7 @@ class Evidence:
     the relative L2 error of the predicted noise of each image at each step, and `temporal_error` [T, P] 1 - cosine
     between full-precision and quantised outputs of each time projection at each step; None where not measured.
 
-    Raises ValueError for fewer than two images, counts that differ, or a value that is not finite, naming the field.
+    Raises ValueError for fewer than three images, counts that differ, or a value that is not finite, naming the field.
     """
 
     images: Tensor
@@ -77,9 +77,9 @@ class Evidence:
 
     def __post_init__(self) -> None:
         images = [self.images] if self.paired is None else [self.images, self.paired]
-        if any(tensor.dtype != torch.uint8 or tensor.ndim != 4 for tensor in images) or len(self.images) < 2:
+        if any(tensor.dtype != torch.uint8 or tensor.ndim != 4 for tensor in images) or len(self.images) < 3:
             raise ValueError(
-                "Scoring takes two or more uint8 images [N, 3, H, W]; got "
+                "Scoring takes three or more uint8 images [N, 3, H, W]; got "
                 + " and ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in images)
                 + "."
             )

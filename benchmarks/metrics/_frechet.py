@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.metrics._bootstrap import resampling_weights, with_interval
+from benchmarks.metrics._interval import kept_images, with_interval
 from benchmarks.record import Value
 
-# A replicate costs an eigenvalue problem. The standard error of 100 replicates is itself known to 7 %.
-REPLICATES = 100
+# Each replicate costs an eigenvalue problem. A standard error from 50 of them is itself known to 10 %.
+REPLICATES = 50
 
 
 @dataclass(frozen=True)
@@ -43,52 +43,49 @@ def frechet_distance(features: Tensor, reference: Moments) -> float:
 
 def frechet_with_interval(features: Tensor, reference: Moments, generator: torch.Generator) -> Value:
     """Frechet distance of features [N, D] to a reference, with its interval."""
-    weights = resampling_weights(len(features), REPLICATES, generator)
-    distances = _distances(features, reference, torch.cat([torch.ones_like(weights[:1]), weights]))
+    masks = kept_images(len(features), REPLICATES, generator)
+    distances = _distances(features, reference, torch.cat([torch.ones_like(masks[:1]), masks]))
     return with_interval(distances[0].item(), distances[1:], len(features))
 
 
-def _distances(features: Tensor, reference: Moments, weights: Tensor) -> Tensor:
-    # One distance for each row of image counts [R, N].
+def _distances(features: Tensor, reference: Moments, masks: Tensor) -> Tensor:
+    # One distance for each subset of the images, from masks [R, N].
     if features.shape[1] != len(reference.mean):
         raise ValueError(f"Features have {features.shape[1]} columns, but the reference has {len(reference.mean)}.")
     offsets = features.double() - reference.mean
+    counts = masks.sum(dim=1)
+    squared_shift = (masks @ offsets / counts[:, None]).square().sum(dim=1)
+    trace = (masks @ offsets.square().sum(dim=1) - counts * squared_shift) / (counts - 1)
     trace_roots = _gram_trace_roots if len(features) < features.shape[1] else _covariance_trace_roots
-    count = len(features)
-    means = weights @ offsets / count
-    squared_shift = means.square().sum(dim=1)
-    trace = (weights @ offsets.square().sum(dim=1) - count * squared_shift) / (count - 1)
-    fixed = reference.covariance.trace()
-    return (squared_shift + trace + fixed - 2 * trace_roots(offsets, reference.covariance, weights)).clamp(min=0)
+    roots = trace_roots(offsets, reference.covariance, masks.bool())
+    return (squared_shift + trace + reference.covariance.trace() - 2 * roots).clamp(min=0)
 
 
-def _gram_trace_roots(offsets: Tensor, covariance: Tensor, weights: Tensor) -> Tensor:
+def _gram_trace_roots(offsets: Tensor, covariance: Tensor, masks: Tensor) -> Tensor:
     # With the centred features X [N, D], S1 S2 = X^T X S2 / (N - 1) has the non-zero eigenvalues of the N x N matrix
-    # X S2 X^T / (N - 1), where an image drawn w times can be one row times sqrt(w): S2 needs no root, and a replicate
-    # only reweights one matrix.
+    # X S2 X^T / (N - 1): S2 needs no root, and a subset only picks rows and columns of one matrix.
     gram = offsets @ covariance @ offsets.T
-    count = len(offsets)
-    results = []
-    for row in weights:
-        drawn = row.nonzero().squeeze(1)
-        part, times = gram[drawn][:, drawn], row[drawn]
-        mean = part @ times / count
-        centred = part - mean[:, None] - mean[None, :] + times @ mean / count
-        root = times.sqrt()
-        results.append(_trace_root(root[:, None] * centred * root[None, :] / (count - 1)))
-    return torch.stack(results)
+    roots = []
+    for mask in masks:
+        part = gram[mask][:, mask]
+        mean = part.mean(dim=0)
+        centred = part - mean[:, None] - mean[None, :] + mean.mean()
+        roots.append(_trace_root(centred / (len(part) - 1)))
+    return torch.stack(roots)
 
 
-def _covariance_trace_roots(offsets: Tensor, covariance: Tensor, weights: Tensor) -> Tensor:
-    # S1 S2 has the eigenvalues of R S1 R with R = S2^(1/2), which is the covariance of the features times R.
+def _covariance_trace_roots(offsets: Tensor, covariance: Tensor, masks: Tensor) -> Tensor:
+    # S1 S2 has the eigenvalues of R S1 R with R = S2^(1/2), which is the covariance of the features times R. That of a
+    # subset is computed from the few images that it leaves out.
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     scaled = offsets @ (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
-    count = len(offsets)
-    results = []
-    for row in weights:
-        centred = row.sqrt()[:, None] * (scaled - row @ scaled / count)
-        results.append(_trace_root(centred.T @ centred / (count - 1)))
-    return torch.stack(results)
+    total, second = scaled.sum(dim=0), scaled.T @ scaled
+    roots = []
+    for mask in masks:
+        left, count = scaled[~mask], mask.sum()
+        mean = (total - left.sum(dim=0)) / count
+        roots.append(_trace_root((second - left.T @ left - count * torch.outer(mean, mean)) / (count - 1)))
+    return torch.stack(roots)
 
 
 def _trace_root(matrix: Tensor) -> Tensor:

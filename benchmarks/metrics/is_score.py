@@ -11,39 +11,38 @@ import torch
 from torch import Tensor
 
 from benchmarks.metrics import Evidence, Metric, Value
-from benchmarks.metrics._bootstrap import REPLICATES, resampling_weights, with_interval
+from benchmarks.metrics._interval import REPLICATES, kept_images, with_interval
 
 SPLIT = 5000
 
 
 def inception_score(logits: Tensor, splits: int) -> float:
     """Mean score of `splits` consecutive parts of logits [N, C]."""
-    scores = [_scores(part, torch.ones(1, len(part), dtype=torch.float64)) for part in _split(logits, splits)]
-    return torch.cat(scores).mean().item()
+    return _scores(logits, torch.ones(1, len(logits), dtype=torch.float64), splits).item()
 
 
 def compute(evidence: Evidence, generator: torch.Generator) -> Value:
-    """Inception score of the logits; images are resampled within their split."""
+    """Inception score of the logits."""
     logits = evidence.features.logits
     splits = max(1, len(logits) // SPLIT)
-    replicates = [
-        _scores(part, resampling_weights(len(part), REPLICATES, generator)) for part in _split(logits, splits)
-    ]
-    return with_interval(inception_score(logits, splits), torch.stack(replicates).mean(dim=0), len(logits))
+    masks = kept_images(len(logits), REPLICATES, generator)
+    scores = _scores(logits, torch.cat([torch.ones_like(masks[:1]), masks]), splits)
+    return with_interval(scores[0].item(), scores[1:], len(logits))
 
 
-def _split(logits: Tensor, splits: int) -> list[Tensor]:
+def _scores(logits: Tensor, masks: Tensor, splits: int) -> Tensor:
+    # One score for each subset of the images, from masks [R, N].
+    scores = []
     bounds = [index * len(logits) // splits for index in range(splits + 1)]
-    return [logits[start:end] for start, end in pairwise(bounds)]
-
-
-def _scores(logits: Tensor, weights: Tensor) -> Tensor:
-    # One score for each row of image counts [R, N].
-    log_probabilities = logits.double().log_softmax(dim=1)
-    probabilities = log_probabilities.exp()
-    negative_entropy = weights @ (probabilities * log_probabilities).sum(dim=1) / len(logits)
-    average = weights @ probabilities / len(logits)
-    return (negative_entropy - torch.xlogy(average, average).sum(dim=1)).exp()
+    for start, end in pairwise(bounds):
+        log_probabilities = logits[start:end].double().log_softmax(dim=1)
+        probabilities = log_probabilities.exp()
+        kept = masks[:, start:end]
+        shares = kept / kept.sum(dim=1, keepdim=True)
+        average = shares @ probabilities
+        negative_entropy = shares @ (probabilities * log_probabilities).sum(dim=1)
+        scores.append((negative_entropy - torch.xlogy(average, average).sum(dim=1)).exp())
+    return torch.stack(scores).mean(dim=0)
 
 
 METRIC = Metric(name="is_score", position=80, label="IS{count}", better="higher", digits=2, compute=compute)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.metrics import Evidence, Metric, Value
-from benchmarks.metrics._bootstrap import REPLICATES, resampling_weights, with_interval
+from benchmarks.metrics._interval import REPLICATES, kept_images, with_interval
 
 
 def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -18,15 +18,12 @@ def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
 
-def kernel_distances(features: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
-    """Unbiased squared discrepancy [R] of features [N, D] to a reference [M, D], for each row of image counts [R, N].
-
-    Pairs of copies of one image are left out, as the unbiased estimator leaves out an image with itself.
-    """
-    count, reference_count = len(features), len(reference)
+def kernel_distances(features: Tensor, reference: Tensor, masks: Tensor) -> Tensor:
+    """Unbiased squared discrepancy [R] of subsets of features [N, D], by masks [R, N], to a reference [M, D]."""
+    counts, reference_count = masks.sum(dim=1), len(reference)
     own = polynomial_kernel(features, features).fill_diagonal_(0)
-    within = ((weights @ own) * weights).sum(dim=1) / (count**2 - weights.square().sum(dim=1))
-    across = weights @ polynomial_kernel(features, reference).mean(dim=1) / count
+    within = ((masks @ own) * masks).sum(dim=1) / (counts * (counts - 1))
+    across = masks @ polynomial_kernel(features, reference).mean(dim=1) / counts
     other = polynomial_kernel(reference, reference).fill_diagonal_(0)
     return within - 2 * across + other.sum() / (reference_count * (reference_count - 1))
 
@@ -34,8 +31,8 @@ def kernel_distances(features: Tensor, reference: Tensor, weights: Tensor) -> Te
 def compute(evidence: Evidence, generator: torch.Generator) -> Value:
     """Kernel distance of the pooled features to those of the full-precision reference samples."""
     features, reference = evidence.features.pooled, evidence.reference_features.pooled
-    weights = resampling_weights(len(features), REPLICATES, generator)
-    distances = kernel_distances(features, reference, torch.cat([torch.ones_like(weights[:1]), weights]))
+    masks = kept_images(len(features), REPLICATES, generator)
+    distances = kernel_distances(features, reference, torch.cat([torch.ones_like(masks[:1]), masks]))
     return with_interval(distances[0].item(), distances[1:], len(features))
 
 

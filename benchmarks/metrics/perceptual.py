@@ -7,7 +7,7 @@ LPIPS with the evaluator's network and without learned channel weights, so its v
 import torch
 
 from benchmarks.metrics import Evidence, Metric, Value
-from benchmarks.metrics._bootstrap import mean_with_interval
+from benchmarks.metrics._interval import mean_with_interval
 
 
 def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.metrics import Evidence, Metric, Value
-from benchmarks.metrics._bootstrap import mean_with_interval
+from benchmarks.metrics._interval import mean_with_interval
 
 # The mean squared error of rounding to 8 bits: images closer than this cannot be told apart, and the ratio stays finite
 # for equal images, at 58.92 dB.
