@@ -70,7 +70,7 @@ def bench_smoke(session: nox.Session) -> None:
     install(session)
     environment = stage_environment(session.posargs)
     started = time.monotonic()
-    copy = Path(session.create_tmp()) / "repository"
+    copy = Path(session.create_tmp()).resolve() / "repository"
     shutil.rmtree(copy, ignore_errors=True)
     copy_repository(ROOT, copy)
     smoke = [PYTHON, "-m", "benchmarks.smoke"]
