@@ -16,7 +16,8 @@ def masks(count, generator):
 
 
 def check(values, expected):
-    assert sum(value.low <= expected <= value.high for value in values) / len(values) >= 0.88
+    # 0.95 less four standard errors of a share among 80 trials.
+    assert sum(value.low <= expected <= value.high for value in values) / len(values) >= 0.85
     # Not by being wide: the standard error is about as large as the estimates scatter.
     scatter = torch.tensor([value.value for value in values]).std().item()
     widths = torch.tensor([value.high - value.low for value in values]) / (2 * 1.96)
