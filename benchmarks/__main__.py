@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from benchmarks import params
 from benchmarks.record import FULL_PRECISION, Cell
 from benchmarks.stages import calibrate, files, generate, reference, score, tables
+
+DEVICE_VARIABLE = "TFMQ_BENCH_DEVICE"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,9 +23,9 @@ def parser() -> argparse.ArgumentParser:
         if device:
             command.add_argument(
                 "--device",
-                default="auto",
+                default=os.environ.get(DEVICE_VARIABLE, "auto"),
                 choices=("auto", "cpu", "cuda"),
-                help="where to compute (default: %(default)s)",
+                help=f"where to compute (default: the variable {DEVICE_VARIABLE}, else CUDA where there is one)",
             )
         return command
 

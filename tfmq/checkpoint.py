@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from tfmq.layers import QuantizedLayer
@@ -63,14 +63,17 @@ def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) ->
     described = {
         "format": FORMAT,
         "unet_class": type(unet).__name__,
-        "unet_config": json.dumps(dict(unet.config), default=list),
+        "unet_config": unet.to_json_string(),
         "plan": json.dumps(asdict(_plan(unet))),
         "steps": json.dumps(unet.step_tracker.steps.tolist()),
         "metadata": json.dumps(metadata),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(_tensors(unet), temporary, metadata=described)
+        with temporary.open("wb") as file:
+            file.write(serialize(_tensors(unet), described))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
-from torch.nn import functional as F
 
 from tests.tfmq.oracle import tensors
-from tfmq import temporal
+from tfmq import reconstruction, temporal
 from tfmq.fake_quantize import FakeQuantize, StepTracker
 from tfmq.layers import quantized_layer
 from tfmq.plan import LayerPlan, QuantizationPlan, insert_quantizers, quantized_layers
@@ -149,13 +148,12 @@ def assert_follows_published_trace(recorded, names, values):
     first = slice(0, 50)
     for found, name in ((recorded.reconstruction, "rec"), (recorded.penalty, "round")):
         torch.testing.assert_close(torch.tensor(found[first]), values[f"trace.{name}"][first], rtol=1e-2, atol=0)
-    # Later on a weight that crosses a rounding boundary differently may matter; the sums still agree.
     torch.testing.assert_close(torch.tensor(recorded.penalty), values["trace.round"], rtol=1e-2, atol=1e-6)
+    # Adam turns the float error of a gradient near 0 into a step of its own, so a few alphas may part.
     for rounding, alpha, name in zip(recorded.roundings, recorded.after_10, names, strict=True):
-        close = (alpha - values[f"{name}.alpha_after_10"]).abs() <= 1e-3
-        assert close.float().mean() >= 0.995
-        agree = (rounding.alpha >= 0) == (values[f"{name}.alpha_end"] >= 0)
-        assert agree.float().mean() >= 0.995
+        for found, stage in ((alpha, "after_10"), (rounding.alpha, "end")):
+            close = (found - values[f"{name}.alpha_{stage}"]).abs() <= 1e-3
+            assert close.float().mean() >= 0.995
 
 
 # -- the temporal information block -----------------------------------------------------------------------------------
@@ -277,20 +275,38 @@ def test_batches_never_repeat_a_row_and_end_where_rows_do():
     assert [sorted(batch.tolist()) for batch in batches] == [[0, 1, 2, 3, 4]] * 3
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_learning_rounds_for_good_after_few_iterations(iterations):
+def small_layer():
+    """A linear layer with ranges, ready to learn, and its loss against full precision on 8 rows."""
     torch.manual_seed(0)
     layer = quantized_layer(torch.nn.Linear(5, 3).requires_grad_(False), 3, 32, StepTracker())
     layer.find_weight_range("minmax")
     x = torch.randn(8, 5)
-    target = F.linear(x, layer.weight, layer.bias)
+    target = layer(x)
+    return layer, lambda rows: reconstruction_loss(layer(x[rows]), target[rows], 2.0)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_learning_rounds_for_good_after_few_iterations(iterations):
+    layer, loss = small_layer()
     config = RoundingConfig(iterations=iterations, batch=4)
     batches = random_batches(8, 4, iterations, torch.Generator().manual_seed(0))
-    trace = learn_rounding(
-        [layer], lambda rows: reconstruction_loss(layer(x[rows]), target[rows], 2.0), batches, config
-    )
+    trace = learn_rounding([layer], loss, batches, config)
     assert len(trace) == iterations and layer.rounding is None and layer.codes is not None
     assert not layer.weight.requires_grad
+
+
+def test_iterations_count_from_1(monkeypatch):
+    seen = []
+
+    def watched_beta(iteration, iterations, warmup):
+        seen.append((iteration, iterations, warmup))
+        return annealed_beta(iteration, iterations, warmup)
+
+    monkeypatch.setattr(reconstruction, "annealed_beta", watched_beta)
+    layer, loss = small_layer()
+    batches = random_batches(8, 4, 3, torch.Generator().manual_seed(0))
+    learn_rounding([layer], loss, batches, RoundingConfig(iterations=3, batch=4, warmup=0.3))
+    assert seen == [(1, 3, 0.3), (2, 3, 0.3), (3, 3, 0.3)]
 
 
 def test_learned_step_sizes_lower_the_loss_and_stay_positive():

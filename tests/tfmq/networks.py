@@ -1,0 +1,66 @@
+"""Tiny random networks and calibration rows for the tests of the library."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+
+from tfmq.calibration import CalibrationSet, collect_calibration
+from tfmq.sampling import SamplingSettings
+from tfmq.unet import UNet
+
+SETTINGS = SamplingSettings(steps=5)
+
+
+def unconditional(seed: int = 0) -> UNet2DModel:
+    """An LDM-like UNet: 3x8x8 latents, attention on the lower level and in the middle."""
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16,
+        norm_num_groups=8,
+    ).eval()
+
+
+def conditional(seed: int = 0) -> UNet2DConditionModel:
+    """A Stable-Diffusion-like UNet with cross-attention to 12-dimensional context."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def noise(images: int = 4, seed: int = 1) -> torch.Tensor:
+    return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def pool(unet: UNet, images: int = 4) -> CalibrationSet:
+    return collect_calibration(unet, scheduler(), noise(images), SETTINGS, batch=images)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
