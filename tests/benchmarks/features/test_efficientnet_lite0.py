@@ -40,12 +40,14 @@ def test_features_are_those_of_the_network(network, weights):
     features = extract(measured, images(5))
     with torch.inference_mode():
         x = (resize(images(5), 224) - 127) / 128
-        spatial = network.blocks[:5](network.bn1(network.conv_stem(x)))[:, :10]
+        expansion = network.blocks[4][0]
+        spatial = expansion.bn1(expansion.conv_pw(network.blocks[:4](network.bn1(network.conv_stem(x)))))[:, :10]
         pooled = network.forward_head(network.forward_features(x), pre_logits=True)
         logits = network(x)
     assert [tuple(tensor.shape) for tensor in vars(features).values()] == [(5, 1280), (5, 1960), (5, 1000)]
     torch.testing.assert_close(features.pooled, pooled, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(features.logits, logits, rtol=1e-3, atol=1e-4)
+    assert features.spatial.min() >= 0 and features.spatial.max() <= 6  # After the ReLU6
     # Channels last: the ten channels of the first position come first.
     torch.testing.assert_close(features.spatial[:, :10], spatial[:, :, 0, 0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(features.spatial[:, 10:20], spatial[:, :, 0, 1], rtol=1e-3, atol=1e-4)
@@ -80,6 +82,15 @@ def test_maps_are_one_per_resolution(weights):
 )
 def test_names_of_the_weights_package(name, expected):
     assert weight_name(name) == expected
+
+
+def test_half_precision_weights_are_computed_in_single(network, tmp_path):
+    state = {weight_name(name): tensor for name, tensor in network.state_dict().items()}
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    save_file(half, tmp_path / "model.safetensors")
+    assert extract(load_evaluator("efficientnet_lite0", tmp_path / "model.safetensors"), images(1)).pooled.dtype == (
+        torch.float32
+    )
 
 
 def test_weights_that_do_not_fit_are_named(network, tmp_path):
