@@ -25,7 +25,8 @@ class Task:
     ``checkpoint`` and ``data`` are paths from the repository's root. ``steps`` is the count of denoising steps, ``eta``
     the share of noise that the DDIM step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored
     per cell, sampled ``batch`` at a time (rounding differs between batch sizes, so the batch is part of the task);
-    ``calibration_images`` give the calibration pool, ``reference_images`` the full-precision distribution.
+    ``calibration_images`` give the calibration pool, ``reference_images`` the full-precision distribution, and the first
+    ``data_images`` of the data set (None: all) the data's.
     """
 
     name: str
@@ -43,11 +44,14 @@ class Task:
     calibration_images: int
     reference_images: int
     evaluator: str
+    data_images: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("version", "resolution", "steps", "images", "batch", "calibration_images", "reference_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"task {self.name}: {name} is {getattr(self, name)}, but must be at least 1")
+        counts = ("images", "batch", "calibration_images", "reference_images", "data_images")
+        for name in ("version", "resolution", "steps", *counts):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"task {self.name}: {name} is {value}, but must be at least 1")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"task {self.name}: eta is {self.eta}, but must be from 0 (deterministic) to 1")
         if self.scheduler not in SCHEDULERS:

@@ -19,7 +19,7 @@ from benchmarks.record import Record
 
 PRECISION = "w4a8"
 ITERATIONS = 2
-TASK_LIMITS = {"steps": 4, "images": 8, "batch": 4, "calibration_images": 4, "reference_images": 16}
+TASK_LIMITS = {"steps": 4, "images": 8, "batch": 4, "calibration_images": 4, "reference_images": 16, "data_images": 64}
 TABLES = ("results/README.md", "results/leaderboard.csv")
 
 
@@ -34,7 +34,7 @@ def cut(document: dict[str, object]) -> dict[str, object]:
     small["seeds"] = small["seeds"][:1]
     for task in small["tasks"].values():
         for key, limit in TASK_LIMITS.items():
-            task[key] = min(task[key], limit)
+            task[key] = min(task.get(key) or limit, limit)
     for name, settings in small["methods"].items():
         for field in dataclasses.fields(discover.method(name).config):
             if field.name.endswith("iterations"):

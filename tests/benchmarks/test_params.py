@@ -60,6 +60,7 @@ def test_cells_start_with_full_precision(document):
         (("tasks", "emoji-ldm4", "steps"), "20", "params.tasks.emoji-ldm4.steps is '20': it must be a whole number"),
         (("tasks", "emoji-ldm4", "steps"), 0, "steps is 0, but must be at least 1"),
         (("tasks", "emoji-ldm4", "steps"), True, "must be a whole number"),
+        (("tasks", "emoji-ldm4", "data_images"), 0, "data_images is 0, but must be at least 1"),
         (("tasks", "emoji-ldm4", "eta"), 2.0, "eta is 2.0, but must be from 0"),
         (("tasks", "emoji-ldm4", "family"), "ldn", "unknown family 'ldn': did you mean 'ldm'"),
         (("tasks", "emoji-ldm4", "scheduler"), "dim", "did you mean 'ddim'"),

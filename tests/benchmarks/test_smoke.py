@@ -34,6 +34,7 @@ def test_every_task_and_method_runs_once(document):
     assert suite.tasks["emoji-ldm4"].images == 8
     assert suite.tasks["emoji-other"].images == 2
     assert suite.tasks["emoji-ldm4"].steps == 4
+    assert suite.tasks["emoji-ldm4"].data_images == 64
 
 
 def test_all_iterations_are_few(document):
