@@ -1,0 +1,90 @@
+"""Write the trained networks as a diffusers folder, and the evaluator's weights as safetensors."""
+
+import copy
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
+from safetensors.torch import save_file
+
+
+def export_pipeline(first_stage: VQModel, unet: UNet2DModel, scheduler: DDIMScheduler, folder: Path) -> None:
+    """Write an unconditional latent diffusion pipeline in float16; replace what `folder` held.
+
+    The networks themselves stay as they are.
+    """
+    unfinished = _unfinished(folder)
+    pipeline = LDMPipeline(copy.deepcopy(first_stage).half(), copy.deepcopy(unet).half(), scheduler)
+    pipeline.save_pretrained(unfinished, safe_serialization=True)
+    _replace(unfinished, folder)
+
+
+def export_evaluator(weights: Path, sha256: str, path: Path) -> None:
+    """Write the tensors of a PyTorch weights file, under their own names, as safetensors.
+
+    Kernels and matrices become float16, which halves the file; what normalises stays float32, since running variances
+    reach below float16's range. Raises ValueError if the file is not the one with that SHA-256.
+    """
+    check_sha256(weights, sha256)
+    tensors = torch.load(weights, map_location="cpu", weights_only=True)
+    converted = {name: (tensor.half() if tensor.ndim > 1 else tensor).contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    # One entry: the order of several would change from run to run, and the file's hash with it.
+    save_file(converted, unfinished, {"source": f"{weights.name} sha256:{sha256}"})
+    unfinished.chmod(0o644)
+    unfinished.replace(path)
+
+
+def publish(source: Path, folder: Path) -> None:
+    """Replace `folder` by a copy of `source`."""
+    unfinished = _unfinished(folder)
+    shutil.copytree(source, unfinished)
+    _replace(unfinished, folder)
+
+
+def record(folder: Path, path: Path) -> None:
+    """Write the size and SHA-256 of each file below `folder` to a JSON file."""
+    files = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
+    write_json(files, path)
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Write a mapping as JSON under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    """Raise a ValueError unless the file has that SHA-256."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path.name} has the SHA-256 {found}, not {sha256}: install the package's version again.")
+
+
+def _unfinished(folder: Path) -> Path:
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    return unfinished
+
+
+def _replace(unfinished: Path, folder: Path) -> None:
+    # A folder cannot be renamed onto one that holds files.
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    for file in unfinished.rglob("*.safetensors"):
+        file.chmod(0o644)
+    if folder.exists():
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)

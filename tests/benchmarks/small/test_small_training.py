@@ -1,0 +1,148 @@
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LDMPipeline
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks.small import card, diffusion, export, first_stage, training
+
+FIRST_STAGE = first_stage.FirstStageConfig(
+    channels=(4, 4, 8),
+    norm_groups=2,
+    codes=8,
+    iterations=4,
+    batch=2,
+    warm_up=2,
+    perceptual_images=1,
+    quantize_from=1,
+    restart_until=4,
+    restart_every=1,
+    log_every=1,
+    save_every=2,
+)
+DIFFUSION = diffusion.DiffusionConfig(
+    channels=(8, 8),
+    layers_per_block=1,
+    head_channels=4,
+    norm_groups=4,
+    iterations=4,
+    batch=4,
+    warm_up=2,
+    log_every=1,
+    save_every=2,
+    export_every=2,
+)
+IMAGES = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+LATENTS = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def train_first_stage(config: first_stage.FirstStageConfig, folder: Path) -> dict[str, torch.Tensor]:
+    model = first_stage.train(config, nn.MSELoss(), IMAGES, IMAGES[:2], folder, folder / "log.jsonl")
+    return model.state_dict()
+
+
+def train_diffusion(config: diffusion.DiffusionConfig, folder: Path) -> dict[str, torch.Tensor]:
+    return diffusion.train(config, LATENTS, folder, folder / "log.jsonl", lambda unet: None).state_dict()
+
+
+def stop_after_two(monkeypatch: pytest.MonkeyPatch, module) -> None:
+    def stopping(iteration: int, iterations: int, warm_up: int, peak: float) -> float:
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return training.learning_rate(iteration, iterations, warm_up, peak)
+
+    monkeypatch.setattr(module, "learning_rate", stopping)
+
+
+@pytest.mark.parametrize(
+    ("module", "train", "config"),
+    [(first_stage, train_first_stage, FIRST_STAGE), (diffusion, train_diffusion, DIFFUSION)],
+    ids=["first_stage", "diffusion"],
+)
+def test_a_resumed_run_ends_with_the_same_weights(module, train, config, tmp_path, monkeypatch):
+    whole = train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after_two(patch, module)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "resumed")
+    resumed = train(config, tmp_path / "resumed")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    lines = [json.loads(line) for line in (tmp_path / "resumed" / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="other settings"):
+        train(replace(config, seed=1), tmp_path / "resumed")
+
+
+def test_codes_follow_the_mean_of_the_vectors_that_choose_them():
+    codebook = first_stage.Codebook(torch.tensor([[0.0, 0.0], [10.0, 10.0], [99.0, 99.0]]), decay=0.0)
+    vectors = torch.tensor([[1.0, 0.0], [3.0, 0.0], [10.0, 12.0]])
+    indices = codebook.nearest(vectors)
+    assert indices.tolist() == [0, 0, 1]
+    codebook.update(vectors, indices)
+    assert codebook.codes[:2].tolist() == [[2.0, 0.0], [10.0, 12.0]]
+    assert codebook.restart(vectors, torch.Generator().manual_seed(0)) == 1
+    assert codebook.codes[2].tolist() in vectors.tolist()
+
+
+def test_every_image_is_seen_once_an_epoch():
+    seen = torch.cat([training.batch_indices(iteration, 3, 9, seed=5) for iteration in range(3)])
+    assert sorted(seen.tolist()) == list(range(9))
+    following = torch.cat([training.batch_indices(iteration, 3, 9, seed=5) for iteration in range(3, 6)])
+    assert seen.tolist() != following.tolist()
+
+
+def test_the_learning_rate_rises_then_falls_to_a_hundredth():
+    rates = [training.learning_rate(iteration, 100, 10, 1.0) for iteration in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[100] == pytest.approx(0.01)
+
+
+def test_psnr_is_that_of_the_squared_error():
+    images = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
+    assert first_stage.psnr(images + 10, images).item() == pytest.approx(28.1308, abs=1e-4)
+    assert card.pooled_psnr(images + 10, images) == pytest.approx(28.1308, abs=1e-4)
+
+
+def test_the_exported_pipeline_is_float16_and_samples(tmp_path):
+    torch.manual_seed(0)
+    model, unet = first_stage.build(FIRST_STAGE), diffusion.build(DIFFUSION)
+    folder = tmp_path / "model"
+    for _ in range(2):  # The second time it replaces what is there.
+        export.export_pipeline(model, unet, diffusion.build_scheduler(), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
+    pipeline = LDMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    images = card.sample(pipeline, 2, seed=0)
+    assert images.shape == (2, 3, 32, 32)
+    assert torch.equal(images, card.sample(pipeline, 2, seed=0))
+
+
+def test_evaluator_weights_keep_their_names(tmp_path):
+    source = tmp_path / "weights.pth"
+    torch.save({"kernel": torch.ones(2, 3, 1, 1), "variance": torch.tensor([1e-9])}, source)
+    with pytest.raises(ValueError, match="install the package's version again"):
+        export.export_evaluator(source, "0" * 64, tmp_path / "model.safetensors")
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    export.export_evaluator(source, sha256, tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert found["kernel"].dtype == torch.float16
+    assert found["variance"].tolist() == [pytest.approx(1e-9)]
+
+
+def test_the_card_changes_only_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{card.BEGIN}\nold\n{card.END}\nafter\n")
+    card.write(path, "new")
+    assert path.read_text() == f"before\n{card.BEGIN}\nnew\n{card.END}\nafter\n"
+    path.write_text("no markers")
+    with pytest.raises(ValueError, match="needs the lines"):
+        card.write(path, "new")
