@@ -25,8 +25,8 @@ class Task:
     ``checkpoint`` and ``data`` are paths from the repository's root. ``steps`` is the count of denoising steps, ``eta``
     the share of noise that the DDIM step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored
     per cell, sampled ``batch`` at a time (rounding differs between batch sizes, so the batch is part of the task);
-    ``calibration_images`` give the calibration pool, ``reference_images`` the full-precision distribution, and the first
-    ``data_images`` of the data set (None: all) the data's.
+    ``calibration_images`` give the calibration pool, ``reference_images`` the full-precision distribution, and the
+    first ``data_images`` of the data set (None: all) the data's.
     """
 
     name: str
