@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
+from benchmarks import discover
 from benchmarks.discover import unknown
 from benchmarks.features import extractor
 from benchmarks.metrics import Metric
@@ -202,7 +203,7 @@ def _markdown(records: Sequence[Record], metrics: Mapping[str, Metric], interval
     distance = extractor(task["evaluator"]).distance_label
     rows = []
     for record in records:
-        row = {"Precision": record.precision, "Method": record.method, "Seed": str(record.seed)}
+        row = {"Precision": record.precision, "Method": label(record.method), "Seed": str(record.seed)}
         row["Rank"] = str(ranks.get(record.cell.name, NOTHING))
         for name, metric in metrics.items():
             heading = metric.title(distance, task["images"]) + {"lower": " ↓", "higher": " ↑", None: ""}[metric.better]
@@ -219,6 +220,13 @@ def _markdown(records: Sequence[Record], metrics: Mapping[str, Metric], interval
         table = table.drop(columns="Note")
     align = ["left" if column in ("Precision", "Method", "Note") else "right" for column in table]
     return table.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def label(method: str) -> str:
+    """A method's name in tables and figures: its file's label; a method that has no file any more goes by its name."""
+    if method == FULL_PRECISION:
+        return "Full precision"
+    return discover.method(method).label if method in discover.names(discover.METHODS) else method
 
 
 def _number(value: Value | None, digits: int, interval: bool) -> str:

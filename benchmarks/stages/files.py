@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from benchmarks import manifest
 from benchmarks.record import FULL_PRECISION, Cell
 
 PARAMS = Path("params.yaml")
@@ -76,6 +77,13 @@ def write_json(path: Path, content: object) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """`write_bytes` of a safetensors file."""
     write_bytes(path, serialize({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file that a stage makes. Raises ValueError if it is missing, saying what to run."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: run `dvc repro`, which makes it")
+    return manifest.sha256(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

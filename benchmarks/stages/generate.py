@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import baselines
 import tfmq
-from benchmarks import discover, manifest
+from benchmarks import discover, environment, manifest
 from benchmarks.fields import read
 from benchmarks.models import Model
 from benchmarks.params import Suite, Task
@@ -86,8 +86,11 @@ def run(suite: Suite, cell: Cell, device_name: str, shards: int) -> None:
         pool = files.calibration(task.name) / calibrate.POOL
         trajectory = files.cell_folder(files.full_precision_cell(cell)) / TRAJECTORY
         settings = asdict(config)
-        inputs = {"checkpoint": manifest.verify(Path(task.checkpoint)), "calibration": manifest.sha256(pool)}
-        inputs["trajectory"] = manifest.sha256(trajectory)
+        inputs = {
+            "checkpoint": manifest.verify(Path(task.checkpoint)),
+            "calibration": files.sha256(pool),
+            "trajectory": files.sha256(trajectory),
+        }
     code = files.source_hash(*(Path(package.__file__).parent for package in (tfmq, baselines)), Path(__file__))
     key = files.fingerprint(asdict(task), asdict(cell), settings, suite.threads, inputs, str(device), code)
     work = Work(task, cell, str(device), files.RESUME / f"{cell.name}-{key}")
@@ -227,6 +230,7 @@ def _finish(work: Work, settings: dict, inputs: dict[str, str]) -> None:
         "settings": settings,
         "inputs": inputs,
         "device": _device_name(torch.device(work.device)),
+        "environment": environment.describe(work.device),
         "sample_seconds": sum(part["seconds"].item() for part in parts),
     }
     with files.new_folder(files.cell_folder(work.cell)) as folder:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks import environment, manifest
+from benchmarks import manifest
 from benchmarks.features import compare, extract
 from benchmarks.metrics import Evidence, metrics
 from benchmarks.params import Suite, Task
@@ -36,7 +36,7 @@ def run(suite: Suite, cell: Cell, device_name: str) -> None:
         cost=_cost(cell, outcome) if measured else None,
         coverage=_coverage(outcome.get("coverage", [])),
         inputs=outcome.get("inputs", {}) | ({"images": manifest.sha256(folder / generate.IMAGES)} if measured else {}),
-        environment=environment.describe(device_name),
+        environment=outcome.get("environment", {}),
     )
     files.write_text(files.record_file(cell), record.to_json())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import discover, figures, tables
+from benchmarks import figures, tables
 from benchmarks.metrics import metrics
 from benchmarks.params import Suite
 from benchmarks.record import FULL_PRECISION, Cell, Record
@@ -37,11 +37,6 @@ def run(suite: Suite) -> str:
     return table
 
 
-def label(method: str) -> str:
-    """A method's name in tables and figures."""
-    return "Full precision" if method == FULL_PRECISION else discover.method(method).label
-
-
 def _read(suite: Suite, cell: Cell) -> Record:
     path = files.record_file(cell)
     if path.is_file():
@@ -67,21 +62,22 @@ def _read(suite: Suite, cell: Cell) -> Record:
 
 def _figures(suite: Suite, task: str, precision: str) -> list[tuple[str, str]]:
     """Figures of one task at one precision: (caption, path from the results page)."""
-    rows = {"Full precision": _images(Cell(task, FULL_PRECISION, "w32a32"))}
+    rows = {tables.label(FULL_PRECISION): _images(Cell(task, FULL_PRECISION, "w32a32"))}
     curves, timesteps = {}, None
     for method in suite.methods:
         cell = Cell(task, method, precision)
         folder = files.cell_folder(cell)
         if (folder / generate.IMAGES).is_file():
-            rows[label(method)] = _images(cell)
+            rows[tables.label(method)] = _images(cell)
             errors = files.read_tensors(folder / generate.ERRORS)
-            curves[label(method)] = errors["temporal"].mean(1).numpy()
+            curves[tables.label(method)] = errors["temporal"].mean(1).numpy()
             timesteps = errors["timesteps"].numpy()
     if timesteps is None:
         return []
+    columns = min(GRID_COLUMNS, *(len(images) for images in rows.values()))
     shown = []
     for kind, text, figure in (
-        ("samples", f"{task} at {precision}: the same noise in each column", figures.sample_grid(rows, GRID_COLUMNS)),
+        ("samples", f"{task} at {precision}: the same noise in each column", figures.sample_grid(rows, columns)),
         (
             "temporal",
             f"{task} at {precision}: error of the temporal features over steps",

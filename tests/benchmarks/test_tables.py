@@ -58,8 +58,8 @@ def test_csv_reads_back(records):
 
 def test_the_leaderboard_shows_intervals_and_names_its_settings(records):
     text = tables.leaderboard(records, COLUMNS)
-    assert "| w4a8        | tfmq           |      1 | 0.0190 [0.0150, 0.0220] |" in text
-    assert text.index("full_precision") < text.index("| w8a8")
+    assert "| w4a8        | TFMQ-DM          |      1 | 0.0190 [0.0150, 0.0220] |" in text
+    assert text.index("Full precision") < text.index("| w8a8")
     for part in ("FD512 to data", "512 images", "4096", "20 DDIM steps", "efficientnet_lite0", "`shared`", "simulated"):
         assert part in text
     assert "FID" not in text
@@ -83,7 +83,7 @@ def test_what_was_not_measured_stays_visible(records, make_record, status):
 def test_seeds_have_rows_of_their_own(make_record):
     text = tables.leaderboard([make_record(), make_record(seed=1)], COLUMNS)
     assert "Seed" in text
-    assert text.count("| nearest") == 2
+    assert text.count("| Round-to-nearest") == 2
 
 
 def test_records_that_cannot_be_compared_are_refused(make_record, task_settings):

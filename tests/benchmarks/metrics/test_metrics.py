@@ -187,7 +187,6 @@ def test_statistics_that_are_not_finite_are_named(evidence):
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "paired": None}, "three or more"),
         ({"paired": torch.zeros(COUNT, 3, 4, 4, dtype=torch.uint8)}, "cannot be paired"),
         ({"features": features(5, 0)}, "features has 5 rows"),
-        ({"trajectory_error": torch.zeros(5, COUNT)}, "trajectory_error has 5 rows"),
     ],
 )
 def test_evidence_must_fit_together(evidence, change, message):

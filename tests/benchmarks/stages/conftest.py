@@ -1,0 +1,106 @@
+"""A tiny suite in a folder of its own: random checkpoint, random evaluator, a handful of images."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from timm.models import create_model
+
+from benchmarks import __main__ as command_line
+from benchmarks import manifest
+from benchmarks.features.efficientnet_lite0 import weight_name
+from benchmarks.models.ldm import FAMILY
+from benchmarks.small.data import Emoji, write_sheet, write_table
+
+PARAMS = {
+    "name": "tiny",
+    "protocol": "shared",
+    "threads": 1,
+    "tasks": {
+        "toy": {
+            "version": 1,
+            "family": "ldm",
+            "checkpoint": "data/toy",
+            "data": "data/emoji",
+            "resolution": 32,
+            "scheduler": "ddim",
+            "steps": 3,
+            "eta": 0.5,
+            "guidance_scale": 1.0,
+            "images": 6,
+            "batch": 2,
+            "calibration_images": 4,
+            "reference_images": 4,
+            "evaluator": "efficientnet_lite0",
+        }
+    },
+    "methods": {"nearest": {}, "tfmq": {"iterations": 2, "temporal_iterations": 2}},
+    "precisions": ["w4a8", "w4a32"],
+    "seeds": [0],
+}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny suite after its calibrate, reference and full-precision stages."""
+    folder = tmp_path_factory.mktemp("suite")
+    FAMILY.save_tiny(folder / "data" / "toy", 0)
+    emoji = folder / "data" / "emoji"
+    emoji.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    write_sheet(torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=generator), emoji / "sheet.webp")
+    write_table([Emoji(i, f"emoji {i}", "Objects", "google", "train") for i in range(5)], emoji / "emoji.csv")
+    weights = folder / "data" / "efficientnet-lite0" / "model.safetensors"
+    weights.parent.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = create_model("tf_efficientnet_lite0", pretrained=False)
+    save_file({weight_name(name): tensor for name, tensor in network.state_dict().items()}, weights)
+    manifest.write(weights.parent)
+    (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS, sort_keys=False))
+    (folder / "README.md").write_text("# Toy\n\n<!-- leaderboard -->\n<!-- /leaderboard -->\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in ("calibrate", "reference"):
+            assert command_line.main([stage, "--task", "toy"]) == 0
+        assert command_line.main(["generate", "--task", "toy", "--method", "full_precision", "--shards", "1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def suite(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy of the prepared suite, as the current folder."""
+    folder = tmp_path / "suite"
+    shutil.copytree(prepared, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Run one stage of the command line; returns its exit code and the lines it printed on standard error."""
+
+    def stage(*arguments: str) -> tuple[int, list[str]]:
+        capsys.readouterr()
+        code = command_line.main(list(arguments))
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        return code, lines
+
+    return stage
+
+
+@pytest.fixture
+def generate(run):
+    """Generate a cell of the toy task in this process; returns what ``run`` does."""
+
+    def cell(method: str, precision: str = "w4a8", shards: int = 1) -> tuple[int, list[str]]:
+        return run(
+            *("generate", "--task", "toy", "--method", method, "--precision", precision, "--shards", str(shards))
+        )
+
+    return cell
