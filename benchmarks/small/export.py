@@ -10,6 +10,8 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from safetensors.torch import save_file
 
+from benchmarks import manifest
+
 
 def export_pipeline(first_stage: VQModel, unet: UNet2DModel, scheduler: DDIMScheduler, folder: Path) -> None:
     """Write an unconditional latent diffusion pipeline in float16; replace what `folder` held.
@@ -19,6 +21,7 @@ def export_pipeline(first_stage: VQModel, unet: UNet2DModel, scheduler: DDIMSche
     unfinished = _unfinished(folder)
     pipeline = LDMPipeline(copy.deepcopy(first_stage).half(), copy.deepcopy(unet).half(), scheduler)
     pipeline.save_pretrained(unfinished, safe_serialization=True)
+    manifest.write(unfinished)
     _replace(unfinished, folder)
 
 
@@ -37,6 +40,7 @@ def export_evaluator(weights: Path, sha256: str, path: Path) -> None:
     save_file(converted, unfinished, {"source": f"{weights.name} sha256:{sha256}"})
     unfinished.chmod(0o644)
     unfinished.replace(path)
+    manifest.write(path.parent)
 
 
 def publish(source: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks import manifest
 from benchmarks.features import Evaluator, Features, extract, load_evaluator
 from benchmarks.metrics import ReferenceStatistics, reference_statistics
 from benchmarks.params import Suite, Task
@@ -29,6 +30,7 @@ from tfmq.sampling import sample
 FEATURES = "features.safetensors"
 STATISTICS = "statistics.safetensors"
 DATA_STATISTICS = "data_statistics.safetensors"
+EVALUATOR = "evaluator.json"
 EVALUATORS = Path("data")
 
 
@@ -41,7 +43,8 @@ def run(suite: Suite, task_name: str, device_name: str) -> None:
     features = extract(evaluator, _sample_reference(task, device))
     data = extract(evaluator, load_images(Path(task.data), task.resolution))
     with files.new_folder(files.reference(task.name)) as folder:
-        files.write_tensors(folder / FEATURES, vars(features), {"evaluator": evaluator.identity})
+        files.write_json(folder / EVALUATOR, {"identity": evaluator.identity})
+        files.write_tensors(folder / FEATURES, vars(features))
         files.write_tensors(folder / STATISTICS, reference_statistics(features).to_tensors())
         files.write_tensors(folder / DATA_STATISTICS, reference_statistics(data).to_tensors())
 
@@ -49,12 +52,19 @@ def run(suite: Suite, task_name: str, device_name: str) -> None:
 def evaluator_of(task: Task, device: torch.device) -> Evaluator:
     """The task's evaluator with the weights that data.dvc brings."""
     folder = EVALUATORS / task.evaluator.replace("_", "-")
+    manifest.verify(folder)
     return load_evaluator(task.evaluator, folder / "model.safetensors", device)
 
 
-def read(task: Task) -> tuple[Features, ReferenceStatistics, ReferenceStatistics]:
-    """Features of the full-precision reference, its statistics, and those of the data set."""
+def read(task: Task, evaluator: Evaluator) -> tuple[Features, ReferenceStatistics, ReferenceStatistics]:
+    """Features of the full-precision reference, its statistics, and those of the data set.
+
+    Raises ValueError if they were made with another evaluator.
+    """
     folder = files.reference(task.name)
+    made_with = files.read_json(folder / EVALUATOR)["identity"]
+    if made_with != evaluator.identity:
+        raise ValueError(f"{folder} was made with {made_with}, not with {evaluator.identity}: run `dvc repro`")
     features = Features(**files.read_tensors(folder / FEATURES))
     own = ReferenceStatistics.from_tensors(files.read_tensors(folder / STATISTICS))
     data = ReferenceStatistics.from_tensors(files.read_tensors(folder / DATA_STATISTICS))

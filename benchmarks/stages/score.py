@@ -7,10 +7,10 @@ from dataclasses import asdict
 import torch
 
 from benchmarks import manifest
-from benchmarks.features import compare, extract
+from benchmarks.features import Evaluator, compare, extract
 from benchmarks.metrics import Evidence, metrics
 from benchmarks.params import Suite, Task
-from benchmarks.record import FULL_PRECISION, Cell, Cost, Record
+from benchmarks.record import FULL_PRECISION, Cell, Cost, Record, Value
 from benchmarks.stages import calibrate, files, generate, reference
 from benchmarks.stages.setup import device_of, seed_of, task_of
 
@@ -22,6 +22,7 @@ def run(suite: Suite, cell: Cell, device_name: str) -> None:
     outcome = files.read_json(folder / generate.OUTCOME)
     torch.set_num_threads(suite.threads)
     measured = outcome["status"] == "measured"
+    evaluator = reference.evaluator_of(task, device_of(device_name))
     record = Record(
         task=task.name,
         task_version=task.version,
@@ -29,10 +30,10 @@ def run(suite: Suite, cell: Cell, device_name: str) -> None:
         precision=cell.precision,
         seed=cell.seed,
         protocol=suite.protocol,
-        settings={"task": asdict(task), "method": outcome.get("settings", {})},
+        settings={"task": asdict(task), "method": outcome.get("settings", {}), "evaluator": evaluator.identity},
         status=outcome["status"],
         reason=outcome["reason"],
-        metrics=_measure(task, cell, device_of(device_name)) if measured else {},
+        metrics=_measure(task, cell, evaluator) if measured else {},
         cost=_cost(cell, outcome) if measured else None,
         coverage=_coverage(outcome.get("coverage", [])),
         inputs=outcome.get("inputs", {}) | ({"images": manifest.sha256(folder / generate.IMAGES)} if measured else {}),
@@ -41,10 +42,9 @@ def run(suite: Suite, cell: Cell, device_name: str) -> None:
     files.write_text(files.record_file(cell), record.to_json())
 
 
-def _measure(task: Task, cell: Cell, device: torch.device) -> dict:
-    evaluator = reference.evaluator_of(task, device)
+def _measure(task: Task, cell: Cell, evaluator: Evaluator) -> dict[str, Value]:
     images = _images(cell)
-    reference_features, reference_statistics, data_statistics = reference.read(task)
+    reference_features, reference_statistics, data_statistics = reference.read(task, evaluator)
     common = {
         "images": images,
         "reference_features": reference_features,
