@@ -19,7 +19,7 @@ from benchmarks.record import Record
 
 PRECISION = "w4a8"
 ITERATIONS = 2
-TASK_LIMITS = {"steps": 4, "images": 8, "batch": 4, "calibration_images": 4, "reference_images": 16, "data_images": 64}
+TASK_LIMITS = {"steps": 4, "images": 12, "batch": 4, "calibration_images": 4, "reference_images": 16, "data_images": 64}
 TABLES = ("results/README.md", "results/leaderboard.csv")
 
 

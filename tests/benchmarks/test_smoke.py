@@ -31,7 +31,7 @@ def test_every_task_and_method_runs_once(document):
         (task, method) for task in ("emoji-ldm4", "emoji-other") for method in names
     ]
     assert {cell.precision for cell in suite.cells()} == {"w32a32", "w4a8"}
-    assert suite.tasks["emoji-ldm4"].images == 8
+    assert suite.tasks["emoji-ldm4"].images == 12
     assert suite.tasks["emoji-other"].images == 2
     assert suite.tasks["emoji-ldm4"].steps == 4
     assert suite.tasks["emoji-ldm4"].data_images == 64
