@@ -232,8 +232,8 @@ def label(method: str) -> str:
 def _number(value: Value | None, digits: int, interval: bool) -> str:
     if value is None:
         return NOTHING
-    text = f"{value.value:.{digits}f}"
-    return f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]" if interval else text
+    text = f"{value.value:z.{digits}f}"
+    return f"{text} [{value.low:z.{digits}f}, {value.high:z.{digits}f}]" if interval else text
 
 
 def _duration(record: Record) -> str:
