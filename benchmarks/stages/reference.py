@@ -41,7 +41,7 @@ def run(suite: Suite, task_name: str, device_name: str) -> None:
     torch.set_num_threads(suite.threads)
     evaluator = evaluator_of(task, device)
     features = extract(evaluator, _sample_reference(task, device))
-    data = extract(evaluator, load_images(Path(task.data), task.resolution))
+    data = extract(evaluator, load_images(Path(task.data), task.resolution)[: task.data_images])
     with files.new_folder(files.reference(task.name)) as folder:
         files.write_json(folder / EVALUATOR, {"identity": evaluator.identity})
         files.write_tensors(folder / FEATURES, vars(features))
