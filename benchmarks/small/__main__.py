@@ -17,6 +17,7 @@ from benchmarks.small.settings import Settings, load
 ROOM = Path(__file__).parent
 BUILD = ROOM / "build"
 LOGS = ROOM / "logs"
+FIGURES = ROOM / "figures"
 PUBLISHED = ROOM.parent.parent / "data"
 PARTS = ("emoji", "emoji-ldm4", "efficientnet-lite0")
 
@@ -69,7 +70,7 @@ def run_first_stage(settings: Settings) -> None:
 
 def run_diffusion(settings: Settings) -> None:
     """Train the denoiser, or go on with it; hand on the pipeline from time to time."""
-    model = VQModel.from_pretrained(BUILD / "first-stage" / "vqvae").requires_grad_(False)
+    model = VQModel.from_pretrained(BUILD / "first-stage" / "vqvae", low_cpu_mem_usage=False).requires_grad_(False)
     latents = first_stage.encode(model, data.load_split(BUILD / "emoji", 32, "train")) * model.config.scaling_factor
     scheduler = diffusion.build_scheduler()
 
@@ -96,9 +97,15 @@ def run_publish(settings: Settings) -> None:
 
 
 def run_measure(settings: Settings) -> None:
-    """Measure the published models and draw the two grids: the figures of the data card."""
-    pipeline = LDMPipeline.from_pretrained(PUBLISHED / "emoji-ldm4")
-    export.write_json(card.measure(pipeline, PUBLISHED, ROOM / "figures"), LOGS / "figures.json")
+    """Measure the published first stage, and draw reconstructions: the figures of the data card."""
+    pipeline = LDMPipeline.from_pretrained(PUBLISHED / "emoji-ldm4", low_cpu_mem_usage=False)
+    export.write_json(card.measure(pipeline, PUBLISHED, FIGURES), LOGS / "figures.json")
+
+
+def run_sample(settings: Settings) -> None:
+    """Draw samples of the published pipeline."""
+    pipeline = LDMPipeline.from_pretrained(PUBLISHED / "emoji-ldm4", low_cpu_mem_usage=False)
+    card.draw(card.sample(pipeline, card.SAMPLES, seed=0), FIGURES / "samples.png")
 
 
 def run_card(settings: Settings) -> None:
@@ -115,6 +122,7 @@ STEPS = {
     "evaluator": run_evaluator,
     "publish": run_publish,
     "measure": run_measure,
+    "sample": run_sample,
     "card": run_card,
 }
 

@@ -22,26 +22,27 @@ SAMPLING_STEPS = 20
 
 
 def measure(pipeline: LDMPipeline, folder: Path, pictures: Path) -> dict[str, float]:
-    """Reconstruct all images of `folder`/emoji and sample some; draw both grids below `pictures`."""
-    pictures.mkdir(parents=True, exist_ok=True)
+    """Reconstruct all images of `folder`/emoji, and draw held-out ones below `pictures`."""
+    rows = data.load_table(folder / "emoji")
     images = data.load_images(folder / "emoji", 32)
-    held_out = torch.tensor([row.split == "held-out" for row in data.load_table(folder / "emoji")])
+    held_out = torch.tensor([row.split == "held-out" for row in rows])
     reconstructed = first_stage.reconstruct(pipeline.vqvae, images)
     unquantized = first_stage.reconstruct(pipeline.vqvae, images[held_out], quantize=False)
     latents = first_stage.encode(pipeline.vqvae, images[~held_out]) * pipeline.vqvae.config.scaling_factor
     shown = torch.linspace(0, int(held_out.sum()) - 1, RECONSTRUCTED).long()
     pairs = torch.stack([images[held_out][shown], reconstructed[held_out][shown]]).unflatten(1, (-1, GRID_COLUMNS))
     draw(pairs.transpose(0, 1).flatten(0, 2), pictures / "reconstructions.png")
-    draw(sample(pipeline, SAMPLES, seed=0), pictures / "samples.png")
     evaluator = load_evaluator("efficientnet_lite0", folder / "efficientnet-lite0" / "model.safetensors")
-    reference = moments(extract(evaluator, images).pooled)
+    features = extract(evaluator, images).pooled
+    by_google = torch.tensor([row.vendor == "google" for row in rows])
     quality = first_stage.psnr(reconstructed, images)
     return {
         "held_out_psnr": quality[held_out].mean().item(),
         "held_out_psnr_of_mean_error": pooled_psnr(reconstructed[held_out], images[held_out]),
         "held_out_psnr_unquantized": first_stage.psnr(unquantized, images[held_out]).mean().item(),
         "train_psnr": quality[~held_out].mean().item(),
-        "reconstruction_fd": frechet_distance(extract(evaluator, reconstructed).pooled, reference),
+        "reconstruction_fd": frechet_distance(extract(evaluator, reconstructed).pooled, moments(features)),
+        "vendor_fd": frechet_distance(features[by_google], moments(features[~by_google])),
         "latent_mean": latents.mean().item(),
         "latent_deviation": latents.std().item(),
         "latent_largest": latents.abs().max().item(),
@@ -77,6 +78,7 @@ def draw(images: Tensor, path: Path, scale: int = 2, gap: int = 2) -> None:
     for index, image in enumerate(enlarged):
         top, left = index // GRID_COLUMNS * side + gap, index % GRID_COLUMNS * side + gap
         canvas[top : top + side - gap, left : left + side - gap] = image
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     Image.fromarray(canvas.numpy()).save(unfinished, format="PNG", optimize=True)
     unfinished.replace(path)
@@ -92,6 +94,7 @@ def table(figures: dict[str, float], logs: Path, folder: Path) -> str:
         ("PSNR of held-out images without the codebook, mean", f"{figures['held_out_psnr_unquantized']:.2f} dB"),
         ("PSNR of training images, mean", f"{figures['train_psnr']:.2f} dB"),
         ("FD7572 of all images' reconstructions to the images", f"{figures['reconstruction_fd']:.1f}"),
+        ("FD of Google's images to Twitter's, as a yardstick", f"{figures['vendor_fd']:.1f}"),
         ("Largest scaled latent of the training images", f"{figures['latent_largest']:.2f}"),
         ("Mean and deviation of scaled latents", f"{figures['latent_mean']:.3f}, {figures['latent_deviation']:.3f}"),
     ]

@@ -3,9 +3,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LDMPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -146,3 +148,29 @@ def test_the_card_changes_only_between_its_markers(tmp_path):
     path.write_text("no markers")
     with pytest.raises(ValueError, match="needs the lines"):
         card.write(path, "new")
+
+
+def test_the_table_gives_figures_cost_and_hashes(tmp_path):
+    logs, folder = tmp_path / "logs", tmp_path / "data"
+    for path in (logs, folder):
+        path.mkdir()
+    for name in ("first-stage", "diffusion"):
+        (logs / f"{name}.jsonl").write_text('{"iteration": 50, "seconds": 60}\n{"iteration": 1000, "seconds": 1200}\n')
+    (folder / "file").write_bytes(b"content")
+    names = (
+        *("held_out_psnr", "held_out_psnr_of_mean_error", "held_out_psnr_unquantized", "train_psnr"),
+        *("reconstruction_fd", "vendor_fd", "latent_mean", "latent_deviation", "latent_largest"),
+    )
+    figures = dict.fromkeys(names, 24.125) | {"first_stage_parameters": 1234, "unet_parameters": 5678}
+    text = card.table(figures, logs, folder)
+    assert "| PSNR of held-out images, mean | 24.12 dB |" in text
+    assert "| diffusion | 1,000 | 20 |" in text
+    assert f"| file | 7 | `{hashlib.sha256(b'content').hexdigest()}` |" in text
+
+
+def test_the_grid_shows_every_pixel(tmp_path):
+    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    card.draw(images, tmp_path / "grid.png")
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / "grid.png")))
+    assert grid.shape == (2 * 18 + 2, 16 * 18 + 2, 3)
+    assert torch.equal(grid[20:36:2, 20:36:2].permute(2, 0, 1), images[17])
