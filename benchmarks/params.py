@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +26,8 @@ class Task:
     the share of noise that the DDIM step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored
     per cell, sampled ``batch`` at a time (rounding differs between batch sizes, so the batch is part of the task);
     ``calibration_images`` give the calibration pool, ``reference_images`` the full-precision distribution, and the
-    first ``data_images`` of the data set (None: all) the data's.
+    first ``data_images`` of the data set (None: all) the data's. ``gate`` bounds metrics of the full-precision row,
+    ``{fd_data: [low, high]}``: where our own is outside, all cells of the task are shown as unverified.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Task:
     reference_images: int
     evaluator: str
     data_images: int | None = None
+    gate: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = ("images", "batch", "calibration_images", "reference_images", "data_images")
@@ -56,6 +58,9 @@ class Task:
             raise ValueError(f"task {self.name}: eta is {self.eta}, but must be from 0 (deterministic) to 1")
         if self.scheduler not in SCHEDULERS:
             raise discover.unknown(f"scheduler of task {self.name}", self.scheduler, SCHEDULERS, "Choose one of them.")
+        for metric, bounds in self.gate.items():
+            if len(bounds) != 2 or bounds[0] > bounds[1]:
+                raise ValueError(f"task {self.name}: gate.{metric} is {list(bounds)}, but must be [low, high]")
 
 
 @dataclass(frozen=True)

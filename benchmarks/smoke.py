@@ -35,6 +35,7 @@ def cut(document: dict[str, object]) -> dict[str, object]:
     for task in small["tasks"].values():
         for key, limit in TASK_LIMITS.items():
             task[key] = min(task.get(key) or limit, limit)
+        task.pop("gate", None)
     for name, settings in small["methods"].items():
         for field in dataclasses.fields(discover.method(name).config):
             if field.name.endswith("iterations"):

@@ -60,6 +60,27 @@ def ranking(records: Sequence[Record]) -> dict[str, int]:
     return ranks
 
 
+def gated(records: Sequence[Record], gates: Mapping[str, Mapping[str, tuple[float, ...]]]) -> list[Record]:
+    """The records, those of a task as unverified if its full-precision row misses a bound of its gate.
+
+    ``gates`` maps a task to its metrics' bounds (low, high). A wrong full-precision number means that checkpoint,
+    sampler or evaluator are not what the task says, and then no quantised number of it means anything either.
+    """
+    broken = {}
+    for record in records:
+        if record.method == FULL_PRECISION and record.status == "measured":
+            for name, (low, high) in gates.get(record.task, {}).items():
+                value = record.metrics[name].value
+                if not low <= value <= high:
+                    broken[record.task] = f"full precision has {name} {value:.4g}, expected {low:g} to {high:g}"
+    return [
+        dataclasses.replace(record, status="unverified", reason=broken[record.task])
+        if record.task in broken and record.status == "measured"
+        else record
+        for record in records
+    ]
+
+
 def csv(table: pd.DataFrame) -> str:
     """The frame as CSV with eight significant digits; `pandas.read_csv` reads it back."""
     return table.to_csv(index=False, float_format="%.8g", lineterminator="\n")

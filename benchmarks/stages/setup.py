@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from benchmarks import discover
 from benchmarks.models import Model
 from benchmarks.params import Suite, Task
 from tfmq.sampling import Conditioning, SamplingSettings
+
+# The names are checked by `benchmarks.params`.
+SCHEDULERS = {"ddim": DDIMScheduler}
 
 
 def task_of(suite: Suite, name: str) -> Task:
@@ -34,8 +39,10 @@ def device_of(name: str) -> torch.device:
 
 
 def load_model(task: Task, device: torch.device) -> Model:
-    """The full-precision model of a task, on ``device``."""
-    return discover.family(task.family).load(Path(task.checkpoint), device)
+    """The full-precision model of a task, on ``device``, with the task's kind of scheduler."""
+    model = discover.family(task.family).load(Path(task.checkpoint), device)
+    scheduler = SCHEDULERS[task.scheduler].from_config(model.scheduler.config)
+    return dataclasses.replace(model, scheduler=scheduler)
 
 
 def sampling_settings(task: Task) -> SamplingSettings:

@@ -138,3 +138,13 @@ def test_figures_are_the_same_bytes_each_time():
 def test_a_grid_needs_enough_images():
     with pytest.raises(ValueError, match="tfmq has 2 images: the grid shows 8"):
         figures.sample_grid({"tfmq": np.zeros((2, 3, 8, 8), dtype=np.uint8)})
+
+
+def test_a_full_precision_row_outside_its_gate_marks_the_whole_task(make_record):
+    full = make_record(method="full_precision", precision="w32a32")
+    cells = [full, make_record(), make_record(method="tfmq", status="failed", reason="x", metrics={}, cost=None)]
+    assert tables.gated(cells, {"emoji-ldm4": {"fd_data": (12.0, 13.0)}}) == cells
+    marked = tables.gated(cells, {"emoji-ldm4": {"fd_data": (1.0, 2.0)}})
+    assert [record.status for record in marked] == ["unverified", "unverified", "failed"]
+    assert marked[1].reason == "full precision has fd_data 12.5, expected 1 to 2"
+    assert "unverified: full precision has fd_data 12.5" in tables.leaderboard(marked, COLUMNS)
