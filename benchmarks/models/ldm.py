@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel, VQModel
+from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from torch import Tensor
 
 from benchmarks import manifest
@@ -62,9 +62,7 @@ def save_tiny(folder: Path, seed: int) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    unet.save_pretrained(folder / "unet")
-    first_stage.save_pretrained(folder / "vqvae")
-    scheduler.save_pretrained(folder / "scheduler")
+    LDMPipeline(first_stage, unet, scheduler).save_pretrained(folder)
     manifest.write(folder)
 
 
