@@ -15,8 +15,8 @@ from benchmarks.models import Family, Model
 def load(folder: Path, device: torch.device) -> Model:
     """Load ``unet/``, ``vqvae/`` and ``scheduler/`` of ``folder`` as float32, after checking the files' hashes."""
     manifest.verify(folder)
-    unet = UNet2DModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    first_stage = VQModel.from_pretrained(folder / "vqvae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    first_stage = VQModel.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     unet.eval().requires_grad_(False).to(device)
     first_stage.eval().requires_grad_(False).to(device)
