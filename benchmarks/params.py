@@ -26,8 +26,7 @@ class Task:
     the share of noise that the DDIM step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored
     per cell, sampled ``batch`` at a time (rounding differs between batch sizes, so the batch is part of the task);
     ``calibration_images`` give the calibration pool, ``reference_images`` the full-precision distribution, and the
-    first ``data_images`` of the data set (None: all) the data's. ``gate`` bounds metrics of the full-precision row,
-    ``{fd_data: [low, high]}``: where our own is outside, all cells of the task are shown as unverified.
+    first ``data_images`` of the data set (None: all) the data's.
     """
 
     name: str
@@ -46,7 +45,6 @@ class Task:
     reference_images: int
     evaluator: str
     data_images: int | None = None
-    gate: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = ("images", "batch", "calibration_images", "reference_images", "data_images")
@@ -58,9 +56,6 @@ class Task:
             raise ValueError(f"task {self.name}: eta is {self.eta}, but must be from 0 (deterministic) to 1")
         if self.scheduler not in SCHEDULERS:
             raise discover.unknown(f"scheduler of task {self.name}", self.scheduler, SCHEDULERS, "Choose one of them.")
-        for metric, bounds in self.gate.items():
-            if len(bounds) != 2 or bounds[0] > bounds[1]:
-                raise ValueError(f"task {self.name}: gate.{metric} is {list(bounds)}, but must be [low, high]")
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,8 @@ class Suite:
 
     ``methods`` maps each method's name to the settings that differ from its defaults. ``precisions`` are those of the
     quantised methods; the full-precision row is always there. ``threads`` is the count of CPU threads of every stage.
+    ``gates`` bounds metrics of a task's full-precision row, ``{task: {fd_data: [low, high]}}``: where it is outside,
+    all cells of the task are shown as unverified.
     """
 
     name: str
@@ -78,6 +75,7 @@ class Suite:
     methods: dict[str, dict[str, object]]
     precisions: tuple[str, ...]
     seeds: tuple[int, ...]
+    gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -89,6 +87,12 @@ class Suite:
                 raise ValueError(f"precisions has {precision}: the full-precision row is always there, remove it")
         if FULL_PRECISION in self.methods:
             raise ValueError(f"methods has {FULL_PRECISION}: the full-precision row is always there, remove it")
+        for task, bounds in self.gates.items():
+            if task not in self.tasks:
+                raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")
+            for metric, ends in bounds.items():
+                if len(ends) != 2 or ends[0] > ends[1]:
+                    raise ValueError(f"gates.{task}.{metric} is {list(ends)}, but must be [low, high]")
         for axis in ("precisions", "seeds"):
             values = getattr(self, axis)
             if not values or len(set(values)) < len(values):

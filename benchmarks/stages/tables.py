@@ -25,7 +25,7 @@ def run(suite: Suite) -> str:
     records = [_read(suite, cell) for cell in suite.cells()]
     if all(record.status == "failed" for record in records):
         raise ValueError("there are no records in results/records: run `dvc repro`")
-    records = tables.gated(records, {task.name: task.gate for task in suite.tasks.values()})
+    records = tables.gated(records, suite.gates)
     known = metrics()
     shown = []
     for task in suite.tasks.values():

@@ -99,3 +99,14 @@ def test_parsing_leaves_the_document_alone(document):
     before = copy.deepcopy(document)
     parse(document)
     assert document == before
+
+
+def test_gates_are_bounds_of_known_tasks(document):
+    document["gates"] = {"emoji-ldm4": {"fd_data": [1, 2.5]}}
+    assert parse(document).gates["emoji-ldm4"]["fd_data"] == (1, 2.5)
+    document["gates"] = {"emoji-ldm4": {"fd_data": [3, 2.5]}}
+    with pytest.raises(ValueError, match=r"gates.emoji-ldm4.fd_data is \[3.*but must be \[low, high\]"):
+        parse(document)
+    document["gates"] = {"emoji-ldm8": {"fd_data": [1, 2]}}
+    with pytest.raises(ValueError, match="unknown task in gates 'emoji-ldm8': did you mean 'emoji-ldm4'"):
+        parse(document)
