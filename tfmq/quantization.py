@@ -138,8 +138,8 @@ def calibrate_activations(unet: UNet, layout: UNetLayout, rows: CalibrationRows,
     starts = range(0, len(rows), config.activation_batch)
     for start in tqdm(starts, desc="activation ranges", disable=None):
         batch = rows[slice(start, start + config.activation_batch)]
-        arguments = (batch.latents, batch.timesteps) + (() if batch.context is None else (batch.context,))
-        unet(*arguments)
+        context = () if batch.context is None else (batch.context,)
+        unet(batch.latents, batch.timesteps.to(unet.device), *context)
     for quantizer in quantizers.values():
         quantizer.freeze()
 

@@ -287,7 +287,7 @@ def reconstruct_activations(
 
 
 def _learnable(module: nn.Module) -> list[FakeQuantize]:
-    return [q for q in activation_quantizers(module).values() if q.enabled and not q.per_step and not q.positive]
+    return [q for q in activation_quantizers(module).values() if q.enabled and not q.per_step]
 
 
 @torch.no_grad()
