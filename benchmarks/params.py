@@ -13,7 +13,7 @@ from benchmarks.fields import read
 from benchmarks.record import FULL_PRECISION, Cell
 from tfmq.precision import Precision
 
-PROTOCOLS = ("shared", "published")
+PROTOCOLS = ("shared",)
 SCHEDULERS = ("ddim",)
 
 
@@ -97,6 +97,8 @@ class Suite:
             values = getattr(self, axis)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{axis} is {list(values)}: give at least one, each once")
+        if self.seeds != (0,):
+            raise ValueError(f"seeds is {list(self.seeds)}: dvc.yaml has stages for seed 0 alone, so give [0]")
 
     def cells(self) -> list[Cell]:
         """Every cell, task by task, the full-precision ones first."""

@@ -25,7 +25,6 @@ PROTOCOLS = {
         "every method quantises the same layers (all Conv2d and Linear at the stated bits, the first and last layer at"
         " 8 bits, attention products and softmax at the activation bits)"
     ),
-    "published": "every method leaves in full precision what its own code or paper leaves out",
 }
 STATUS_KEYS = ("task", "task_version", "method", "precision", "seed", "protocol", "status", "reason")
 
@@ -70,6 +69,10 @@ def gated(records: Sequence[Record], gates: Mapping[str, Mapping[str, tuple[floa
     for record in records:
         if record.method == FULL_PRECISION and record.status == "measured":
             for name, (low, high) in gates.get(record.task, {}).items():
+                if name not in record.metrics:
+                    raise discover.unknown(
+                        f"metric in gates.{record.task}", name, record.metrics, "Gates bound metrics."
+                    )
                 value = record.metrics[name].value
                 if not low <= value <= high:
                     broken[record.task] = f"full precision has {name} {value:.4g}, expected {low:g} to {high:g}"

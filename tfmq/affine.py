@@ -61,9 +61,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
     """Quantise and dequantise; differentiable in ``x`` and ``scale`` by the straight-through rule.
 
     Where a gradient is wanted the clip passes it at both grid ends ("closed"), as the published methods were run; since
-    torch 2.14 ``clamp`` itself no longer does. Without gradients, CUDA tensors take torch's fused kernels and CPU
-    tensors the same arithmetic in place, which one thread runs about ten times faster than the fused CPU kernel
-    (786k elements: 0.4 ms against 5 ms) and, unlike it, lets NaN through for the caller to see.
+    torch 2.14 ``clamp`` itself no longer does. Without gradients, CUDA tensors with one scale take torch's fused kernel
+    (it multiplies by 1 / scale, so an exact tie may fall to the other side) and all others plain arithmetic in place,
+    which one CPU thread runs about ten times faster than the fused CPU kernel (786k elements: 0.4 ms against 5 ms).
+    NaN passes through for the caller to see.
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _FakeQuantize.apply(x, scale, zero_point, grid)

@@ -34,6 +34,11 @@ class CalibrationRows:
         context = None if self.context is None else self.context[rows]
         return CalibrationRows(self.latents[rows], self.timesteps[rows], context)
 
+    def to(self, device: torch.device) -> CalibrationRows:
+        """The rows with latents and context on ``device``; time steps stay where they are."""
+        context = None if self.context is None else self.context.to(device)
+        return CalibrationRows(self.latents.to(device), self.timesteps, context)
+
     def shuffled(self, generator: torch.Generator) -> CalibrationRows:
         return self[torch.randperm(len(self), generator=generator)]
 
@@ -113,6 +118,10 @@ def collect_calibration(
     return CalibrationSet(
         latents=torch.cat(latents, 1),
         timesteps=torch.tensor(timesteps),
-        context=None if conditioning is None else conditioning.context,
-        unconditional=None if conditioning is None else conditioning.unconditional,
+        context=_on_cpu(conditioning and conditioning.context),
+        unconditional=_on_cpu(conditioning and conditioning.unconditional),
     )
+
+
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()

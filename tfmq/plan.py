@@ -69,8 +69,10 @@ def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
     """Swap the planned layers and attention processors of ``unet`` for quantised ones, in place.
 
     Nothing is quantised yet: ranges come from calibration or from a checkpoint. The tracker also stands in
-    ``unet.step_tracker``.
+    ``unet.step_tracker``. Raises ValueError if the network holds quantised layers already.
     """
+    if quantized_layers(unet):
+        raise ValueError("the UNet is quantised already: start from the full-precision one")
     tracker = StepTracker()
     tracker.watch(unet)
     unet.step_tracker = tracker
@@ -85,6 +87,7 @@ def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
         unet.get_submodule(path).set_processor(processor)
     for path, quantizer in activation_quantizers(unet).items():
         quantizer.path = path
+    unet.to(unet.device)
     return tracker
 
 

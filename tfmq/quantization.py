@@ -88,14 +88,15 @@ def quantize_(
         generator: draws the batches; the same state gives the same network.
 
     Raises:
-        ValueError: weights or activations hold NaN or infinity or are constant, the calibration rows do not fit in
-            ``config.memory_bytes``, or the UNet's structure is not supported.
+        ValueError: weights or activations hold NaN or infinity, activations are constant, the calibration rows do not
+            fit in ``config.memory_bytes``, or the UNet is quantised already or of a structure that is not supported.
     """
     if precision.weight_bits == FULL:
         raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
     check_weights(unet)
     layout = UNetLayout.of(unet)
     unet.eval().requires_grad_(False)
+    rows, activation_rows = rows.to(unet.device), activation_rows.to(unet.device)
     report = QuantizationReport()
     full = copy.deepcopy(unet)
     finite_set = timesteps.unique()
@@ -128,7 +129,10 @@ def quantize_(
 
 @torch.no_grad()
 def calibrate_activations(unet: UNet, layout: UNetLayout, rows: CalibrationRows, config: QuantizationConfig) -> None:
-    """Observe ``rows`` in batches and freeze every activation quantiser. Inputs pass the observers unquantised."""
+    """Observe ``rows`` in batches and freeze every activation quantiser.
+
+    Inputs pass the observers unquantised; the tables of finite-set calibration come first and quantise already.
+    """
     quantizers = activation_quantizers(unet)
     if config.activation_scales == "temporal":
         calibrate_finite_set(unet, layout)

@@ -8,6 +8,7 @@ every block costs a number of evaluations quadratic in depth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,6 +63,14 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, norm: float) -> Tens
     return (prediction - target).abs().pow(norm).sum(1).mean()
 
 
+def _finite(loss: Tensor) -> float:
+    """The loss as a number. Raises ValueError for NaN or infinity, which would round every weight to one side."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ValueError("the reconstruction loss is NaN or infinite: lower the learning rate, or check the batch size")
+    return value
+
+
 def _loss(predict: Callable[[Tensor], Tensor], targets: Tensor, norm: float, index: Tensor) -> Tensor:
     return reconstruction_loss(predict(index), targets[index], norm)
 
@@ -86,7 +95,7 @@ def learn_rounding(
     with torch.enable_grad():
         for iteration, rows in enumerate(batches, 1):
             value = loss(rows)
-            trace.append(value.item())
+            trace.append(_finite(value))
             beta = annealed_beta(iteration, config.iterations, config.warmup)
             if beta is not None:
                 penalty = sum(regularizer(rounding.h, beta) for rounding in roundings)
@@ -115,7 +124,7 @@ def learn_step_sizes(
     with torch.enable_grad():
         for rows in batches:
             value = loss(rows)
-            trace.append(value.item())
+            trace.append(_finite(value))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -191,8 +200,9 @@ def stream_bytes(unet: UNet, layout: UNetLayout, row: CalibrationRows) -> int:
     for block in layout.blocks:
         inputs = stream.inputs(block)
         outputs = stream.outputs(block, inputs)
-        held = [inputs, outputs, stream.hidden, *stream.skips]
-        peak = max(peak, sum(tensor.numel() * tensor.element_size() for tensor in held))
+        # Outputs count twice, since they are put together from batches; the others may be one and the same tensor.
+        held = {tensor.data_ptr(): tensor for tensor in (inputs, stream.hidden, *stream.skips)}
+        peak = max(peak, sum(tensor.nbytes for tensor in held.values()) + 2 * outputs.nbytes)
         stream.advance(block, outputs)
     return peak
 
@@ -225,8 +235,6 @@ def reconstruct_weights(
     of BRECQ as Q-Diffusion and TFMQ-DM run it).
     """
     check_memory(full, layout, rows, 2, memory_bytes)
-    for quantizer in activation_quantizers(unet).values():
-        quantizer.enabled = False
     for path in layout.time_embedding:
         layer = unet.get_submodule(path)
         if layer.codes is None:

@@ -89,6 +89,10 @@ class UNetLayout:
             for j, _ in enumerate(up.upsamplers or ()):
                 blocks.append(Block(f"up_blocks.{i}.upsamplers.{j}"))
         blocks.append(Block("conv_out"))
+        known = tuple(f"{path}." for path in (*(block.path for block in blocks), "time_embedding", "conv_norm_out"))
+        for name, _ in unet.named_parameters():
+            if not name.startswith(known):
+                raise ValueError(f"the UNet has {name}, which is no part of the blocks and the time embedding")
         modules = dict(unet.named_modules())
         return cls(
             blocks=tuple(blocks),

@@ -18,17 +18,18 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from tqdm import tqdm
 
 import baselines
 import tfmq
-from benchmarks import discover, environment, manifest
+from benchmarks import discover, environment, manifest, models
 from benchmarks.fields import read
 from benchmarks.models import Model
 from benchmarks.params import Suite, Task
 from benchmarks.record import FULL_PRECISION, Cell
-from benchmarks.stages import calibrate, files
+from benchmarks.stages import calibrate, files, setup
 from benchmarks.stages.setup import (
     batches,
     conditioning_of,
@@ -75,6 +76,8 @@ def run(suite: Suite, cell: Cell, device_name: str, shards: int) -> None:
     task = task_of(suite, cell.task)
     device = device_of(device_name)
     if cell.method == FULL_PRECISION:
+        if cell != files.full_precision_cell(cell):
+            raise ValueError(f"{FULL_PRECISION} is w32a32, not {cell.precision}: leave the precision out")
         settings, inputs = {}, {"checkpoint": manifest.verify(Path(task.checkpoint))}
     else:
         method, config = resolve(suite, cell)
@@ -91,15 +94,24 @@ def run(suite: Suite, cell: Cell, device_name: str, shards: int) -> None:
             "calibration": files.sha256(pool),
             "trajectory": files.sha256(trajectory),
         }
-    code = files.source_hash(*(Path(package.__file__).parent for package in (tfmq, baselines)), Path(__file__))
-    key = files.fingerprint(asdict(task), asdict(cell), settings, suite.threads, inputs, str(device), code)
+    key = files.fingerprint(asdict(task), asdict(cell), settings, suite.threads, inputs, str(device), _code())
     work = Work(task, cell, str(device), files.RESUME / f"{cell.name}-{key}")
+    for superseded in files.RESUME.glob(f"{cell.name}-{'[0-9a-f]' * len(key)}"):
+        if superseded != work.folder:
+            shutil.rmtree(superseded)
     work.folder.mkdir(parents=True, exist_ok=True)
     if work.quantized and not (work.folder / QUANTIZED).exists():
         torch.set_num_threads(suite.threads)
         _quantize(suite, work, inputs, settings)
     _share(work, shards)
     _finish(work, settings, inputs)
+
+
+def _code() -> list[str]:
+    """What besides settings and inputs decides a cell's bytes: source files and the versions of what they call."""
+    folders = [Path(package.__file__).parent for package in (tfmq, baselines, models)]
+    sources = files.source_hash(*folders, Path(calibrate.__file__), Path(setup.__file__), Path(__file__))
+    return [sources, torch.__version__, diffusers.__version__]
 
 
 def resolve(suite: Suite, cell: Cell) -> tuple[baselines.Method, object]:
@@ -172,7 +184,7 @@ def _part(work: Work, index: int) -> Path:
 def _do(work: Work, units: Sequence[int], shard: int = 0) -> None:
     """Compute some units of a cell, each written when done."""
     torch.set_num_threads(1)
-    model = load_model(work.task, torch.device(work.device))
+    model = load_model(work.task, device_of(work.device))
     unet = load_quantized(work.folder / QUANTIZED).to(work.device) if work.quantized else model.unet
     cuts = batches(work.task.images, work.task.batch)
     for index in tqdm(units, desc=f"{work.cell.name} shard {shard}", disable=None, position=shard):
@@ -198,6 +210,7 @@ def _sample_batch(work: Work, model: Model, unet: UNet, index: int, images: rang
     )
     tensors = {"images": model.decode(latents)}
     tensors["seconds"] = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    tensors["peak_memory_mib"] = torch.tensor(_peak_memory(torch.device(work.device)), dtype=torch.float64)
     if steps:
         tensors["trajectory.latents"] = torch.stack([step.latents for step in steps]).cpu()
         tensors["trajectory.noise"] = torch.stack([step.noise for step in steps]).cpu()
@@ -247,7 +260,7 @@ def _finish(work: Work, settings: dict, inputs: dict[str, str]) -> None:
             outcome |= {
                 "size_mib": size,
                 "full_precision_size_mib": size,
-                "peak_memory_mib": _peak_memory(model.unet.device),
+                "peak_memory_mib": max(part["peak_memory_mib"].item() for part in parts),
             }
         files.write_json(folder / OUTCOME, outcome)
     shutil.rmtree(work.folder)
@@ -259,4 +272,6 @@ def _device_name(device: torch.device) -> str:
 
 def default_shards(device_name: str) -> int:
     """Processes that share sampling unless told otherwise: one a CPU core, or one on a GPU."""
-    return 1 if device_of(device_name).type == "cuda" else len(os.sched_getaffinity(0))
+    if device_of(device_name).type == "cuda":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

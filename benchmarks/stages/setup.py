@@ -15,6 +15,7 @@ from benchmarks.models import Model
 from benchmarks.params import Suite, Task
 from tfmq.sampling import Conditioning, SamplingSettings
 
+DEVICES = ("auto", "cpu", "cuda")
 # The names are checked by `benchmarks.params`.
 SCHEDULERS = {"ddim": DDIMScheduler}
 
@@ -29,12 +30,19 @@ def task_of(suite: Suite, name: str) -> Task:
 def device_of(name: str) -> torch.device:
     """The device to compute on: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
 
-    Raises ValueError if CUDA is asked for and there is none.
+    CUDA computes in float32 without TF32, and with deterministic convolutions, so that results can be compared.
+    Raises ValueError for another name, or if CUDA is asked for and there is none.
     """
+    if name not in DEVICES:
+        raise discover.unknown("device", name, DEVICES, "Choose one of them.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     return torch.device(name)
 
 

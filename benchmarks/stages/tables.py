@@ -40,8 +40,13 @@ def run(suite: Suite) -> str:
 
 def _read(suite: Suite, cell: Cell) -> Record:
     path = files.record_file(cell)
+    reason = "no record; run `dvc repro`"
     if path.is_file():
-        return Record.from_json(path.read_text(encoding="utf-8"))
+        record = Record.from_json(path.read_text(encoding="utf-8"))
+        images = files.cell_folder(cell) / generate.IMAGES
+        if not record.metrics or (images.is_file() and files.sha256(images) == record.inputs["images"]):
+            return record
+        reason = "its images are missing or newer than its record; run `dvc repro`"
     task = suite.tasks[cell.task]
     return Record(
         task=task.name,
@@ -52,7 +57,7 @@ def _read(suite: Suite, cell: Cell) -> Record:
         protocol=suite.protocol,
         settings={"task": asdict(task), "method": {}},
         status="failed",
-        reason="no record; run `dvc repro`",
+        reason=reason,
         metrics={},
         cost=None,
         coverage={},
@@ -63,6 +68,8 @@ def _read(suite: Suite, cell: Cell) -> Record:
 
 def _figures(suite: Suite, task: str, precision: str) -> list[tuple[str, str]]:
     """Figures of one task at one precision: (caption, path from the results page)."""
+    if not (files.cell_folder(Cell(task, FULL_PRECISION, "w32a32")) / generate.IMAGES).is_file():
+        return []
     rows = {tables.label(FULL_PRECISION): _images(Cell(task, FULL_PRECISION, "w32a32"))}
     curves, timesteps = {}, None
     for method in suite.methods:

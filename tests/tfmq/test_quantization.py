@@ -9,7 +9,7 @@ import torch
 
 from tests.tfmq import networks
 from tfmq.layers import QuantizedLayer
-from tfmq.plan import activation_quantizers, quantized_layers
+from tfmq.plan import activation_quantizers, insert_quantizers, quantized_layers, shared_plan
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
 from tfmq.reconstruction import BlockStream, RoundingConfig, StepSizeConfig
@@ -157,3 +157,21 @@ def test_full_precision_weights_are_refused():
 def test_bad_precisions_are_refused(text):
     with pytest.raises(ValueError):
         Precision.parse(text)
+
+
+def test_a_quantised_network_is_not_quantised_again():
+    unet, _, pool, _ = quantized(QuantizationConfig())
+    rows = pool.spaced(5, 4)
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_(unet, W4A8, QuantizationConfig(), rows, rows, pool.timesteps, networks.generator())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(ValueError, match="reconstruction loss is NaN or infinite"):
+        quantized(QuantizationConfig(rounding=RoundingConfig(iterations=2, batch=0)))
+
+
+def test_quantizers_follow_their_network_to_its_device():
+    unet = networks.unconditional().to("meta")
+    insert_quantizers(unet, shared_plan(unet, UNetLayout.of(unet), W4A8, split_shortcuts=True))
+    assert {buffer.device.type for buffer in unet.buffers()} == {"meta"}

@@ -103,3 +103,10 @@ def test_other_networks_are_refused():
         UNetLayout.of(
             UNet1DModel(block_out_channels=(8,), down_block_types=("DownBlock1D",), up_block_types=("UpBlock1D",))
         )
+
+
+def test_parts_that_streaming_would_leave_out_are_refused():
+    unet = networks.unconditional()
+    unet.class_embedding = torch.nn.Embedding(3, 4)
+    with pytest.raises(ValueError, match=r"the UNet has class_embedding\.weight"):
+        UNetLayout.of(unet)

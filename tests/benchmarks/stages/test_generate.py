@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.stages import files
 from benchmarks.stages import generate as stage
+from benchmarks.stages.setup import device_of
 from tfmq.checkpoint import load_quantized
 
 CELL = Path("work/cells/toy-tfmq-w4a8")
@@ -70,7 +71,7 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(suite, generate, root
     assert contents(CELL) == {name: resumed[name] for name in MEASURED}
 
 
-def test_unfinished_work_of_other_settings_is_not_continued(suite, generate, monkeypatch):
+def test_unfinished_work_of_other_settings_is_dropped(suite, generate, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_finish", lambda *arguments: None)
         generate("tfmq")
@@ -78,7 +79,7 @@ def test_unfinished_work_of_other_settings_is_not_continued(suite, generate, mon
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text.replace("temporal_iterations: 2", "temporal_iterations: 3"))
     assert generate("tfmq") == (0, [])
-    assert unfinished.exists()
+    assert not unfinished.exists()
     assert json.loads((CELL / stage.OUTCOME).read_text())["settings"]["temporal_iterations"] == 3
 
 
@@ -110,6 +111,13 @@ def test_unknown_names_are_one_line_with_the_nearest(suite, run, arguments, mess
     code, lines = run("generate", *arguments)
     assert code == 1 and len(lines) == 1 and message in lines[0]
     assert not Path(".resume").exists() or not list(Path(".resume").iterdir())
+
+
+def test_full_precision_has_one_precision_and_devices_have_names(suite, run):
+    arguments = ("generate", "--task", "toy", "--method", "full_precision", "--precision", "w4a8")
+    assert run(*arguments)[1] == ["error: full_precision is w32a32, not w4a8: leave the precision out"]
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        device_of("gpu")
 
 
 def _truncate(path: Path) -> None:

@@ -72,6 +72,16 @@ def test_a_cell_without_a_record_stays_visible(suite, run):
     assert Path("results/README.md").read_text().count("no record; run `dvc repro`") >= 4
 
 
+def test_a_record_without_its_images_is_not_shown_as_measured(suite, run, generate):
+    score(run, "full_precision", "w32a32")
+    generate("nearest")
+    score(run, "nearest", "w4a8")
+    Path("work/cells/toy-nearest-w4a8/images.safetensors").unlink()
+    assert run("tables") == (0, [])
+    page = Path("results/README.md").read_text()
+    assert "failed: its images are missing or newer than its record" in page
+
+
 def test_a_new_method_takes_one_file(suite, run, generate, monkeypatch):
     folder = suite / "extra"
     folder.mkdir()
