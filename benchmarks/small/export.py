@@ -19,7 +19,11 @@ def export_pipeline(first_stage: VQModel, unet: UNet2DModel, scheduler: DDIMSche
     The networks themselves stay as they are.
     """
     unfinished = _unfinished(folder)
-    pipeline = LDMPipeline(copy.deepcopy(first_stage).half(), copy.deepcopy(unet).half(), scheduler)
+    networks = [copy.deepcopy(network).half() for network in (first_stage, unet)]
+    for network in networks:
+        # Where a network was loaded from is a path of the machine that trained it.
+        network.register_to_config(_name_or_path="")
+    pipeline = LDMPipeline(*networks, scheduler)
     pipeline.save_pretrained(unfinished, safe_serialization=True)
     manifest.write(unfinished)
     _replace(unfinished, folder)
