@@ -50,14 +50,27 @@ class CalibrationSet:
     Attributes:
         latents: float32 (steps, images, C, H, W), noisiest step first.
         timesteps: int64 (steps,), the finite set of the schedule.
+        noise: float32 (steps, images, C, H, W), the full-precision prediction at each step, after guidance.
+        samples: float32 (images, C, H, W), the final latents.
+        alphas: float64 (steps + 1,), cumulative alpha at each step, then what it is after the last step.
+        settings: of the sampling pass.
         context: (images, tokens, D) or None.
         unconditional: (images, tokens, D) or None; where given, drawn rows hold both halves of guidance.
     """
 
     latents: Tensor
     timesteps: Tensor
+    noise: Tensor
+    samples: Tensor
+    alphas: Tensor
+    settings: SamplingSettings
     context: Tensor | None = None
     unconditional: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by field name: with them, ``CalibrationSet(**tensors, settings=settings)`` is the same pool."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @property
     def steps(self) -> int:
@@ -96,7 +109,8 @@ def collect_calibration(
     step_noise: Tensor | None = None,
 ) -> CalibrationSet:
     """Record the pool in one sampling pass over ``noise`` (N, C, H, W): T UNet evaluations an image for T steps."""
-    latents, timesteps = [], []
+    steps: list[list[Step]] = []
+    samples: list[Tensor] = []
     for start in tqdm(range(0, len(noise), batch), desc="calibration pool", disable=None):
         rows = slice(start, start + batch)
         part = None
@@ -104,7 +118,7 @@ def collect_calibration(
             unconditional = conditioning.unconditional
             part = Conditioning(conditioning.context[rows], None if unconditional is None else unconditional[rows])
         recorded: list[Step] = []
-        sample(
+        final = sample(
             unet,
             scheduler,
             noise[rows],
@@ -113,14 +127,32 @@ def collect_calibration(
             step_noise=None if step_noise is None else step_noise[:, rows],
             callback=recorded.append,
         )
-        latents.append(torch.stack([step.latents for step in recorded]).cpu())
-        timesteps = [step.timestep for step in recorded]
+        steps.append(recorded)
+        samples.append(final.cpu())
+    timesteps = torch.tensor([step.timestep for step in steps[0]])
     return CalibrationSet(
-        latents=torch.cat(latents, 1),
-        timesteps=torch.tensor(timesteps),
+        latents=torch.cat([torch.stack([step.latents for step in part]).cpu() for part in steps], 1),
+        timesteps=timesteps,
+        noise=torch.cat([torch.stack([step.noise for step in part]).cpu() for part in steps], 1),
+        samples=torch.cat(samples),
+        alphas=cumulative_alphas(scheduler, timesteps),
+        settings=settings,
         context=_on_cpu(conditioning and conditioning.context),
         unconditional=_on_cpu(conditioning and conditioning.unconditional),
     )
+
+
+def cumulative_alphas(scheduler: SchedulerMixin, timesteps: Tensor) -> Tensor:
+    """Cumulative alpha at each of ``timesteps`` (steps,) and after the last: float64 (steps + 1,).
+
+    The last is the scheduler's own ``final_alpha_cumprod`` (DDIM, PNDM), or 1 for schedulers that end on clean data.
+    Raises ValueError for a scheduler without cumulative alphas (flow matching).
+    """
+    cumulative = getattr(scheduler, "alphas_cumprod", None)
+    if cumulative is None:
+        raise ValueError(f"{type(scheduler).__name__} has no cumulative alphas: take a variance-preserving scheduler")
+    final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).reshape(1)
+    return torch.cat([cumulative[timesteps].double().cpu(), final.double().cpu()])
 
 
 def _on_cpu(tensor: Tensor | None) -> Tensor | None:

@@ -49,7 +49,7 @@ class Step:
 
 
 Callback = Callable[[Step], None]
-Correction = Callable[[int, Tensor], Tensor]
+Correction = Callable[[int, Tensor, float], tuple[Tensor, float]]
 
 
 def predict_noise(
@@ -81,7 +81,8 @@ def sample(
 
     Args:
         step_noise: (steps, B, C, H, W), the noise that eta > 0 adds at each step.
-        correction: maps (time step, predicted noise) to the noise the scheduler is given.
+        correction: maps (time step, noise after guidance, eta) to the noise and the eta of that scheduler step.
+            DDIM's sigma is proportional to eta, also in its direction term, so eta sigma'/sigma reduces it to sigma'.
 
     Raises:
         ValueError: the UNet predicted NaN or infinity; the message names the step and the first layer.
@@ -96,13 +97,14 @@ def sample(
         if not torch.isfinite(predicted).all():
             layer = _first_nonfinite_layer(unet, scaled, timestep, conditioning)
             raise ValueError(f"sampling: {layer} put out NaN or infinity at step {index} (time step {int(timestep)})")
+        eta = settings.eta
         if correction is not None:
-            predicted = correction(int(timestep), predicted)
+            predicted, eta = correction(int(timestep), predicted, eta)
         if callback is not None:
             callback(Step(index, int(timestep), scaled, predicted))
         extra = {}
         if accepts_eta:
-            extra["eta"] = settings.eta
+            extra["eta"] = eta
             if settings.eta > 0:
                 if step_noise is None:
                     raise ValueError("eta > 0 needs step_noise, the noise that each step adds")

@@ -5,10 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import LDMPipeline, PNDMScheduler, VQModel
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
+    PNDMScheduler,
+    VQModel,
+)
 
 from tests.tfmq import networks
-from tfmq.calibration import collect_calibration
+from tfmq.calibration import CalibrationSet, collect_calibration, cumulative_alphas
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
 from tfmq.sampling import Conditioning, SamplingSettings, sample
@@ -81,6 +88,70 @@ def test_pool_rows_are_the_trajectory():
     rows = pool.spaced(steps=2, images=3)
     assert rows.timesteps.tolist() == [seen[0].timestep] * 3 + [seen[2].timestep] * 3
     assert torch.equal(rows.latents, torch.cat([seen[0].latents[:3], seen[2].latents[:3]]))
+
+
+def test_the_pool_holds_predictions_and_samples_of_the_trajectory():
+    unet, scheduler, settings = networks.unconditional(), networks.scheduler(), SamplingSettings(steps=4, eta=1.0)
+    noise, step_noise = networks.noise(3), torch.randn(4, 3, 3, 8, 8, generator=networks.generator())
+    pool = collect_calibration(unet, scheduler, noise, settings, batch=2, step_noise=step_noise)
+    seen = []
+    final = sample(unet, scheduler, noise, settings, step_noise=step_noise, callback=seen.append)
+    torch.testing.assert_close(pool.noise, torch.stack([step.noise for step in seen]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pool.samples, final, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        again = unet(pool.latents[2], pool.timesteps[2]).sample
+    torch.testing.assert_close(again, pool.noise[2], rtol=1e-4, atol=1e-4)
+    assert CalibrationSet(**pool.tensors, settings=settings).tensors.keys() == pool.tensors.keys()
+
+
+def test_alphas_are_the_schedule_s_own():
+    """Each step's alpha and the last one's follow-up are those a DDIM step uses: e = 0 gives sqrt(a'/a) x."""
+    scheduler = networks.scheduler()
+    scheduler.set_timesteps(5)
+    alphas = cumulative_alphas(scheduler, scheduler.timesteps)
+    x = torch.ones(1)
+    for index, timestep in enumerate(scheduler.timesteps):
+        step = scheduler.step(torch.zeros(1), timestep, x).prev_sample
+        torch.testing.assert_close(step.double(), (alphas[index + 1] / alphas[index]).sqrt()[None], rtol=1e-6, atol=0)
+    assert alphas[-1] == scheduler.alphas_cumprod[0].double() and alphas.dtype == torch.float64
+    assert cumulative_alphas(DDIMScheduler(set_alpha_to_one=True), torch.tensor([1]))[-1] == 1
+    assert cumulative_alphas(EulerDiscreteScheduler(), torch.tensor([1]))[-1] == 1
+    with pytest.raises(ValueError, match="has no cumulative alphas"):
+        cumulative_alphas(FlowMatchEulerDiscreteScheduler(), torch.tensor([1]))
+
+
+def test_the_correction_sees_guided_noise_and_sets_noise_and_eta():
+    unet, context = networks.conditional(), torch.randn(2, 5, 12, generator=networks.generator())
+    conditioning = Conditioning(context, torch.zeros_like(context))
+    settings, noise = SamplingSettings(steps=3, eta=1.0, guidance_scale=3.0), networks.noise(2)
+    step_noise, seen, calls = torch.randn(3, 2, 3, 8, 8, generator=networks.generator()), [], []
+
+    def correction(timestep, predicted, eta):
+        calls.append((timestep, predicted, eta))
+        return predicted / 2, 0.5
+
+    final = sample(
+        unet,
+        networks.scheduler(),
+        noise,
+        settings,
+        conditioning=conditioning,
+        step_noise=step_noise,
+        callback=seen.append,
+        correction=correction,
+    )
+    scheduler, latents = networks.scheduler(), noise
+    scheduler.set_timesteps(3)
+    for index, timestep in enumerate(scheduler.timesteps):
+        with torch.no_grad():
+            off = unet(latents, timestep, torch.zeros_like(context)).sample
+            guided = off + 3 * (unet(latents, timestep, context).sample - off)
+        torch.testing.assert_close(calls[index][1], guided, rtol=1e-3, atol=1e-4)
+        assert calls[index][0] == timestep and calls[index][2] == 1.0
+        torch.testing.assert_close(seen[index].noise, guided / 2, rtol=1e-3, atol=1e-4)
+        step = scheduler.step(guided / 2, timestep, latents, eta=0.5, variance_noise=step_noise[index])
+        latents = step.prev_sample
+    torch.testing.assert_close(final, latents, rtol=1e-3, atol=1e-3)
 
 
 def test_nan_names_layer_and_step():
