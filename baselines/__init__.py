@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tfmq.calibration import CalibrationSet
+from tfmq.plan import Protocol
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationReport
 from tfmq.unet import UNet
@@ -25,16 +26,18 @@ class Method:
         label: its name in the tables.
         source: where it comes from.
         config: a frozen dataclass of settings; the defaults are the paper's.
-        quantize: quantises a UNet in place from a calibration pool, at a precision, with settings of type ``config``;
-            the generator is its only source of randomness.
+        quantize: quantises a UNet in place from a calibration pool, at a precision, with settings of type ``config``,
+            the layers of a protocol; the generator is its only source of randomness.
         objection: why the method does not apply at a precision, or an empty text.
+        published: the layers that its own code or paper quantises, or None where these are not known.
     """
 
     label: str
     source: str
     config: type
-    quantize: Callable[[UNet, CalibrationSet, Precision, object, torch.Generator], QuantizationReport]
+    quantize: Callable[[UNet, CalibrationSet, Precision, object, torch.Generator, Protocol], QuantizationReport]
     objection: Callable[[Precision], str]
+    published: Protocol | None = None
 
 
 def applies_always(precision: Precision) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from baselines import Method, applies_always
 from tfmq.calibration import CalibrationSet
+from tfmq.plan import Protocol
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
 from tfmq.unet import UNet
@@ -27,12 +28,17 @@ class Config:
 
 
 def quantize(
-    unet: UNet, pool: CalibrationSet, precision: Precision, config: Config, generator: torch.Generator
+    unet: UNet,
+    pool: CalibrationSet,
+    precision: Precision,
+    config: Config,
+    generator: torch.Generator,
+    protocol: Protocol,
 ) -> QuantizationReport:
     """Quantise ``unet`` in place."""
     rows = pool.spaced(config.steps, config.images)
     setting = QuantizationConfig(weight_range="minmax", activation_batch=config.batch, batch=config.batch)
-    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator)
+    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator, protocol)
 
 
 METHOD = Method("Round-to-nearest", "plain baseline", Config, quantize, applies_always)

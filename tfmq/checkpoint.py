@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from tfmq.cache import CachePlan, cached_projections, insert_cache
 from tfmq.layers import QuantizedLayer
 from tfmq.plan import (
     AttentionPlan,
@@ -22,9 +23,9 @@ from tfmq.plan import (
     insert_quantizers,
     quantized_layers,
 )
-from tfmq.unet import UNet
+from tfmq.unet import UNet, UNetLayout
 
-FORMAT = "tfmq-quantized-1"
+FORMAT = "tfmq-quantized-2"
 UNET_CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
 
@@ -66,6 +67,7 @@ def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) ->
         "unet_config": unet.to_json_string(),
         "plan": json.dumps(asdict(_plan(unet))),
         "steps": json.dumps(unet.step_tracker.steps.tolist()),
+        "cache": json.dumps({name: asdict(table.plan) for name, table in cached_projections(unet).items()}),
         "metadata": json.dumps(metadata),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -100,8 +102,11 @@ def load_quantized(path: str | Path) -> UNet:
     plan = json.loads(described["plan"])
     layers = {name: LayerPlan(**{**layer, "splits": tuple(layer["splits"])}) for name, layer in plan["layers"].items()}
     attentions = {name: AttentionPlan(**attention) for name, attention in plan["attentions"].items()}
-    insert_quantizers(unet, QuantizationPlan(layers, attentions))
+    time_projections = UNetLayout.of(unet).time_projections
+    insert_quantizers(unet, QuantizationPlan(layers, attentions, plan["reasons"]))
     unet.step_tracker.steps = torch.tensor(json.loads(described["steps"]), dtype=torch.int64)
+    cache = {name: CachePlan(**table) for name, table in json.loads(described["cache"]).items()}
+    insert_cache(unet, cache, time_projections)
     with safe_open(path, "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     _restore(unet, stored, path)
@@ -122,18 +127,20 @@ def _description(path: Path) -> dict[str, str]:
 
 
 def _plan(unet: UNet) -> QuantizationPlan:
+    # A layer inside a table of temporal features was inserted at the table's path.
+    original = {f"{path}.layer": path for path in cached_projections(unet)}
     layers = {}
     for path, layer in quantized_layers(unet).items():
         inputs = list(activation_quantizers(layer.input_quantizer).values())
         symmetric = bool(inputs) and inputs[0].symmetric
-        layers[path] = LayerPlan(layer.weight_bits, layer.activation_bits, layer.splits, symmetric)
+        layers[original.get(path, path)] = LayerPlan(layer.weight_bits, layer.activation_bits, layer.splits, symmetric)
     attentions = {}
     for path, quantizer in activation_quantizers(unet).items():
         attention, _, part = path.rpartition(".processor.")
         if part == "query":
             processor = unet.get_submodule(attention).processor
             attentions[attention] = AttentionPlan(quantizer.bits, processor.probabilities.bits, quantizer.symmetric)
-    return QuantizationPlan(layers, attentions)
+    return QuantizationPlan(layers, attentions, unet.full_precision_reasons)
 
 
 def _tensors(unet: UNet) -> dict[str, Tensor]:

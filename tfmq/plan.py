@@ -2,67 +2,116 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from tfmq.cache import CachedProjection
 from tfmq.fake_quantize import FakeQuantize, StepTracker
 from tfmq.layers import QuantizedAttention, QuantizedLayer, quantized_layer
 from tfmq.precision import FULL, Precision
 from tfmq.unet import UNet, UNetLayout
 
-BOUNDARY_BITS = 8
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which layers a comparison quantises.
+
+    Attributes:
+        name: ``shared`` for the same layers under every method, ``published`` for what a method's own code leaves out.
+        bits: role (see ``UNetLayout.roles``) -> bits that weights and inputs get at least; 32 leaves the role in full
+            precision. Layers of no such role get the bits of the precision.
+    """
+
+    name: str
+    bits: Mapping[str, int]
+
+
+SHARED = Protocol("shared", {"boundary": 8})
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Bits of one Conv2d or Linear (32: not quantised), and sizes of the channel groups with ranges of their own."""
+    """Treatment of one Conv2d or Linear.
+
+    Attributes:
+        weight_bits, activation_bits: 32 where not quantised.
+        splits: sizes of consecutive groups of input channels with ranges of their own.
+        symmetric: signed grid with zero point 0 for the input.
+        dynamic: ranges of the input are computed at run time.
+        rank: of the branch in 16 bits that takes the largest part of the weight; 0 for none.
+    """
 
     weight_bits: int
     activation_bits: int
     splits: tuple[int, ...] = ()
     symmetric: bool = False
+    dynamic: bool = False
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Bits of query, key and value, and of the probabilities."""
+    """Bits of query, key and value, and of the probabilities; ``symmetric`` and ``dynamic`` as in ``LayerPlan``."""
 
     activation_bits: int
     softmax_bits: int
     symmetric: bool = False
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """Treatment of each layer and attention module, by path; what is not listed stays in full precision."""
+    """Treatment of each layer and attention module, by path.
+
+    What is not listed stays in full precision; ``reasons`` says why, by path.
+    """
 
     layers: dict[str, LayerPlan]
     attentions: dict[str, AttentionPlan]
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
-def shared_plan(
-    unet: UNet, layout: UNetLayout, precision: Precision, split_shortcuts: bool = False, symmetric: bool = False
+def plan_for(
+    unet: UNet,
+    layout: UNetLayout,
+    precision: Precision,
+    protocol: Protocol = SHARED,
+    split_shortcuts: bool = False,
+    symmetric: bool = False,
 ) -> QuantizationPlan:
-    """The ``shared`` protocol: the same layers for every method.
+    """The plan of a protocol at a precision: every Conv2d, Linear and attention product, but for its exceptions.
 
-    Every Conv2d and Linear at the target bits, the first and the last layer at 8 bits or more (weights and input),
-    attention operands at the activation bits, attention probabilities at ``precision.attention_bits``.
+    Layers get the bits of the precision, attention operands its activation bits, attention probabilities
+    ``precision.attention_bits``. Raises ValueError for a role that there is not.
     """
-    layers = {}
+    roles = layout.roles
+    for role in protocol.bits:
+        if role not in roles:
+            raise ValueError(f"protocol {protocol.name} names the role {role!r}; roles are {', '.join(roles)}")
+    exceptions: dict[str, tuple[int, str]] = {}
+    for role, bits in protocol.bits.items():
+        for path in roles[role]:
+            exceptions[path] = max(exceptions.get(path, (0, "")), (bits, role))
+    layers, attentions, reasons = {}, {}, {}
     for path, module in unet.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            weight_bits, activation_bits = precision.weight_bits, precision.activation_bits
-            if path in layout.boundary:
-                weight_bits, activation_bits = max(weight_bits, BOUNDARY_BITS), max(activation_bits, BOUNDARY_BITS)
+        if not isinstance(module, nn.Conv2d | nn.Linear | Attention):
+            continue
+        least, role = exceptions.get(path, (0, ""))
+        if least == FULL:
+            reasons[path] = f"protocol {protocol.name} leaves this out ({role.replace('_', ' ')})"
+        elif not isinstance(module, Attention):
+            weight_bits, activation_bits = max(precision.weight_bits, least), max(precision.activation_bits, least)
             splits = layout.shortcut_splits.get(path, ()) if split_shortcuts else ()
             layers[path] = LayerPlan(weight_bits, activation_bits, splits, symmetric)
-    attentions = {}
-    if precision.quantizes_activations:
-        attention = AttentionPlan(precision.activation_bits, precision.attention_bits, symmetric)
-        attentions = dict.fromkeys(layout.attentions, attention)
-    return QuantizationPlan(layers, attentions)
+        elif precision.quantizes_activations:
+            operands, softmax = max(precision.activation_bits, least), max(precision.attention_bits, least)
+            attentions[path] = AttentionPlan(operands, softmax, symmetric)
+        else:
+            reasons[path] = "the precision leaves activations in full precision"
+    return QuantizationPlan(layers, attentions, reasons)
 
 
 def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
@@ -76,6 +125,7 @@ def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
     tracker = StepTracker()
     tracker.watch(unet)
     unet.step_tracker = tracker
+    unet.full_precision_reasons = dict(plan.reasons)
     for path, layer in plan.layers.items():
         original = unet.get_submodule(path)
         swapped = quantized_layer(
@@ -123,13 +173,17 @@ def coverage(unet: UNet) -> list[Coverage]:
     """Every Conv2d, Linear and attention product of the UNet with its bits, or the reason it is not quantised."""
     rows = []
     for path, module in unet.named_modules():
+        reason = unet.full_precision_reasons.get(path, "")
         if isinstance(module, QuantizedLayer):
             kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
-            full = FULL in (module.weight_bits, module.activation_bits)
-            reason = "the precision leaves this side in full precision" if full else ""
+            if FULL in (module.weight_bits, module.activation_bits):
+                reason = "the precision leaves this side in full precision"
             rows.append(Coverage(path, kind, module.weight_bits, module.activation_bits, reason))
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            rows.append(Coverage(path, type(module).__name__.lower(), FULL, FULL, "not swapped"))
+            rows.append(Coverage(path, type(module).__name__.lower(), FULL, FULL, reason))
+        elif isinstance(module, CachedProjection):
+            reason = "the precision leaves activations in full precision" if module.bits == FULL else ""
+            rows.append(Coverage(path, "lookup table", module.bits, module.bits, reason))
         elif isinstance(module, Attention):
             processor = module.processor
             quantized = isinstance(processor, QuantizedAttention)
@@ -137,6 +191,5 @@ def coverage(unet: UNet) -> list[Coverage]:
                 ("query-key product", processor.query.bits if quantized else FULL),
                 ("probability-value product", processor.probabilities.bits if quantized else FULL),
             ):
-                reason = "" if quantized else "the precision leaves activations in full precision"
                 rows.append(Coverage(path, product, FULL, bits, reason))
     return rows

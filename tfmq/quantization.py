@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -14,10 +14,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tfmq.calibration import CalibrationRows
-from tfmq.plan import Coverage, activation_quantizers, coverage, insert_quantizers, quantized_layers, shared_plan
+from tfmq.plan import (
+    SHARED,
+    Coverage,
+    Protocol,
+    activation_quantizers,
+    coverage,
+    insert_quantizers,
+    plan_for,
+    quantized_layers,
+)
 from tfmq.precision import FULL, Precision
 from tfmq.reconstruction import Effort, RoundingConfig, StepSizeConfig, reconstruct_activations, reconstruct_weights
-from tfmq.temporal import calibrate_finite_set, reconstruct_temporal
+from tfmq.temporal import Caching, cache_temporal_features, calibrate_finite_set, reconstruct_temporal
 from tfmq.unet import UNet, UNetLayout
 
 ActivationScales = Literal["shared", "temporal", "per_step"]
@@ -28,40 +37,49 @@ class QuantizationConfig:
     """What is done to the network, in this order; the methods are choices among these.
 
     Attributes:
-        weight_range: ``minmax``, or ``search`` for the smallest |w - w_hat|^2.4 among 80 ranges.
+        weight_range: ``minmax``; ``search`` for the smallest |w - w_hat|^2.4 among 80 ranges; ``thresholds`` for the
+            same among PTQ4DM's 100 symmetric ones.
         split_shortcuts: own ranges for the two halves of concatenated shortcuts (Q-Diffusion).
+        freeze_temporal: round the layers that depend on the time step alone to nearest in their min-max ranges, before
+            anything is learned.
         temporal: reconstruct the temporal information block on the finite set of steps (TFMQ-DM), or None.
         rounding: learn the roundings of the remaining layers block by block, or None for nearest rounding.
         symmetric_activations: signed grids with zero point 0.
+        activation_range: ``minmax``, or ``thresholds`` for PTQ4DM's search in each batch.
         activation_momentum: running average of ranges over batches; None keeps the widest range.
         activation_batch: rows in one batch of range calibration.
         activation_scales: ``shared``: one scale for all steps; ``temporal``: a table over steps in the temporal
             information block (finite-set calibration); ``per_step``: tables everywhere.
         step_sizes: learn activation step sizes block by block, or None.
+        caching: which temporal features are looked up instead of computed, or None.
         batch: rows evaluated at once where nothing is learned.
         memory_bytes: most that calibration rows waiting between blocks may take.
     """
 
-    weight_range: Literal["minmax", "search"] = "search"
+    weight_range: Literal["minmax", "search", "thresholds"] = "search"
     split_shortcuts: bool = False
+    freeze_temporal: bool = False
     temporal: RoundingConfig | None = None
     rounding: RoundingConfig | None = None
     symmetric_activations: bool = False
+    activation_range: Literal["minmax", "thresholds"] = "minmax"
     activation_momentum: float | None = None
     activation_batch: int = 64
     activation_scales: ActivationScales = "shared"
     step_sizes: StepSizeConfig | None = None
+    caching: Caching | None = None
     batch: int = 64
     memory_bytes: int = 8 * 2**30
 
 
 @dataclass
 class QuantizationReport:
-    """What a quantisation did: seconds by phase, effort, and every layer's treatment."""
+    """What a quantisation did: seconds by phase, effort, every layer's treatment, and what the method chose itself."""
 
     seconds: dict[str, float] = field(default_factory=lambda: {"weights": 0.0, "activations": 0.0})
     effort: Effort = field(default_factory=Effort)
     coverage: list[Coverage] = field(default_factory=list)
+    details: dict[str, object] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -78,6 +96,7 @@ def quantize_(
     activation_rows: CalibrationRows,
     timesteps: Tensor,
     generator: torch.Generator,
+    protocol: Protocol = SHARED,
 ) -> QuantizationReport:
     """Quantise ``unet`` in place; it keeps working in any diffusers pipeline.
 
@@ -86,6 +105,7 @@ def quantize_(
         activation_rows: calibration rows for activation ranges, in the order in which they are observed.
         timesteps: int64 (T,), the steps of the schedule the network will be sampled with.
         generator: draws the batches; the same state gives the same network.
+        protocol: which layers are quantised.
 
     Raises:
         ValueError: weights or activations hold NaN or infinity, activations are constant, the calibration rows do not
@@ -100,14 +120,25 @@ def quantize_(
     report = QuantizationReport()
     full = copy.deepcopy(unet)
     finite_set = timesteps.unique()
-    plan = shared_plan(unet, layout, precision, config.split_shortcuts, config.symmetric_activations)
+    plan = plan_for(unet, layout, precision, protocol, config.split_shortcuts, config.symmetric_activations)
+    if config.caching == "all":
+        plan = replace(plan, layers={p: layer for p, layer in plan.layers.items() if p not in layout.temporal})
     insert_quantizers(unet, plan)
+    if config.activation_scales != "shared" or config.caching is not None:
+        unet.step_tracker.steps = finite_set.cpu()
+    if config.caching == "all":
+        report.details = cache_temporal_features(unet, full, layout, precision.activation_bits, config.caching)
     limits = {"batch": config.batch, "memory_bytes": config.memory_bytes}
     with report.timed("weights"):
         layers = quantized_layers(unet)
         for layer in tqdm(layers.values(), desc="weight ranges", disable=None):
             layer.find_weight_range(config.weight_range)
-        if config.temporal is not None:
+        temporal_layers = [layers[path] for path in layout.temporal if path in layers]
+        if config.freeze_temporal:
+            for layer in temporal_layers:
+                layer.find_weight_range("minmax")
+                layer.fold()
+        if config.temporal is not None and temporal_layers:
             steps = finite_set.to(unet.device)
             reconstruct_temporal(unet, full, layout, steps, config.temporal, generator, report.effort)
         if config.rounding is not None:
@@ -117,12 +148,12 @@ def quantize_(
                 layer.fold()
     if precision.quantizes_activations:
         with report.timed("activations"):
-            if config.activation_scales != "shared":
-                unet.step_tracker.steps = finite_set.cpu()
             calibrate_activations(unet, layout, activation_rows, config)
             report.effort.unet_evaluations += len(activation_rows)
             if config.step_sizes is not None:
                 reconstruct_activations(unet, full, layout, rows, config.step_sizes, generator, report.effort, **limits)
+    if config.caching in ("projection", "step"):
+        report.details = cache_temporal_features(unet, full, layout, precision.activation_bits, config.caching)
     report.coverage = coverage(unet)
     return report
 

@@ -21,7 +21,7 @@ from tfmq.calibration import CalibrationRows
 from tfmq.fake_quantize import FakeQuantize
 from tfmq.layers import QuantizedLayer
 from tfmq.plan import activation_quantizers, announce_step, quantized_layers
-from tfmq.rounding import annealed_beta, regularizer
+from tfmq.rounding import annealed_beta
 from tfmq.unet import Block, UNet, UNetLayout, run_block, time_features
 
 
@@ -96,12 +96,12 @@ def learn_rounding(
         for iteration, rows in enumerate(batches, 1):
             value = loss(rows)
             trace.append(_finite(value))
-            beta = annealed_beta(iteration, config.iterations, config.warmup)
-            if beta is not None:
-                penalty = sum(regularizer(rounding.h, beta) for rounding in roundings)
-                value = value + config.regularizer_weight * penalty
             optimizer.zero_grad()
             value.backward()
+            beta = annealed_beta(iteration, config.iterations, config.warmup)
+            if beta is not None:
+                for rounding in roundings:
+                    rounding.add_penalty_gradient(config.regularizer_weight, beta)
             optimizer.step()
     for layer in layers:
         layer.fold()
@@ -235,9 +235,10 @@ def reconstruct_weights(
     of BRECQ as Q-Diffusion and TFMQ-DM run it).
     """
     check_memory(full, layout, rows, 2, memory_bytes)
+    layers = quantized_layers(unet)
     for path in layout.time_embedding:
-        layer = unet.get_submodule(path)
-        if layer.codes is None:
+        layer = layers.get(path)
+        if layer is not None and layer.codes is None:
             inputs, targets = _time_layer_data(unet, full, path, rows.timesteps.unique())
             loss = partial(_loss, partial(_evaluate_layer, layer, inputs), targets, config.norm)
             batches = random_batches(len(inputs), config.batch, config.iterations, generator)
@@ -273,9 +274,10 @@ def reconstruct_activations(
     Inputs and targets both come from ``full``, as in Q-Diffusion's released activation pass. Tables stay as they are.
     """
     check_memory(full, layout, rows, 1, memory_bytes)
+    layers = quantized_layers(unet)
     for path in layout.time_embedding:
-        layer = unet.get_submodule(path)
-        quantizers = _learnable(layer)
+        layer = layers.get(path)
+        quantizers = [] if layer is None else _learnable(layer)
         if quantizers:
             inputs, targets = _time_layer_data(full, full, path, rows.timesteps.unique())
             loss = partial(_loss, partial(_evaluate_layer, layer, inputs), targets, config.norm)

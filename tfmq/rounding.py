@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
-from tfmq.affine import Grid, dequantize
+from tfmq.affine import Grid
 
 ZETA, GAMMA = 1.1, -0.1
 
@@ -24,11 +25,6 @@ def initial_alpha(weight: Tensor, scale: Tensor) -> Tensor:
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
     """h(alpha), between 0 (round down) and 1 (round up)."""
     return torch.clamp(torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
-
-
-def regularizer(h: Tensor, beta: float) -> Tensor:
-    """Sum over weights of 1 - |2h - 1|^beta, which draws each h to 0 or 1 (eq. 24)."""
-    return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 
 def annealed_beta(
@@ -47,7 +43,8 @@ class AdaRound(nn.Module):
 
     Attributes:
         alpha: what is learned, shape of the weight.
-        h: soft rounding of the latest forward pass, for the regulariser.
+        h: soft rounding of the latest forward pass.
+        slope: d h / d alpha of the latest backward pass.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> None:
@@ -57,14 +54,49 @@ class AdaRound(nn.Module):
         self.register_buffer("floor", torch.floor(weight / scale) + zero_point, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("zero_point", zero_point, persistent=False)
-        self.h = rectified_sigmoid(self.alpha)
+        # A floor at or outside the grid's ends stays where it is, whatever h.
+        free = (self.floor >= grid.qmin) & (self.floor < grid.qmax)
+        self.register_buffer("free_scale", scale * free, persistent=False)
+        self.h = rectified_sigmoid(self.alpha.detach())
+        self.slope = torch.zeros_like(self.h)
 
     def forward(self) -> Tensor:
         """The weight with soft rounding."""
-        self.h = rectified_sigmoid(self.alpha)
-        return dequantize(torch.clamp(self.floor + self.h, *self.grid), self.scale, self.zero_point)
+        return _SoftRounding.apply(self.alpha, self)
+
+    @torch.no_grad()
+    def add_penalty_gradient(self, weight: float, beta: float) -> None:
+        """Add to ``alpha.grad`` that of weight * sum(1 - |2h - 1|^beta), after a backward pass.
+
+        The regulariser (eq. 24) draws each h to 0 or 1; its value is not needed to learn.
+        """
+        centred = self.h.mul(2).sub_(1)
+        power = centred.abs().pow_(beta - 1).copysign_(centred)
+        self.alpha.grad.addcmul_(power, self.slope, value=-2 * weight * beta)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """Integer codes after hard rounding: up where alpha >= 0."""
         return torch.clamp(self.floor + (self.alpha >= 0), *self.grid)
+
+
+class _SoftRounding(torch.autograd.Function):
+    """The softly rounded weight, with its gradient in closed form: a third of the passes over memory of autograd's.
+
+    d w_hat / d alpha = scale 1.2 sigmoid(alpha) (1 - sigmoid(alpha)), and 0 where h or the grid clips.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, alpha: Tensor, rounding: AdaRound) -> Tensor:
+        ctx.rounding = rounding
+        rounding.h = torch.sigmoid(alpha).mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
+        codes = rounding.h + rounding.floor
+        return codes.clamp_(*rounding.grid).sub_(rounding.zero_point).mul_(rounding.scale)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        rounding = ctx.rounding
+        sigmoid = rounding.h.sub(GAMMA).div_(ZETA - GAMMA)
+        slope = (1 - sigmoid).mul_(sigmoid).mul_(ZETA - GAMMA)
+        rounding.slope = slope.mul_((rounding.h > 0).logical_and_(rounding.h < 1))
+        return grad * rounding.free_scale * rounding.slope, None

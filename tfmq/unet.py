@@ -36,6 +36,9 @@ class UNetLayout:
         time_projections: the linear layer in each residual block that projects the time embedding.
         shortcut_splits: shortcut convolutions over concatenated features -> channels (decoder, skip).
         attentions: attention modules.
+        shortcuts: shortcut convolutions of residual blocks.
+        resampling: convolutions of the down- and upsamplers.
+        attention_layers: the linear layers inside attention modules.
         boundary: the first and the last layer of the network.
     """
 
@@ -44,6 +47,9 @@ class UNetLayout:
     time_projections: tuple[str, ...]
     shortcut_splits: dict[str, tuple[int, int]] = field(hash=False)
     attentions: tuple[str, ...]
+    shortcuts: tuple[str, ...]
+    resampling: tuple[str, ...]
+    attention_layers: tuple[str, ...]
     boundary: tuple[str, ...] = ("conv_in", "conv_out")
 
     @classmethod
@@ -94,6 +100,8 @@ class UNetLayout:
             if not name.startswith(known):
                 raise ValueError(f"the UNet has {name}, which is no part of the blocks and the time embedding")
         modules = dict(unet.named_modules())
+        layers = [path for path, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
+        attentions = tuple(path for path, module in modules.items() if isinstance(module, Attention))
         return cls(
             blocks=tuple(blocks),
             time_embedding=("time_embedding.linear_1", "time_embedding.linear_2"),
@@ -103,8 +111,25 @@ class UNetLayout:
                 if isinstance(modules[block.path], ResnetBlock2D) and modules[block.path].time_emb_proj is not None
             ),
             shortcut_splits=splits,
-            attentions=tuple(path for path, module in modules.items() if isinstance(module, Attention)),
+            attentions=attentions,
+            shortcuts=tuple(path for path in layers if path.endswith(".conv_shortcut")),
+            resampling=tuple(path for path in layers if ".downsamplers." in path or ".upsamplers." in path),
+            attention_layers=tuple(path for path in layers if path.startswith(tuple(f"{a}." for a in attentions))),
         )
+
+    @property
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Paths of the layers, or attention modules, by the roles that a protocol may treat in its own way."""
+        return {
+            "boundary": self.boundary,
+            "first_time_layer": self.time_embedding[:1],
+            "time_embedding": self.time_embedding,
+            "time_projections": self.time_projections,
+            "shortcuts": self.shortcuts,
+            "resampling": self.resampling,
+            "attention_layers": self.attention_layers,
+            "attention_products": self.attentions,
+        }
 
     @property
     def temporal(self) -> tuple[str, ...]:

@@ -33,3 +33,8 @@ def each(case: str, pattern: str) -> pytest.MarkDecorator:
     if not matches:
         raise ValueError(f"nothing in {case} matches {pattern!r}")
     return pytest.mark.parametrize("match", matches, ids=[match[0] for match in matches])
+
+
+def regularizer(h, beta):
+    """AdaRound's regulariser, the sum over weights of 1 - |2h - 1|^beta (arXiv 2004.10568, eq. 24)."""
+    return (1 - (2 * h - 1).abs().pow(beta)).sum()

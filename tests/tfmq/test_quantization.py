@@ -9,7 +9,7 @@ import torch
 
 from tests.tfmq import networks
 from tfmq.layers import QuantizedLayer
-from tfmq.plan import activation_quantizers, insert_quantizers, quantized_layers, shared_plan
+from tfmq.plan import activation_quantizers, insert_quantizers, plan_for, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
 from tfmq.reconstruction import BlockStream, RoundingConfig, StepSizeConfig
@@ -173,5 +173,5 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 def test_quantizers_follow_their_network_to_its_device():
     unet = networks.unconditional().to("meta")
-    insert_quantizers(unet, shared_plan(unet, UNetLayout.of(unet), W4A8, split_shortcuts=True))
+    insert_quantizers(unet, plan_for(unet, UNetLayout.of(unet), W4A8, split_shortcuts=True))
     assert {buffer.device.type for buffer in unet.buffers()} == {"meta"}

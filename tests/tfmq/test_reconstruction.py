@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
-from tests.tfmq.oracle import tensors
+from tests.tfmq.oracle import regularizer, tensors
 from tfmq import reconstruction, temporal
 from tfmq.fake_quantize import FakeQuantize, StepTracker
 from tfmq.layers import quantized_layer
@@ -21,7 +21,7 @@ from tfmq.reconstruction import (
     random_batches,
     reconstruction_loss,
 )
-from tfmq.rounding import annealed_beta, regularizer
+from tfmq.rounding import annealed_beta
 from tfmq.temporal import reconstruct_temporal
 from tfmq.unet import UNetLayout, temporal_features
 
@@ -51,7 +51,7 @@ class Recorded:
                 self.after_10 = [rounding.alpha.detach().clone() for rounding in self.roundings]
             value = loss(rows)
             beta = annealed_beta(len(self.reconstruction) + 1, self.config.iterations, self.config.warmup)
-            penalty = 0.0 if beta is None else sum(float(regularizer(r.h.detach(), beta)) for r in self.roundings)
+            penalty = 0.0 if beta is None else sum(float(regularizer(r.h, beta)) for r in self.roundings)
             self.reconstruction.append(value.item())
             self.penalty.append(self.config.regularizer_weight * penalty)
             return value

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.tfmq.oracle import each, tensors
+from tests.tfmq.oracle import each, regularizer, tensors
 from tfmq.affine import Grid, fake_quantize
 from tfmq.reconstruction import RoundingConfig, reconstruction_loss
-from tfmq.rounding import AdaRound, annealed_beta, initial_alpha, rectified_sigmoid, regularizer
+from tfmq.rounding import AdaRound, annealed_beta, initial_alpha, rectified_sigmoid
 
 CASE = "03_adaround"
 GRIDS = {"affine": Grid.unsigned, "sym": Grid.signed}
@@ -117,7 +117,10 @@ def test_loss_terms_of_a_layer_equal_the_published_ones():
 @pytest.mark.parametrize(("row", "iteration"), [(0, 1), (1, 200), (2, 600)])
 def test_gradients_of_the_total_loss_equal_the_published_ones(row, iteration):
     rounding, terms = layer_loss()
-    sum(terms(iteration)).backward()
+    terms(iteration)[0].backward()
+    beta = annealed_beta(iteration, ITERATIONS, WARMUP)
+    if beta is not None:
+        rounding.add_penalty_gradient(WEIGHT, beta)
     expected = tensors(CASE)["layer.tfmq.grad_alpha"][row]
     torch.testing.assert_close(rounding.alpha.grad, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert torch.equal(rounding.alpha.grad == 0, expected == 0)
@@ -160,9 +163,24 @@ def test_rounding_term_of_a_block_equals_the_published_one(project):
         torch.testing.assert_close(reconstruction + penalty, total, rtol=1e-5, atol=0)
 
 
-def test_regularizer_is_0_where_decided_and_counts_weights_where_not():
-    assert regularizer(torch.tensor([0.0, 1.0, 1.0]), 3.0) == 0
-    assert regularizer(torch.full((4, 5), 0.5), 2.0) == 20
+@pytest.mark.parametrize("beta", [20.0, 7.3, 2.0])
+def test_gradients_equal_those_of_autograd(beta):
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(6, 20, generator=generator)
+    scale, zero_point, grid = torch.full((6, 1), 0.2), torch.full((6, 1), 5.0), Grid.unsigned(4)
+    rounding = AdaRound(weight, scale, zero_point, grid)
+    rounding.alpha.data = 4 * torch.randn(6, 20, generator=generator)
+    alpha = rounding.alpha.detach().clone().requires_grad_()
+    h = rectified_sigmoid(alpha)
+    expected = (torch.clamp(torch.floor(weight / scale) + zero_point + h, *grid) - zero_point) * scale
+    target = torch.randn(6, 20, generator=generator)
+    (((expected - target) ** 2).sum() + 0.3 * regularizer(h, beta)).backward()
+    found = rounding()
+    torch.testing.assert_close(found, expected)
+    ((found - target) ** 2).sum().backward()
+    rounding.add_penalty_gradient(0.3, beta)
+    torch.testing.assert_close(rounding.alpha.grad, alpha.grad, rtol=1e-4, atol=1e-5)
+    assert (alpha.grad == 0).any() and (alpha.grad != 0).any()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet1DModel
 
 from tests.tfmq import networks
-from tfmq.plan import coverage, insert_quantizers, shared_plan
+from tfmq.plan import coverage, insert_quantizers, plan_for
 from tfmq.precision import Precision
 from tfmq.unet import UNetLayout, run_block, temporal_features, time_features
 
@@ -82,7 +82,7 @@ def test_inserted_quantizers_change_nothing_until_calibrated_and_cover_every_lay
     expected = unet(*arguments).sample
     layers = [m for m in unet.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     layout = UNetLayout.of(unet)
-    insert_quantizers(unet, shared_plan(unet, layout, Precision.parse("w4a8"), split_shortcuts=True))
+    insert_quantizers(unet, plan_for(unet, layout, Precision.parse("w4a8"), split_shortcuts=True))
     torch.testing.assert_close(unet(*arguments).sample, expected, rtol=1e-5, atol=1e-5)
     rows = coverage(unet)
     bits = {row.path: (row.weight_bits, row.activation_bits) for row in rows if row.kind in ("conv2d", "linear")}
@@ -94,7 +94,7 @@ def test_inserted_quantizers_change_nothing_until_calibrated_and_cover_every_lay
 
 def test_weight_only_precision_says_why_activations_are_left():
     unet = networks.unconditional()
-    insert_quantizers(unet, shared_plan(unet, UNetLayout.of(unet), Precision.parse("w4a32")))
+    insert_quantizers(unet, plan_for(unet, UNetLayout.of(unet), Precision.parse("w4a32")))
     assert all(row.reason for row in coverage(unet) if row.activation_bits == 32)
 
 
