@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from tfmq.affine import Grid, fake_quantize
-from tfmq.observer import RangeObserver
+from tfmq.observer import RangeObserver, ThresholdObserver
+
+ActivationRange = Literal["minmax", "thresholds"]
 
 
 class StepTracker:
@@ -57,6 +61,7 @@ class FakeQuantize(nn.Module):
 
     Lifecycle: ``observe()`` starts recording (the input passes unchanged), ``freeze()`` turns the recorded range into
     ``scale`` and ``zero_point``, and from then on ``forward`` quantises. ``enabled = False`` lets the input pass.
+    ``mix_bits`` gives it a width of its own at each time step.
 
     Args:
         bits: width of the codes.
@@ -69,6 +74,7 @@ class FakeQuantize(nn.Module):
 
     Buffers:
         scale, zero_point: float32, (1,) or (S,) with one entry for each of ``tracker.steps``.
+        step_bits: int64 (S,), the width of the codes at each of them, or None where it is ``bits`` at all.
     """
 
     def __init__(self, bits: int, tracker: StepTracker, symmetric: bool = False, positive: bool = False) -> None:
@@ -83,14 +89,30 @@ class FakeQuantize(nn.Module):
         self.observer: RangeObserver | None = None
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1))
+        self.register_buffer("step_bits", None)
 
     @property
     def per_step(self) -> bool:
         return len(self.scale) > 1
 
-    def observe(self, momentum: float | None = None, per_step: bool = False) -> None:
-        """Start recording; ``momentum`` as in ``RangeObserver``, ``per_step`` keeps one range a time step."""
-        self.observer = RangeObserver(momentum, len(self.tracker.steps) if per_step else 0)
+    def observe(
+        self, momentum: float | None = None, per_step: bool = False, activation_range: ActivationRange = "minmax"
+    ) -> None:
+        """Start recording.
+
+        Args:
+            momentum: as in ``RangeObserver``.
+            per_step: keep one range a time step.
+            activation_range: ``minmax``: the extremes of each batch; the input passes unchanged. ``thresholds``:
+                PTQ4DM's search on each batch, which passes quantised with the range so far.
+        """
+        steps = len(self.tracker.steps) if per_step else 0
+        if activation_range == "minmax":
+            self.observer = RangeObserver(momentum, steps)
+        elif self.symmetric:
+            raise ValueError("activation_range thresholds has codes from 0 on: take it without symmetric activations")
+        else:
+            self.observer = ThresholdObserver(self.bits, momentum, steps)
 
     def freeze(self) -> None:
         """Set scale and zero point from what was recorded, and quantise from now on.
@@ -110,22 +132,39 @@ class FakeQuantize(nn.Module):
         scale, zero_point = observer.affine(self.bits, self.symmetric, self.positive)
         self.scale = scale.to(self.scale.device)
         self.zero_point = zero_point.to(self.zero_point.device)
+        self.step_bits = None
+        self.enabled = True
+
+    def mix_bits(self, step_bits: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Quantise with these widths, scales and zero points, (S,) each, one for each of ``tracker.steps``.
+
+        Raises ValueError for a symmetric quantiser, whose grid depends on the width at both ends.
+        """
+        if self.symmetric:
+            raise ValueError(f"{self.path} is symmetric: widths that vary over time steps need codes from 0 on")
+        device = self.scale.device
+        self.step_bits = step_bits.to(device)
+        self.scale, self.zero_point = scale.to(device), zero_point.to(device)
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self._record(x)
-            return x
-        if not self.enabled:
-            return x
-        if not self.per_step:
-            return fake_quantize(x, self.scale, self.zero_point, self.grid)
-        index = self.tracker.index
-        scale, zero_point = self.scale[index], self.zero_point[index]
-        if scale.dim():
-            rows = (-1, *[1] * (x.dim() - 1))
-            scale, zero_point = scale.view(rows), zero_point.view(rows)
-        return fake_quantize(x, scale, zero_point, self.grid)
+            if not isinstance(self.observer, ThresholdObserver):
+                return x
+            scale, zero_point = self.observer.affine(self.bits, self.symmetric, self.positive)
+            return self._quantize(x, scale.to(x.device), zero_point.to(x.device))
+        return self._quantize(x, self.scale, self.zero_point) if self.enabled else x
+
+    def _quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        if len(scale) == 1:
+            return fake_quantize(x, scale, zero_point, self.grid)
+        index, grid = self.tracker.index, self.grid
+        scale, zero_point = scale[index], zero_point[index]
+        rows = (-1, *[1] * (x.dim() - 1)) if scale.dim() else ()
+        if self.step_bits is not None:
+            grid = _grid(self.step_bits[index].view(rows))
+        return fake_quantize(x, scale.view(rows), zero_point.view(rows), grid)
 
     def _record(self, x: Tensor) -> None:
         index = self.tracker.index
@@ -142,6 +181,13 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         table = f", {len(self.scale)} steps" if self.per_step else ""
         return f"bits={self.bits}, symmetric={self.symmetric}, enabled={self.enabled}{table}"
+
+
+def _grid(bits: Tensor) -> Grid:
+    """The unsigned grid of one width, or the ends of several as tensors that broadcast like ``bits``."""
+    if not bits.dim():
+        return Grid.unsigned(int(bits))
+    return Grid(torch.zeros_like(bits), 2**bits - 1)
 
 
 class SplitFakeQuantize(nn.Module):

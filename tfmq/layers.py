@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfmq.affine import Grid, dequantize, quantize
+from tfmq.dynamic import DynamicQuantize
 from tfmq.fake_quantize import FakeQuantize, SplitFakeQuantize, StepTracker
-from tfmq.observer import minmax, search
+from tfmq.observer import minmax, search, thresholds
 from tfmq.precision import FULL
 from tfmq.rounding import AdaRound
 
-RANGES = {"minmax": minmax, "search": search}
+RANGES = {"minmax": minmax, "search": search, "thresholds": thresholds}
 
 
 class QuantizedLayer(nn.Module):
@@ -22,12 +23,20 @@ class QuantizedLayer(nn.Module):
     ``weight`` holds the full-precision weight until ``fold`` replaces it by its dequantised codes; from then on the
     forward pass costs no weight quantisation.
 
+    With a low-rank branch (see ``tfmq.low_rank``) the input is divided by ``smoothing`` first, ``weight`` is what the
+    branch leaves of the smoothed weight, and the branch takes the smoothed input unquantised.
+
     Attributes:
         weight_bits, activation_bits: 32 where not quantised.
         splits: sizes of consecutive groups of input channels that have ranges of their own; one entry where unsplit.
         codes: uint8, shape of the weight, once folded.
         weight_scale, weight_zero_point: (output channels, groups).
-        input_quantizer: FakeQuantize, SplitFakeQuantize or Identity.
+        input_quantizer: FakeQuantize, SplitFakeQuantize, DynamicQuantize or Identity.
+        symmetric, dynamic: of the input's quantiser.
+        rank: of the branch, 0 for none.
+        smoothing: (input channels,), with a branch only.
+        down, up: float16, (rank, input channels, *kernel) and (output channels, rank, 1, 1) or without the ones where
+            linear, with a branch only; computed in the input's type.
     """
 
     weight_bits: int
@@ -35,17 +44,35 @@ class QuantizedLayer(nn.Module):
     splits: tuple[int, ...]
 
     def set_up(
-        self, weight_bits: int, activation_bits: int, splits: tuple[int, ...], symmetric: bool, tracker: StepTracker
+        self,
+        weight_bits: int,
+        activation_bits: int,
+        splits: tuple[int, ...],
+        symmetric: bool,
+        dynamic: bool,
+        rank: int,
+        tracker: StepTracker,
     ) -> None:
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.splits = splits
+        self.symmetric = symmetric
+        self.dynamic = dynamic
+        self.rank = rank
         self.rounding: AdaRound | None = None
         self.register_buffer("codes", None)
         self.register_buffer("weight_scale", torch.ones(self.weight.shape[0], len(splits)))
         self.register_buffer("weight_zero_point", torch.zeros(self.weight.shape[0], len(splits)))
+        if rank:
+            outputs, inputs, *kernel = self.weight.shape
+            self.register_buffer("smoothing", torch.ones(inputs))
+            self.register_buffer("down", torch.zeros(rank, inputs, *kernel, dtype=torch.float16))
+            self.register_buffer("up", torch.zeros(outputs, rank, *[1] * len(kernel), dtype=torch.float16))
         if activation_bits == FULL:
             self.input_quantizer: nn.Module = nn.Identity()
+            return
+        if dynamic:
+            self.input_quantizer = DynamicQuantize(activation_bits, self.dynamic_dim, symmetric)
             return
         parts = [FakeQuantize(activation_bits, tracker, symmetric) for _ in splits]
         self.input_quantizer = SplitFakeQuantize(splits, parts) if len(parts) > 1 else parts[0]
@@ -54,9 +81,14 @@ class QuantizedLayer(nn.Module):
     def grid(self) -> Grid:
         return Grid.unsigned(self.weight_bits)
 
+    @property
+    def dynamic_dim(self) -> int | None:
+        """The dimension of the input that shares a dynamic range; None for all of an image."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def find_weight_range(self, method: str) -> None:
-        """Set the weight's scales by ``minmax`` or ``search``."""
+        """Set the weight's scales by one of ``RANGES``."""
         groups = [RANGES[method](group.flatten(1), self.weight_bits) for group in self.weight.split(self.splits, 1)]
         self.weight_scale = torch.stack([scale for scale, _ in groups], 1)
         self.weight_zero_point = torch.stack([point for _, point in groups], 1)
@@ -97,15 +129,32 @@ class QuantizedLayer(nn.Module):
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """Conv2d whose weight and input are quantised."""
 
+    @property
+    def dynamic_dim(self) -> int | None:
+        # A kernel of one pixel is a matrix product per pixel; larger ones mix pixels in one sum.
+        return 1 if self.kernel_size == (1, 1) else None
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.effective_weight(), self.bias)
+        if not self.rank:
+            return self._conv_forward(self.input_quantizer(x), self.effective_weight(), self.bias)
+        x = x / self.smoothing.view(-1, 1, 1)
+        branch = F.conv2d(self._conv_forward(x, self.down.to(x.dtype), None), self.up.to(x.dtype), self.bias)
+        return branch + self._conv_forward(self.input_quantizer(x), self.effective_weight(), None)
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """Linear layer whose weight and input are quantised."""
 
+    @property
+    def dynamic_dim(self) -> int | None:
+        return -1
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.input_quantizer(x), self.effective_weight(), self.bias)
+        if not self.rank:
+            return F.linear(self.input_quantizer(x), self.effective_weight(), self.bias)
+        x = x / self.smoothing
+        branch = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias)
+        return branch + F.linear(self.input_quantizer(x), self.effective_weight())
 
 
 def quantized_layer(
@@ -115,6 +164,8 @@ def quantized_layer(
     tracker: StepTracker,
     splits: tuple[int, ...] = (),
     symmetric: bool = False,
+    dynamic: bool = False,
+    rank: int = 0,
 ) -> QuantizedConv2d | QuantizedLinear:
     """The quantised twin of ``layer``, sharing its parameters (weights not yet quantised)."""
     if isinstance(layer, nn.Conv2d):
@@ -133,20 +184,36 @@ def quantized_layer(
     else:
         twin = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     twin.weight, twin.bias = layer.weight, layer.bias
-    twin.set_up(weight_bits, activation_bits, splits or (layer.weight.shape[1],), symmetric, tracker)
+    splits = splits or (layer.weight.shape[1],)
+    twin.set_up(weight_bits, activation_bits, splits, symmetric, dynamic, rank, tracker)
     return twin
 
 
 class QuantizedAttention(nn.Module):
     """Attention processor with quantised operands of both matrix products: query, key, value and probabilities.
 
-    The products themselves, the softmax and the norms run in floating point. Set with ``Attention.set_processor``.
+    Dynamic ranges are those of one token of one head, and of one row of probabilities. The products themselves, the
+    softmax and the norms run in floating point. Set with ``Attention.set_processor``.
     """
 
-    def __init__(self, activation_bits: int, softmax_bits: int, tracker: StepTracker, symmetric: bool = False) -> None:
+    def __init__(
+        self,
+        activation_bits: int,
+        softmax_bits: int,
+        tracker: StepTracker,
+        symmetric: bool = False,
+        dynamic: bool = False,
+    ) -> None:
         super().__init__()
-        self.query, self.key, self.value = (FakeQuantize(activation_bits, tracker, symmetric) for _ in range(3))
-        self.probabilities = FakeQuantize(softmax_bits, tracker, positive=True)
+        self.symmetric = symmetric
+        self.dynamic = dynamic
+        if dynamic:
+            operands = [DynamicQuantize(activation_bits, -1, symmetric) for _ in range(3)]
+            self.probabilities: nn.Module = DynamicQuantize(softmax_bits, -1, positive=True)
+        else:
+            operands = [FakeQuantize(activation_bits, tracker, symmetric) for _ in range(3)]
+            self.probabilities = FakeQuantize(softmax_bits, tracker, positive=True)
+        self.query, self.key, self.value = operands
 
     def __call__(
         self,
@@ -179,9 +246,10 @@ class QuantizedAttention(nn.Module):
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 
-        query = attn.head_to_batch_dim(self.query(attn.to_q(hidden_states)))
-        key = attn.head_to_batch_dim(self.key(attn.to_k(context)))
-        value = attn.head_to_batch_dim(self.value(attn.to_v(context)))
+        by_head = (attn.heads, -1)
+        query = attn.head_to_batch_dim(self.query(attn.to_q(hidden_states).unflatten(-1, by_head)).flatten(2))
+        key = attn.head_to_batch_dim(self.key(attn.to_k(context).unflatten(-1, by_head)).flatten(2))
+        value = attn.head_to_batch_dim(self.value(attn.to_v(context).unflatten(-1, by_head)).flatten(2))
         mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
         probabilities = attn.get_attention_scores(query, key, mask)
         by_image = probabilities.unflatten(0, (hidden_states.shape[0], -1))

@@ -1,4 +1,4 @@
-"""Choosing the range [low, high] that a grid spans: min-max, mean-squared-error search, running average.
+"""Choosing the range [low, high] that a grid spans: min-max, searches of the smallest error, running average.
 
 "Rows" are the slices that share a scale: one row for a per-tensor scale, one an output channel for weights.
 All functions take a matrix of shape (rows, elements) and return tensors of shape (rows,).
@@ -6,13 +6,17 @@ All functions take a matrix of shape (rows, elements) and return tensors of shap
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch
 from torch import Tensor
 
-from tfmq.affine import Grid, affine_from_range, dequantize, quantize
+from tfmq.affine import SMALLEST_SCALE, Grid, affine_from_range, dequantize, quantize
 
 SEARCH_CANDIDATES = 80
 SEARCH_NORM = 2.4
+THRESHOLDS = 100
+HISTOGRAM_BINS = 2**13
 _SEARCH_BYTES = 2**26
 
 
@@ -54,6 +58,74 @@ def _search_error(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -
     return error.pow_(SEARCH_NORM).mean(-1)
 
 
+def thresholds(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row by PTQ4DM's search (arXiv 2211.15736, released code).
+
+    Of the ranges [-c M / 100, c M / 100], c = 1..100, M the row's largest magnitude, the one with the smallest mean
+    |x - x_hat|^2.4. Where ``rows`` as a whole have one sign, the other half of the range is cut. Codes are unsigned and
+    0 is one of them, so that a two-sided range fits either of the two middle zero points; both are tried. (The released
+    code takes one of them by the rounding error of the range's end.)
+    """
+    _, scale, zero_point = _best_threshold(rows, torch.ones_like(rows), bits, Side.of(rows))
+    return scale, zero_point
+
+
+class Side(Enum):
+    """The signs that a tensor takes, as the multiples of the threshold that its range spans."""
+
+    POSITIVE = (0, 1)
+    NEGATIVE = (-1, 0)
+    BOTH = (-1, 1)
+
+    @classmethod
+    def of(cls, x: Tensor) -> Side:
+        low, high = torch.aminmax(x)
+        if low >= 0:
+            return cls.POSITIVE
+        return cls.NEGATIVE if high <= 0 else cls.BOTH
+
+    def zero_points(self, bits: int) -> tuple[int, ...]:
+        """The codes that may stand for 0."""
+        last = 2**bits - 1
+        return {Side.POSITIVE: (0,), Side.NEGATIVE: (last,), Side.BOTH: (last // 2, last // 2 + 1)}[self]
+
+    def scale(self, threshold: Tensor, bits: int) -> Tensor:
+        return (threshold * (self.value[1] - self.value[0]) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
+
+
+def _best_threshold(rows: Tensor, weights: Tensor, bits: int, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+    """Threshold, scale and zero point (rows,) of the search over elements that count ``weights`` times.
+
+    It goes from the widest range to narrower ones, and stops where what is cut off alone costs more than the best range
+    in all: no narrower one can win.
+    """
+    largest = rows.abs().amax(1)
+    best = [torch.full_like(largest, torch.inf), largest.clone(), side.scale(largest, bits), torch.zeros_like(largest)]
+    chunk = max(1, min(10, _SEARCH_BYTES // (rows.numel() * rows.element_size())))
+    for first in range(THRESHOLDS, 0, -chunk):
+        counts = torch.arange(first, max(first - chunk, 0), -1, device=rows.device)
+        candidates = counts[:, None] * (largest / THRESHOLDS)
+        cut = (rows.abs() - candidates[0, :, None]).clamp_min_(0).pow_(SEARCH_NORM).mul_(weights).sum(-1)
+        if (cut >= best[0]).all():
+            break
+        scales = side.scale(candidates, bits)
+        for zero_point in side.zero_points(bits):
+            errors = _threshold_errors(rows, weights, scales, zero_point, bits)
+            error, index = errors.min(0)
+            better = error < best[0]
+            found = (error, candidates.gather(0, index[None])[0], scales.gather(0, index[None])[0])
+            for kept, new in zip(best, (*found, torch.full_like(error, zero_point)), strict=True):
+                kept[better] = new[better]
+    return best[1], best[2], best[3]
+
+
+def _threshold_errors(rows: Tensor, weights: Tensor, scales: Tensor, zero_point: int, bits: int) -> Tensor:
+    """Weighted sum of |x - x_hat|^2.4 of each row, for scales (candidates, rows)."""
+    point = torch.tensor(float(zero_point), device=rows.device)
+    x_hat = dequantize(quantize(rows, scales[..., None], point, Grid.unsigned(bits)), scales[..., None], point)
+    return x_hat.sub_(rows).abs_().pow_(SEARCH_NORM).mul_(weights).sum(-1)
+
+
 class RangeObserver:
     """Range of a tensor over several batches: widest seen, or an exponential running average of batch extremes.
 
@@ -83,3 +155,48 @@ class RangeObserver:
         """Scale and zero point of shape (steps,), of the range extended to contain 0; ``positive`` starts it at 0."""
         low = torch.zeros_like(self.low) if positive else self.low.clamp_max(0)
         return affine_from_range(low, self.high.clamp_min(0), bits, symmetric)
+
+
+class ThresholdObserver(RangeObserver):
+    """PTQ4DM's activation range: a running average of the range that ``thresholds`` finds for each batch.
+
+    The signs are those of the first batch of a step. Of the two middle zero points that fit the averaged range, the one
+    is taken that suits the last batch better. Batches of more than 8,192 elements are searched by a histogram of as
+    many bins (at 8 bits, 32 to a code where the range is widest), which counts every element and keeps the tails.
+    """
+
+    def __init__(self, bits: int, momentum: float | None, steps: int = 0) -> None:
+        super().__init__(momentum, steps)
+        self.bits = bits
+        self.zero_point = torch.zeros(max(steps, 1))
+        self.sides: dict[int, Side] = {}
+
+    def update(self, x: Tensor, step: int = 0) -> None:
+        """Take in one batch of finite values, all of one time step."""
+        side = self.sides.setdefault(step, Side.of(x))
+        values, counts = _histogram(x)
+        threshold, _, _ = _best_threshold(values, counts, self.bits, side)
+        super().update(torch.cat([multiple * threshold for multiple in side.value]), step)
+        width = self.high[step] - self.low[step]
+        scale = (width / (2**self.bits - 1)).clamp_min(SMALLEST_SCALE).to(values.device).reshape(1, 1)
+        points = side.zero_points(self.bits)
+        errors = [_threshold_errors(values, counts, scale, point, self.bits).item() for point in points]
+        self.zero_point[step] = points[errors.index(min(errors))]
+
+    def affine(self, bits: int, symmetric: bool, positive: bool) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of shape (steps,), on the unsigned grid."""
+        scale = ((self.high - self.low) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
+        return scale, self.zero_point
+
+
+def _histogram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (1, n) that stand for the elements of ``x``, and how often each counts."""
+    x = x.detach().reshape(-1).float()
+    if len(x) <= HISTOGRAM_BINS:
+        return x[None], torch.ones_like(x)[None]
+    low, high = (end.item() for end in torch.aminmax(x))
+    counts = torch.histc(x, HISTOGRAM_BINS, low, high)
+    width = (high - low) / HISTOGRAM_BINS
+    values = low + width * (torch.arange(HISTOGRAM_BINS, device=x.device) + 0.5)
+    kept = counts > 0
+    return values[kept][None], counts[kept][None]

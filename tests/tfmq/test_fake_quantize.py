@@ -75,6 +75,36 @@ def test_probabilities_of_a_single_key_are_no_error():
     assert torch.equal(quantizer(torch.ones(2, 4, 1)), torch.ones(2, 4, 1))
 
 
+def test_a_batch_passes_quantised_while_thresholds_are_observed():
+    quantizer = FakeQuantize(4, StepTracker())
+    quantizer.observe(momentum=0.9, activation_range="thresholds")
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    passed = quantizer(x)
+    assert len(passed.unique()) <= 16
+    quantizer.freeze()
+    assert torch.equal(quantizer(x), passed)
+    with pytest.raises(ValueError, match="without symmetric activations"):
+        FakeQuantize(4, StepTracker(), symmetric=True).observe(activation_range="thresholds")
+
+
+def test_mixed_bits_are_looked_up_by_step():
+    quantizer = FakeQuantize(8, tracker_of(1, 401, 801))
+    bits, scale, zero_point = torch.tensor([8, 8, 4]), torch.tensor([0.01, 0.02, 0.3]), torch.tensor([100.0, 90.0, 7.0])
+    quantizer.mix_bits(bits, scale, zero_point)
+    x = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1))
+    alone = []
+    for row, (step, width) in enumerate(((801, 4), (1, 8), (401, 8))):
+        quantizer.tracker.set(step)
+        alone.append(quantizer(x[row]))
+        index = [1, 401, 801].index(step)
+        args = (float(scale[index]), int(zero_point[index]), 0, 2**width - 1)
+        torch.testing.assert_close(alone[-1], torch.fake_quantize_per_tensor_affine(x[row], *args))
+    quantizer.tracker.set(torch.tensor([801, 1, 401]))
+    assert torch.equal(quantizer(x), torch.stack(alone))
+    with pytest.raises(ValueError, match="widths that vary"):
+        FakeQuantize(8, StepTracker(), symmetric=True).mix_bits(bits, scale, zero_point)
+
+
 def test_split_quantises_each_group_with_its_own_range():
     parts = [FakeQuantize(8, StepTracker()) for _ in range(2)]
     split = SplitFakeQuantize((3, 2), parts)
