@@ -14,6 +14,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from tfmq.cache import CachePlan, cached_projections, insert_cache
+from tfmq.correction import NoiseCorrection, correction_of
 from tfmq.layers import QuantizedLayer
 from tfmq.plan import (
     AttentionPlan,
@@ -68,6 +69,8 @@ def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) ->
         "plan": json.dumps(asdict(_plan(unet))),
         "steps": json.dumps(unet.step_tracker.steps.tolist()),
         "cache": json.dumps({name: asdict(table.plan) for name, table in cached_projections(unet).items()}),
+        "step_bits": json.dumps([n for n, part in activation_quantizers(unet).items() if part.step_bits is not None]),
+        "correction": json.dumps(None if correction_of(unet) is None else correction_of(unet).biases.shape),
         "metadata": json.dumps(metadata),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -107,6 +110,11 @@ def load_quantized(path: str | Path) -> UNet:
     unet.step_tracker.steps = torch.tensor(json.loads(described["steps"]), dtype=torch.int64)
     cache = {name: CachePlan(**table) for name, table in json.loads(described["cache"]).items()}
     insert_cache(unet, cache, time_projections)
+    for name in json.loads(described["step_bits"]):
+        unet.get_submodule(name).step_bits = torch.empty(len(unet.step_tracker.steps), dtype=torch.uint8)
+    correction = json.loads(described["correction"])
+    if correction is not None:
+        unet.noise_correction = NoiseCorrection(*correction)
     with safe_open(path, "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     _restore(unet, stored, path)

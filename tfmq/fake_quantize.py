@@ -74,7 +74,7 @@ class FakeQuantize(nn.Module):
 
     Buffers:
         scale, zero_point: float32, (1,) or (S,) with one entry for each of ``tracker.steps``.
-        step_bits: int64 (S,), the width of the codes at each of them, or None where it is ``bits`` at all.
+        step_bits: uint8 (S,), the width of the codes at each of them, or None where it is ``bits`` at all.
     """
 
     def __init__(self, bits: int, tracker: StepTracker, symmetric: bool = False, positive: bool = False) -> None:
@@ -143,7 +143,7 @@ class FakeQuantize(nn.Module):
         if self.symmetric:
             raise ValueError(f"{self.path} is symmetric: widths that vary over time steps need codes from 0 on")
         device = self.scale.device
-        self.step_bits = step_bits.to(device)
+        self.step_bits = step_bits.to(device, torch.uint8)
         self.scale, self.zero_point = scale.to(device), zero_point.to(device)
         self.enabled = True
 
@@ -187,7 +187,8 @@ def _grid(bits: Tensor) -> Grid:
     """The unsigned grid of one width, or the ends of several as tensors that broadcast like ``bits``."""
     if not bits.dim():
         return Grid.unsigned(int(bits))
-    return Grid(torch.zeros_like(bits), 2**bits - 1)
+    last = 2 ** bits.long() - 1
+    return Grid(torch.zeros_like(last), last)
 
 
 class SplitFakeQuantize(nn.Module):

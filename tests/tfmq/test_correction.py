@@ -1,0 +1,236 @@
+"""PTQD's correction against values of the released code, and inside the sampling loop."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from tests.tfmq import networks
+from tests.tfmq.oracle import each, tensors
+from tfmq.calibration import CalibrationSet, collect_calibration
+from tfmq.checkpoint import load_quantized, save_quantized
+from tfmq.correction import (
+    NoiseCorrection,
+    corrected_noise,
+    correction_of,
+    ddim_sigma,
+    error_bias,
+    error_slope,
+    measure_correction,
+    reduced_sigma,
+    residual_deviation,
+)
+from tfmq.precision import Precision
+from tfmq.quantization import QuantizationConfig, quantize_
+from tfmq.sampling import Conditioning, SamplingSettings, sample
+
+STATISTICS = "07a_ptqd_statistics"
+SAMPLER = "07b_ptqd_sampler"
+
+
+class Network(torch.nn.Module):
+    """A function as a UNet."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.device = torch.device("cpu")
+
+    def forward(self, latents, timestep, context=None):
+        return SimpleNamespace(sample=self.function(latents, int(timestep), context))
+
+
+def scheduler_of(alphas_cumprod):
+    """A DDIM scheduler with these cumulative alphas; its last step ends on the first of them."""
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1].double()])
+    betas = (1 - alphas_cumprod.double() / previous).tolist()
+    scheduler = DDIMScheduler(trained_betas=betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = alphas_cumprod, alphas_cumprod[0]
+    return scheduler
+
+
+def recorded_correction():
+    """The correction with the recorded tables; float32 alphas as the recorded sampler saw them."""
+    values = tensors(SAMPLER)
+    correction = NoiseCorrection(20, 3)
+    correction.timesteps = values["timesteps"]
+    correction.slopes = values["k_raw"].clamp_min(0)
+    correction.biases, correction.deviations = values["bias"], values["residual_std"]
+    correction.alphas, correction.previous_alphas = values["table.a"].double(), values["table.a_prev"].double()
+    return correction
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_equal_the_published_ones():
+    values = tensors(STATISTICS)
+    noise, error = values["eps"], values["eps_hat"] - values["eps"]
+    torch.testing.assert_close(error, values["error"], rtol=1e-4, atol=1e-6)
+    for index, timestep in enumerate(values["timesteps"]):
+        rows = values["t"] == timestep
+        slope = error_slope(noise[rows], error[rows])
+        torch.testing.assert_close(slope.float(), values["k_raw"][index], rtol=0, atol=1e-6)
+        bias = error_bias(error[rows]).float()
+        torch.testing.assert_close(bias, values["bias"][index], rtol=1e-4, atol=1e-6)
+        deviation = residual_deviation(noise[rows], error[rows], slope.clamp_min(0)).float()
+        torch.testing.assert_close(deviation, values["residual_std"][index], rtol=1e-4, atol=0)
+
+
+def test_measured_on_a_pool_they_are_the_same():
+    """A pool and a UNet that hold the recorded noise give the recorded tables, negative slopes cut to 0."""
+    values = tensors(STATISTICS)
+    timesteps = values["timesteps"].flip(0)
+    order = torch.stack([(values["t"] == t).nonzero().flatten() for t in timesteps])
+    index = torch.arange(order.numel()).reshape(order.shape).float()
+    latents = index[:, :, None, None, None].expand(-1, -1, 3, 8, 8)
+    unet = Network(lambda x, t, context: values["eps_hat"][order].flatten(0, 1)[x[:, 0, 0, 0].long()])
+    alphas = torch.linspace(0.01, 0.99, len(timesteps) + 1, dtype=torch.float64)
+    settings = SamplingSettings(len(timesteps))
+    pool = CalibrationSet(latents, timesteps, values["eps"][order], latents[0], alphas, settings)
+    correction = measure_correction(unet, pool, images=100, batch=4)
+    assert torch.equal(correction.timesteps, values["timesteps"])
+    torch.testing.assert_close(correction.slopes, values["k_raw"].clamp_min(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(correction.biases, values["bias"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(correction.deviations, values["residual_std"], rtol=1e-4, atol=0)
+    assert torch.equal(correction.alphas, alphas[:-1].flip(0))
+    assert torch.equal(correction.previous_alphas, alphas[1:].flip(0))
+
+
+def test_under_guidance_the_error_is_that_of_the_guided_noise():
+    values = tensors(STATISTICS)
+    halves = {-1.0: "uncond", 1.0: "cond"}
+
+    def network(kind):
+        def predict(x, t, context):
+            return torch.cat(
+                [values[f"guided.{kind}_{halves[float(c[0, 0])]}"][i % 2, None] for i, c in enumerate(context)]
+            )
+
+        return Network(predict)
+
+    noise = torch.zeros(2, 3, 8, 8)
+    conditioning = Conditioning(torch.ones(2, 1, 1), -torch.ones(2, 1, 1))
+    settings = SamplingSettings(steps=1, guidance_scale=values["guided.scale"].item())
+    pool = collect_calibration(
+        network("fp"),
+        scheduler_of(tensors(SAMPLER)["alphas_cumprod"]),
+        noise,
+        settings,
+        batch=2,
+        conditioning=conditioning,
+    )
+    torch.testing.assert_close(pool.noise[0], values["guided.eps"], rtol=1e-5, atol=1e-6)
+    correction = measure_correction(network("q"), pool, images=2, batch=2)
+    expected = error_bias(values["guided.error"]).float()
+    torch.testing.assert_close(correction.biases[0], expected, rtol=1e-4, atol=1e-6)
+    slope = error_slope(values["guided.eps"], values["guided.error"]).clamp_min(0).float()
+    torch.testing.assert_close(correction.slopes[0], slope, rtol=0, atol=1e-6)
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+@each(SAMPLER, r"table\.eta(?P<eta>[\d.]+)\.sigma")
+def test_sigmas_are_ddim_s(match):
+    values = tensors(SAMPLER)
+    alphas = zip(values["table.a"].tolist(), values["table.a_prev"].tolist(), strict=True)
+    sigmas = [ddim_sigma(alpha, previous, float(match["eta"])) for alpha, previous in alphas]
+    torch.testing.assert_close(torch.tensor(sigmas), values[match[0]], rtol=1e-4, atol=1e-7)
+
+
+@each(SAMPLER, r"eta(?P<eta>[\d.]+)\.idx(?P<index>\d+)\.(?P<call>guided|plain)\.(?P<kind>\w+)\.x_prev")
+def test_step_equals_the_published_one(match):
+    """Noise, eta and the diffusers step that takes them; uncorrected steps show that the schedule is the same."""
+    values, prefix = tensors(SAMPLER), match[0].removesuffix("x_prev")
+    index, eta = int(match["index"]), float(match["eta"])
+    timestep = int(values["timesteps"][index])
+    noise = values["e_cond"]
+    if match["call"] == "guided":
+        noise = values["e_uncond"] + values["scale"] * (values["e_cond"] - values["e_uncond"])
+    reduced = eta
+    if match["kind"] == "corrected":
+        noise, reduced = recorded_correction()(timestep, noise, eta)
+    scheduler = scheduler_of(values["alphas_cumprod"])
+    scheduler.set_timesteps(20)
+    step = scheduler.step(noise, timestep, values["x"], eta=reduced, variance_noise=values["z"] if reduced else None)
+    alpha, previous = values["table.a"][index].item(), values["table.a_prev"][index].item()
+    sigma = torch.tensor(ddim_sigma(alpha, previous, reduced))
+    for name, ours in (("x_prev", step.prev_sample), ("pred_x0", step.pred_original_sample), ("e", noise)):
+        if prefix + name in values:
+            expected = values[prefix + name]
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+    torch.testing.assert_close(sigma, values[prefix + "sigma_new"], rtol=1e-4, atol=1e-6)
+
+
+def test_noise_is_never_reduced_below_none():
+    alpha, previous = 0.3, 0.5
+    sigma = ddim_sigma(alpha, previous, 1.0)
+    assert reduced_sigma(sigma, alpha, previous, deviation=1e3) == 0
+    assert reduced_sigma(sigma, alpha, previous, deviation=0.0) == pytest.approx(sigma)
+
+
+def test_a_known_linear_error_is_taken_back_exactly():
+    noise = torch.randn(4, 3, 8, 8, generator=networks.generator(), dtype=torch.float64)
+    bias = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+    predicted = 1.25 * noise + bias.view(-1, 1, 1)
+    torch.testing.assert_close(corrected_noise(predicted, 0.25, bias), noise)
+
+
+def test_a_step_without_statistics_is_refused():
+    with pytest.raises(ValueError, match="no noise correction for time step 2: the statistics are those of"):
+        recorded_correction()(2, torch.zeros(1, 3, 8, 8), 0.0)
+
+
+# -- whole trajectories -----------------------------------------------------------------------------------------------
+
+
+@each(SAMPLER, r"trajectory\.eta(?P<eta>[\d.]+)\.x")
+def test_trajectory_equals_the_published_one(match):
+    """The released sampler's trajectory through our own loop: network, guidance, correction, scheduler."""
+    values = tensors(SAMPLER)
+    alphas, step_noise = values["alphas_cumprod"], values[match[0][:-1] + "z"][:, None]
+
+    def predict(x, t, context):
+        return 0.97 * (1 - alphas[t]).sqrt() * x + 0.03 * context[:, :, :, None]
+
+    seen = []
+    final = sample(
+        Network(predict),
+        scheduler_of(alphas),
+        values[match[0][:-1] + "x_T"],
+        SamplingSettings(20, float(match["eta"]), values["scale"].item()),
+        conditioning=Conditioning(torch.ones(1, 1, 1), -torch.ones(1, 1, 1)),
+        step_noise=step_noise,
+        callback=seen.append,
+        correction=recorded_correction(),
+    )
+    found = torch.cat([step.latents for step in seen[1:]] + [final])
+    torch.testing.assert_close(found, values[match[0]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_corrected_network_is_nearer_to_full_precision_and_keeps_its_correction(tmp_path):
+    full, unet = networks.unconditional(), networks.unconditional()
+    pool = networks.pool(full)
+    rows = pool.spaced(5, 4)
+    quantize_(unet, Precision(3, 32), QuantizationConfig("minmax"), rows, rows, pool.timesteps, networks.generator())
+    assert correction_of(unet) is None
+    unet.noise_correction = measure_correction(unet, pool, images=4, batch=4)
+
+    correction = correction_of(unet)
+    with torch.no_grad():
+        plain = [unet(latents, t).sample for latents, t in zip(pool.latents, pool.timesteps, strict=True)]
+    fixed = [correction(int(t), p, 0.0)[0] for t, p in zip(pool.timesteps, plain, strict=True)]
+    assert (torch.stack(fixed) - pool.noise).norm() < (torch.stack(plain) - pool.noise).norm()
+    save_quantized(unet, tmp_path / "q.safetensors", {})
+    loaded = load_quantized(tmp_path / "q.safetensors")
+    kept = correction_of(loaded).state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in unet.noise_correction.state_dict().items())
+    ours, theirs = (
+        sample(u, networks.scheduler(), networks.noise(), networks.SETTINGS, correction=correction_of(u))
+        for u in (unet, loaded)
+    )
+    assert torch.equal(ours, theirs)
