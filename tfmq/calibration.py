@@ -87,15 +87,40 @@ class CalibrationSet:
         """
         steps, images = min(steps, self.steps), min(images, self.images)
         chosen = torch.arange(steps) * self.steps // steps
-        latents = self.latents[chosen, :images].flatten(0, 1)
-        timesteps = self.timesteps[chosen].repeat_interleave(images)
+        return self.rows(chosen.repeat_interleave(images), torch.arange(images).repeat(steps))
+
+    def normal(self, count: int, mean: float, deviation: float, generator: torch.Generator) -> CalibrationRows:
+        """``count`` rows whose steps are normally distributed, each of the next image: PTQ4DM's draw (NDTC).
+
+        ``mean`` and ``deviation`` are shares of the schedule, counted from its clean end (see ``normal_steps``).
+        """
+        counted = normal_steps(count, mean, deviation, self.steps, generator)
+        return self.rows(self.steps - 1 - counted, torch.arange(count) % self.images)
+
+    def rows(self, steps: Tensor, images: Tensor) -> CalibrationRows:
+        """UNet inputs at positions ``steps`` (N,) of the schedule for ``images`` (N,); under guidance both halves."""
+        latents, timesteps = self.latents[steps, images], self.timesteps[steps]
         if self.context is None:
             return CalibrationRows(latents, timesteps)
-        context = self.context[:images].repeat(steps, 1, 1)
+        context = self.context[images]
         if self.unconditional is None:
             return CalibrationRows(latents, timesteps, context)
-        unconditional = self.unconditional[:images].repeat(steps, 1, 1)
-        return CalibrationRows(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([context, unconditional]))
+        context = torch.cat([context, self.unconditional[images]])
+        return CalibrationRows(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), context)
+
+
+def normal_steps(count: int, mean: float, deviation: float, steps: int, generator: torch.Generator) -> Tensor:
+    """Steps of a schedule drawn from N(mean, deviation^2), in shares of its length: int64 (count,), 0 the cleanest.
+
+    PTQ4DM (arXiv 2211.15736), with its released code's rule for numbers (``cut_to_steps``).
+    """
+    numbers = torch.randn(count, generator=generator, dtype=torch.float64)
+    return cut_to_steps((mean + deviation * numbers) * steps, steps)
+
+
+def cut_to_steps(numbers: Tensor, steps: int) -> Tensor:
+    """Numbers cut towards zero and clipped to 0 .. steps - 1."""
+    return numbers.to(torch.int64).clamp(0, steps - 1)
 
 
 def collect_calibration(

@@ -1,0 +1,71 @@
+"""Rows drawn from the pool."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tfmq import networks
+from tests.tfmq.oracle import each, tensors
+from tfmq.calibration import CalibrationSet, cut_to_steps, normal_steps
+from tfmq.sampling import SamplingSettings
+
+DRAW = "08_timestep_draw"
+
+
+def numbered_pool(steps: int, images: int, guided: bool = False) -> CalibrationSet:
+    """Latents hold 100 step + image, contexts the image, unconditional contexts its negative."""
+    number = 100 * torch.arange(steps)[:, None] + torch.arange(images)
+    latents = number.float()[:, :, None, None, None].expand(-1, -1, 1, 2, 2)
+    context = torch.arange(images).float()[:, None, None] + 1
+    alphas = torch.linspace(0.1, 1, steps + 1, dtype=torch.float64)
+    timesteps = 1 + 50 * torch.arange(steps).flip(0)
+    extra = {"context": context, "unconditional": -context} if guided else {}
+    return CalibrationSet(latents, timesteps, latents, latents[0], alphas, SamplingSettings(steps), **extra)
+
+
+def test_rows_of_a_guided_pool_hold_both_halves():
+    pool = numbered_pool(4, 3, guided=True)
+    steps, images = torch.tensor([3, 0]), torch.tensor([1, 2])
+    rows = pool.rows(steps, images)
+    assert rows.latents[:, 0, 0, 0].tolist() == [301, 2, 301, 2]
+    assert rows.timesteps.tolist() == [1, 151, 1, 151]
+    assert rows.context[:, 0, 0].tolist() == [2, 3, -2, -3]
+
+
+@each(DRAW, r"T(?P<steps>\d+)\.(?P<kind>\w+)\.small\.t")
+def test_numbers_become_the_published_steps(match):
+    values = tensors(DRAW)
+    numbers = values[match[0][:-1] + "v"]
+    assert torch.equal(cut_to_steps(numbers, int(match["steps"])), values[match[0]])
+
+
+@each(DRAW, r"T(?P<steps>\d+)\.(?P<kind>\w+)\.hist")
+def test_steps_are_drawn_from_the_published_distribution(match):
+    values, steps, count = tensors(DRAW), int(match["steps"]), 100_000
+    prefix = match[0].removesuffix("hist")
+    mean, deviation = values[prefix + "mean_std"].tolist()
+    drawn = normal_steps(count, mean, deviation, steps, networks.generator())
+    expected = values[prefix + "probability"].double() * count
+    counts = torch.bincount(drawn, minlength=steps).double()
+    kept = expected >= 5
+    chi_square = ((counts - expected)[kept].square() / expected[kept]).sum().item()
+    freedom = int(kept.sum()) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+    quantiles = torch.quantile(drawn.double(), values["quantile_levels"].double())
+    assert (quantiles - values[prefix + "quantiles"]).abs().max() <= 0.01 * steps
+    moments = torch.stack([drawn.double().mean(), drawn.double().std(), counts[0] / count, counts[-1] / count])
+    recorded = values[prefix + "moments"].double()
+    torch.testing.assert_close(moments[:2], recorded[:2], rtol=0.01, atol=0)
+    torch.testing.assert_close(moments[2:], recorded[2:], rtol=0, atol=0.005)
+
+
+def test_normal_rows_pair_latents_with_their_own_step():
+    pool = numbered_pool(20, 7)
+    rows = pool.normal(1000, mean=0.4, deviation=0.16, generator=networks.generator())
+    position, image = (rows.latents[:, 0, 0, 0] / 100).long(), (rows.latents[:, 0, 0, 0] % 100).long()
+    assert torch.equal(rows.timesteps, pool.timesteps[position])
+    assert torch.equal(image, torch.arange(1000) % 7)
+    share = (19 - position).double() / 20
+    assert share.mean() == pytest.approx(0.4 - 0.025, abs=0.02)  # cutting takes half a step off
+    assert share.std() == pytest.approx(0.16, abs=0.02)
