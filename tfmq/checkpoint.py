@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tfmq.cache import CachePlan, cached_projections, insert_cache
 from tfmq.correction import NoiseCorrection, correction_of
-from tfmq.layers import QuantizedLayer
+from tfmq.layers import QuantizedAttention, QuantizedLayer
 from tfmq.plan import (
     AttentionPlan,
     LayerPlan,
@@ -139,15 +139,16 @@ def _plan(unet: UNet) -> QuantizationPlan:
     original = {f"{path}.layer": path for path in cached_projections(unet)}
     layers = {}
     for path, layer in quantized_layers(unet).items():
-        inputs = list(activation_quantizers(layer.input_quantizer).values())
-        symmetric = bool(inputs) and inputs[0].symmetric
-        layers[original.get(path, path)] = LayerPlan(layer.weight_bits, layer.activation_bits, layer.splits, symmetric)
-    attentions = {}
-    for path, quantizer in activation_quantizers(unet).items():
-        attention, _, part = path.rpartition(".processor.")
-        if part == "query":
-            processor = unet.get_submodule(attention).processor
-            attentions[attention] = AttentionPlan(quantizer.bits, processor.probabilities.bits, quantizer.symmetric)
+        layers[original.get(path, path)] = LayerPlan(
+            layer.weight_bits, layer.activation_bits, layer.splits, layer.symmetric, layer.dynamic, layer.rank
+        )
+    attentions = {
+        path.removesuffix(".processor"): AttentionPlan(
+            processor.query.bits, processor.probabilities.bits, processor.symmetric, processor.dynamic
+        )
+        for path, processor in unet.named_modules()
+        if isinstance(processor, QuantizedAttention)
+    }
     return QuantizationPlan(layers, attentions, unet.full_precision_reasons)
 
 

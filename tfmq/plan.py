@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tfmq.cache import CachedProjection
 from tfmq.fake_quantize import FakeQuantize, StepTracker
 from tfmq.layers import QuantizedAttention, QuantizedLayer, quantized_layer
+from tfmq.low_rank import has_branch
 from tfmq.precision import FULL, Precision
 from tfmq.unet import UNet, UNetLayout
 
@@ -81,12 +82,19 @@ def plan_for(
     protocol: Protocol = SHARED,
     split_shortcuts: bool = False,
     symmetric: bool = False,
+    dynamic: bool = False,
+    group: int | None = None,
+    rank: int = 0,
 ) -> QuantizationPlan:
     """The plan of a protocol at a precision: every Conv2d, Linear and attention product, but for its exceptions.
 
     Layers get the bits of the precision, attention operands its activation bits, attention probabilities
-    ``precision.attention_bits``. Raises ValueError for a role that there is not.
+    ``precision.attention_bits``. ``group`` gives every so many input channels weight ranges of their own; ``rank`` is
+    that of the branch of every layer that is larger. Raises ValueError for a role that there is not, and for groups
+    with ranges of the input that are not dynamic.
     """
+    if group is not None and not dynamic:
+        raise ValueError("groups of input channels go with dynamic activations: set both")
     roles = layout.roles
     for role in protocol.bits:
         if role not in roles:
@@ -105,13 +113,21 @@ def plan_for(
         elif not isinstance(module, Attention):
             weight_bits, activation_bits = max(precision.weight_bits, least), max(precision.activation_bits, least)
             splits = layout.shortcut_splits.get(path, ()) if split_shortcuts else ()
-            layers[path] = LayerPlan(weight_bits, activation_bits, splits, symmetric)
+            if group is not None:
+                splits = group_sizes(module.weight.shape[1], group)
+            branch = rank if has_branch(module, rank) else 0
+            layers[path] = LayerPlan(weight_bits, activation_bits, splits, symmetric, dynamic, branch)
         elif precision.quantizes_activations:
             operands, softmax = max(precision.activation_bits, least), max(precision.attention_bits, least)
-            attentions[path] = AttentionPlan(operands, softmax, symmetric)
+            attentions[path] = AttentionPlan(operands, softmax, symmetric, dynamic)
         else:
             reasons[path] = "the precision leaves activations in full precision"
     return QuantizationPlan(layers, attentions, reasons)
+
+
+def group_sizes(channels: int, group: int) -> tuple[int, ...]:
+    """Sizes of consecutive groups of ``group`` channels; the last is smaller where ``channels`` is no multiple."""
+    return tuple(min(group, channels - start) for start in range(0, channels, group))
 
 
 def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
@@ -129,11 +145,20 @@ def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
     for path, layer in plan.layers.items():
         original = unet.get_submodule(path)
         swapped = quantized_layer(
-            original, layer.weight_bits, layer.activation_bits, tracker, layer.splits, layer.symmetric
+            original,
+            layer.weight_bits,
+            layer.activation_bits,
+            tracker,
+            layer.splits,
+            layer.symmetric,
+            layer.dynamic,
+            layer.rank,
         )
         unet.set_submodule(path, swapped)
     for path, attention in plan.attentions.items():
-        processor = QuantizedAttention(attention.activation_bits, attention.softmax_bits, tracker, attention.symmetric)
+        processor = QuantizedAttention(
+            attention.activation_bits, attention.softmax_bits, tracker, attention.symmetric, attention.dynamic
+        )
         unet.get_submodule(path).set_processor(processor)
     for path, quantizer in activation_quantizers(unet).items():
         quantizer.path = path

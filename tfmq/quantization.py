@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tfmq.calibration import CalibrationRows
+from tfmq.low_rank import LowRankConfig, add_branches
 from tfmq.plan import (
     SHARED,
     Coverage,
@@ -39,12 +40,17 @@ class QuantizationConfig:
     Attributes:
         weight_range: ``minmax``; ``search`` for the smallest |w - w_hat|^2.4 among 80 ranges; ``thresholds`` for the
             same among PTQ4DM's 100 symmetric ones.
+        weight_group: input channels that share a weight range in each output channel; None for all of them. Goes with
+            dynamic activations.
+        low_rank: smoothing and a low-rank branch in 16 bits at every layer (SVDQuant), or None.
         split_shortcuts: own ranges for the two halves of concatenated shortcuts (Q-Diffusion).
         freeze_temporal: round the layers that depend on the time step alone to nearest in their min-max ranges, before
             anything is learned.
         temporal: reconstruct the temporal information block on the finite set of steps (TFMQ-DM), or None.
         rounding: learn the roundings of the remaining layers block by block, or None for nearest rounding.
         symmetric_activations: signed grids with zero point 0.
+        dynamic_activations: ranges computed at run time instead of calibrated; the settings of ranges, scales and step
+            sizes below do not apply.
         activation_range: ``minmax``, or ``thresholds`` for PTQ4DM's search in each batch.
         activation_momentum: running average of ranges over batches; None keeps the widest range.
         activation_batch: rows in one batch of range calibration.
@@ -57,11 +63,14 @@ class QuantizationConfig:
     """
 
     weight_range: Literal["minmax", "search", "thresholds"] = "search"
+    weight_group: int | None = None
+    low_rank: LowRankConfig | None = None
     split_shortcuts: bool = False
     freeze_temporal: bool = False
     temporal: RoundingConfig | None = None
     rounding: RoundingConfig | None = None
     symmetric_activations: bool = False
+    dynamic_activations: bool = False
     activation_range: Literal["minmax", "thresholds"] = "minmax"
     activation_momentum: float | None = None
     activation_batch: int = 64
@@ -120,7 +129,17 @@ def quantize_(
     report = QuantizationReport()
     full = copy.deepcopy(unet)
     finite_set = timesteps.unique()
-    plan = plan_for(unet, layout, precision, protocol, config.split_shortcuts, config.symmetric_activations)
+    plan = plan_for(
+        unet,
+        layout,
+        precision,
+        protocol,
+        split_shortcuts=config.split_shortcuts,
+        symmetric=config.symmetric_activations,
+        dynamic=config.dynamic_activations,
+        group=config.weight_group,
+        rank=0 if config.low_rank is None else config.low_rank.rank,
+    )
     if config.caching == "all":
         plan = replace(plan, layers={p: layer for p, layer in plan.layers.items() if p not in layout.temporal})
     insert_quantizers(unet, plan)
@@ -131,6 +150,11 @@ def quantize_(
     limits = {"batch": config.batch, "memory_bytes": config.memory_bytes}
     with report.timed("weights"):
         layers = quantized_layers(unet)
+        if config.low_rank is not None:
+            branched = {path: layer for path, layer in layers.items() if layer.rank}
+            strengths = add_branches(full, branched, rows, config.low_rank, config.weight_range, config.batch)
+            report.details = {"migration_strengths": strengths}
+            report.effort.unet_evaluations += len(rows) + min(config.low_rank.search_rows, len(rows))
         for layer in tqdm(layers.values(), desc="weight ranges", disable=None):
             layer.find_weight_range(config.weight_range)
         temporal_layers = [layers[path] for path in layout.temporal if path in layers]
@@ -146,7 +170,7 @@ def quantize_(
         for layer in layers.values():
             if layer.codes is None:
                 layer.fold()
-    if precision.quantizes_activations:
+    if precision.quantizes_activations and not config.dynamic_activations:
         with report.timed("activations"):
             calibrate_activations(unet, layout, activation_rows, config)
             report.effort.unet_evaluations += len(activation_rows)
@@ -169,7 +193,7 @@ def calibrate_activations(unet: UNet, layout: UNetLayout, rows: CalibrationRows,
         calibrate_finite_set(unet, layout)
         quantizers = {path: quantizer for path, quantizer in quantizers.items() if not quantizer.enabled}
     for quantizer in quantizers.values():
-        quantizer.observe(config.activation_momentum, per_step=config.activation_scales == "per_step")
+        quantizer.observe(config.activation_momentum, config.activation_scales == "per_step", config.activation_range)
     starts = range(0, len(rows), config.activation_batch)
     for start in tqdm(starts, desc="activation ranges", disable=None):
         batch = rows[slice(start, start + config.activation_batch)]

@@ -1,0 +1,75 @@
+"""Low-rank branch with smoothing, in the manner of SVDQuant (Li et al., ICLR 2025, arXiv 2411.05007).
+
+Each input channel is divided by a smoothing factor, which moves outliers from activations to weights. A branch of low
+rank in 16 bits, from the singular value decomposition of the smoothed weight, takes them over with the largest part of
+the weight. Only the residual is quantised, in groups of input channels, and only its input, at run time. The migration
+strength of the smoothing is searched for each layer by the error of its output.
+
+Where the paper and this differ:
+
+- The paper quantises the linear layers of diffusion transformers; this, all layers of a UNet. The kernel of a
+  convolution counts as the matrix (outputs, inputs x kernel positions), and its branch is a convolution to so many
+  channels, followed by one of a single pixel. A layer no larger than the rank has no branch and no smoothing.
+- Ranges are affine and rounding is to nearest; the paper's are symmetric and its residual may be rounded by GPTQ.
+- The input has one range a token (linear, 1x1 convolution) or image (3x3 convolution); the paper's, at 4 bits, one for
+  each token and group of 64 channels.
+- Attention operands are quantised as the protocol says, dynamically; the paper leaves them in 16 bits.
+- Every layer divides by factors of its own when it runs; the paper folds them into the layer before, where they are
+  shared among query, key and value. No smoothing is a candidate of the search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from baselines import Method, applies_always
+from tfmq.calibration import CalibrationSet
+from tfmq.low_rank import LowRankConfig
+from tfmq.plan import Protocol
+from tfmq.precision import Precision
+from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
+from tfmq.unet import UNet
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; rank and group are the paper's at 4 bits.
+
+    Attributes:
+        rank: of the branch.
+        group: input channels that share a weight range in each output channel.
+        steps, images: uniformly spaced steps of the pool, and images at each, for the largest input of every channel.
+        candidates: migration strengths that are tried, evenly between 0 and 1; a single one is 0.5.
+        search_rows: calibration rows on which they are compared.
+    """
+
+    rank: int = 32
+    group: int = 64
+    steps: int = 20
+    images: int = 64
+    candidates: int = 20
+    search_rows: int = 64
+
+
+def quantize(
+    unet: UNet,
+    pool: CalibrationSet,
+    precision: Precision,
+    config: Config,
+    generator: torch.Generator,
+    protocol: Protocol,
+) -> QuantizationReport:
+    """Quantise ``unet`` in place."""
+    setting = QuantizationConfig(
+        weight_range="minmax",
+        weight_group=config.group,
+        low_rank=LowRankConfig(config.rank, config.candidates, config.search_rows),
+        dynamic_activations=True,
+    )
+    rows = pool.spaced(config.steps, config.images)
+    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator, protocol)
+
+
+METHOD = Method("SVDQuant", "arXiv 2411.05007", Config, quantize, applies_always)
