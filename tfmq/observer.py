@@ -17,7 +17,6 @@ SEARCH_CANDIDATES = 80
 SEARCH_NORM = 2.4
 THRESHOLDS = 100
 HISTOGRAM_BINS = 2**13
-_SEARCH_BYTES = 2**26
 
 
 def minmax(rows: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
@@ -27,13 +26,16 @@ def minmax(rows: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Te
     return affine_from_range(low, high, bits, symmetric)
 
 
-def search(rows: Tensor, bits: int, symmetric: bool = False, positive: bool = False) -> tuple[Tensor, Tensor]:
+def search(
+    rows: Tensor, bits: int, symmetric: bool = False, positive: bool = False, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row with the smallest mean |x - x_hat|^2.4 among 80 shrunken ranges.
 
     Candidate i spans both ends of [min, max] times (1 - 0.01 i), i = 0..79, as in BRECQ, Q-Diffusion and TFMQ-DM. The
     ends are not extended to contain 0. ``positive`` fixes the lower end and the zero point at 0 (softmax output).
-    Vectorised over rows and candidates; candidates are taken in chunks so that a chunk stays near 64 MiB. An all-zero
-    row keeps the smallest scale. Ties keep the widest range.
+    ``counts`` says how often each element counts; None: once.
+    Vectorised over rows and candidates; candidates are taken in chunks. An all-zero row keeps the smallest scale. Ties
+    keep the widest range.
     """
     low = torch.zeros_like(rows[:, 0]) if positive else rows.amin(1)
     high = rows.amax(1)
@@ -42,10 +44,10 @@ def search(rows: Tensor, bits: int, symmetric: bool = False, positive: bool = Fa
     highs = (shrink[:, None] * high.double()).to(rows.dtype)
     scales, zero_points = affine_from_range(lows, highs, bits, symmetric)
     grid = Grid.signed(bits) if symmetric else Grid.unsigned(bits)
-    chunk = max(1, _SEARCH_BYTES // (rows.numel() * rows.element_size()))
+    chunk = _chunk(rows, SEARCH_CANDIDATES)
     errors = torch.cat(
         [
-            _search_error(rows, scales[i : i + chunk, :, None], zero_points[i : i + chunk, :, None], grid)
+            _search_error(rows, counts, scales[i : i + chunk, :, None], zero_points[i : i + chunk, :, None], grid)
             for i in range(0, SEARCH_CANDIDATES, chunk)
         ]
     )
@@ -53,9 +55,16 @@ def search(rows: Tensor, bits: int, symmetric: bool = False, positive: bool = Fa
     return scales.gather(0, best)[0], zero_points.gather(0, best)[0]
 
 
-def _search_error(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    error = dequantize(quantize(rows, scale, zero_point, grid), scale, zero_point).sub_(rows).abs_()
-    return error.pow_(SEARCH_NORM).mean(-1)
+def _chunk(rows: Tensor, most: int) -> int:
+    """How many candidates to try at once: on a CPU as many as stay in its cache, 1 MiB, else near 64 MiB."""
+    size = 2**20 if rows.device.type == "cpu" else 2**26
+    return min(max(1, size // rows.nbytes), most)
+
+
+def _search_error(rows: Tensor, counts: Tensor | None, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Mean of |x - x_hat|^2.4 over each row's elements."""
+    error = dequantize(quantize(rows, scale, zero_point, grid), scale, zero_point).sub_(rows).abs_().pow_(SEARCH_NORM)
+    return error.mean(-1) if counts is None else error.mul_(counts).sum(-1) / counts.sum(-1)
 
 
 def thresholds(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +75,7 @@ def thresholds(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     0 is one of them, so that a two-sided range fits either of the two middle zero points; both are tried. (The released
     code takes one of them by the rounding error of the range's end.)
     """
-    _, scale, zero_point = _best_threshold(rows, torch.ones_like(rows), bits, Side.of(rows))
+    _, scale, zero_point = _best_threshold(rows, None, bits, Side.of(rows))
     return scale, zero_point
 
 
@@ -93,24 +102,25 @@ class Side(Enum):
         return (threshold * (self.value[1] - self.value[0]) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
 
 
-def _best_threshold(rows: Tensor, weights: Tensor, bits: int, side: Side) -> tuple[Tensor, Tensor, Tensor]:
-    """Threshold, scale and zero point (rows,) of the search over elements that count ``weights`` times.
+def _best_threshold(rows: Tensor, counts: Tensor | None, bits: int, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+    """Threshold, scale and zero point (rows,) of the search; ``counts`` as in ``search``.
 
     It goes from the widest range to narrower ones, and stops where what is cut off alone costs more than the best range
     in all: no narrower one can win.
     """
     largest = rows.abs().amax(1)
     best = [torch.full_like(largest, torch.inf), largest.clone(), side.scale(largest, bits), torch.zeros_like(largest)]
-    chunk = max(1, min(10, _SEARCH_BYTES // (rows.numel() * rows.element_size())))
+    chunk = _chunk(rows, 10)
     for first in range(THRESHOLDS, 0, -chunk):
-        counts = torch.arange(first, max(first - chunk, 0), -1, device=rows.device)
-        candidates = counts[:, None] * (largest / THRESHOLDS)
-        cut = (rows.abs() - candidates[0, :, None]).clamp_min_(0).pow_(SEARCH_NORM).mul_(weights).sum(-1)
+        shares = torch.arange(first, max(first - chunk, 0), -1, device=rows.device)
+        candidates = shares[:, None] * (largest / THRESHOLDS)
+        cut = (rows.abs() - candidates[0, :, None]).clamp_min_(0).pow_(SEARCH_NORM)
+        cut = cut.mean(-1) if counts is None else cut.mul_(counts).sum(-1) / counts.sum(-1)
         if (cut >= best[0]).all():
             break
         scales = side.scale(candidates, bits)
         for zero_point in side.zero_points(bits):
-            errors = _threshold_errors(rows, weights, scales, zero_point, bits)
+            errors = _threshold_errors(rows, counts, scales, zero_point, bits)
             error, index = errors.min(0)
             better = error < best[0]
             found = (error, candidates.gather(0, index[None])[0], scales.gather(0, index[None])[0])
@@ -119,11 +129,10 @@ def _best_threshold(rows: Tensor, weights: Tensor, bits: int, side: Side) -> tup
     return best[1], best[2], best[3]
 
 
-def _threshold_errors(rows: Tensor, weights: Tensor, scales: Tensor, zero_point: int, bits: int) -> Tensor:
-    """Weighted sum of |x - x_hat|^2.4 of each row, for scales (candidates, rows)."""
+def _threshold_errors(rows: Tensor, counts: Tensor | None, scales: Tensor, zero_point: int, bits: int) -> Tensor:
+    """Errors (candidates, rows) for scales (candidates, rows)."""
     point = torch.tensor(float(zero_point), device=rows.device)
-    x_hat = dequantize(quantize(rows, scales[..., None], point, Grid.unsigned(bits)), scales[..., None], point)
-    return x_hat.sub_(rows).abs_().pow_(SEARCH_NORM).mul_(weights).sum(-1)
+    return _search_error(rows, counts, scales[..., None], point, Grid.unsigned(bits))
 
 
 class RangeObserver:
@@ -157,12 +166,32 @@ class RangeObserver:
         return affine_from_range(low, self.high.clamp_min(0), bits, symmetric)
 
 
-class ThresholdObserver(RangeObserver):
-    """PTQ4DM's activation range: a running average of the range that ``thresholds`` finds for each batch.
+class SearchObserver(RangeObserver):
+    """The range that ``search`` finds for each batch, combined over batches as in ``RangeObserver``.
 
-    The signs are those of the first batch of a step. Of the two middle zero points that fit the averaged range, the one
-    is taken that suits the last batch better. Batches of more than 8,192 elements are searched by a histogram of as
-    many bins (at 8 bits, 32 to a code where the range is widest), which counts every element and keeps the tails.
+    Batches of more than 8,192 elements are searched by a histogram of as many bins (at 8 bits, 32 to a code where the
+    range is widest), which counts every element and keeps the tails.
+    """
+
+    def __init__(self, bits: int, symmetric: bool, positive: bool, momentum: float | None, steps: int = 0) -> None:
+        super().__init__(momentum, steps)
+        self.bits, self.symmetric, self.positive = bits, symmetric, positive
+
+    def update(self, x: Tensor, step: int = 0) -> None:
+        """Take in one batch of finite values, all of one time step."""
+        values, counts = _histogram(x)
+        scale, zero_point = search(values, self.bits, self.symmetric, self.positive, counts)
+        codes = (2 - 2**self.bits) / 2 if self.symmetric else -zero_point
+        low = codes * scale
+        high = -low if self.symmetric else low + (2**self.bits - 1) * scale
+        super().update(torch.cat([low, high]), step)
+
+
+class ThresholdObserver(RangeObserver):
+    """PTQ4DM's activation range: the one that ``thresholds`` finds for each batch, combined as in ``RangeObserver``.
+
+    The signs are those of the first batch of a step. Of the two middle zero points that fit the combined range, the one
+    is taken that suits the last batch better. Large batches are searched by a histogram as in ``SearchObserver``.
     """
 
     def __init__(self, bits: int, momentum: float | None, steps: int = 0) -> None:

@@ -6,7 +6,7 @@ import torch
 from tests.tfmq.oracle import each, tensors
 from tfmq import observer
 from tfmq.affine import SMALLEST_SCALE, Grid, fake_quantize
-from tfmq.observer import SEARCH_NORM, RangeObserver, ThresholdObserver, minmax, search, thresholds
+from tfmq.observer import SEARCH_NORM, RangeObserver, SearchObserver, ThresholdObserver, minmax, search, thresholds
 
 SEARCH_CASE = "02_range_search"
 RUNNING_CASE = "04_running_range"
@@ -81,8 +81,8 @@ def assert_same_codes(y, expected, scale):
 def test_search_does_not_depend_on_the_chunks(symmetric, monkeypatch):
     rows = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
     whole = search(rows, 3, symmetric)
-    for bytes_ in (1, 7 * rows.numel() * 4):
-        monkeypatch.setattr(observer, "_SEARCH_BYTES", bytes_)
+    for chunk in (1, 7):
+        monkeypatch.setattr(observer, "_chunk", lambda rows, most, chunk=chunk: chunk)
         assert all(torch.equal(a, b) for a, b in zip(search(rows, 3, symmetric), whole, strict=True))
 
 
@@ -111,6 +111,24 @@ def test_search_is_the_best_of_its_candidates(bits, symmetric):
         assert (found <= scores * (1 + 1e-5)).all()
     if bits == 2:
         torch.testing.assert_close(found[3], scores[3], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["affine", "symmetric", "positive"])
+def test_an_observed_search_gives_the_scale_of_the_search(bits, kind):
+    """Exactly for a batch without histogram, by the criterion for a large one."""
+    symmetric, positive = kind == "symmetric", kind == "positive"
+    grid = Grid.signed(bits) if symmetric else Grid.unsigned(bits)
+    x = torch.randn(40_000, generator=torch.Generator().manual_seed(7)) * 3 + 1
+    x = x.abs() if positive else x
+    for batch, slack in ((x[:8000], 1 + 1e-5), (x, 1.01)):
+        seen = SearchObserver(bits, symmetric, positive, momentum=None)
+        seen.update(batch)
+        found = seen.affine(bits, symmetric, positive)
+        exact = search(batch[None], bits, symmetric, positive)
+        assert criterion(batch[None], *found, grid) <= slack * criterion(batch[None], *exact, grid)
+        if len(batch) == 8000:
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
 
 
 def test_zero_rows_get_the_smallest_scale():
