@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.affine import Grid, fake_quantize
-from tfmq.observer import RangeObserver, ThresholdObserver
+from tfmq.observer import RangeObserver, SearchObserver, ThresholdObserver
 
-ActivationRange = Literal["minmax", "thresholds"]
+ActivationRange = Literal["minmax", "search", "thresholds"]
 
 
 class StepTracker:
@@ -83,13 +83,16 @@ class FakeQuantize(nn.Module):
         self.tracker = tracker
         self.symmetric = symmetric
         self.positive = positive
-        self.grid = Grid.signed(bits) if symmetric else Grid.unsigned(bits)
         self.path = "activation"
         self.enabled = False
         self.observer: RangeObserver | None = None
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1))
         self.register_buffer("step_bits", None)
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.signed(self.bits) if self.symmetric else Grid.unsigned(self.bits)
 
     @property
     def per_step(self) -> bool:
@@ -103,12 +106,15 @@ class FakeQuantize(nn.Module):
         Args:
             momentum: as in ``RangeObserver``.
             per_step: keep one range a time step.
-            activation_range: ``minmax``: the extremes of each batch; the input passes unchanged. ``thresholds``:
-                PTQ4DM's search on each batch, which passes quantised with the range so far.
+            activation_range: ``minmax``: the extremes of each batch. ``search``: the best of 80 ranges on each batch.
+                ``thresholds``: the best of PTQ4DM's 100 on each batch, which passes quantised with the range so far,
+                where with the others it passes unchanged.
         """
         steps = len(self.tracker.steps) if per_step else 0
         if activation_range == "minmax":
             self.observer = RangeObserver(momentum, steps)
+        elif activation_range == "search":
+            self.observer = SearchObserver(self.bits, self.symmetric, self.positive, momentum, steps)
         elif self.symmetric:
             raise ValueError("activation_range thresholds has codes from 0 on: take it without symmetric activations")
         else:
