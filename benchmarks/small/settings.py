@@ -6,8 +6,9 @@ from pathlib import Path
 import yaml
 
 from benchmarks.fields import read
-from benchmarks.small.diffusion import DiffusionConfig
+from benchmarks.small.diffusion import ConditionalConfig, DiffusionConfig
 from benchmarks.small.first_stage import FirstStageConfig
+from benchmarks.small.kl_first_stage import KLConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Settings:
     evaluator_sha256: str
     first_stage: FirstStageConfig
     diffusion: DiffusionConfig
+    class_diffusion: ConditionalConfig
+    kl_first_stage: KLConfig
+    kl_diffusion: DiffusionConfig
 
 
 def load(path: Path) -> Settings:

@@ -6,39 +6,52 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import LDMPipeline
+from diffusers import LDMPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.small import card, diffusion, export, first_stage, training
+from benchmarks import manifest
+from benchmarks.small import card, diffusion, export, first_stage, kl_first_stage, training
 
+TRAINING = {
+    "iterations": 4,
+    "batch": 4,
+    "peak_rate": 1e-3,
+    "warm_up": 2,
+    "average_decay": 0.999,
+    "log_every": 1,
+    "save_every": 2,
+    "seed": 0,
+}
 FIRST_STAGE = first_stage.FirstStageConfig(
+    **TRAINING,
     channels=(4, 4, 8),
+    layers_per_block=1,
     norm_groups=2,
     codes=8,
-    iterations=4,
-    batch=2,
-    warm_up=2,
+    squared_weight=1.0,
+    perceptual_weight=0.5,
     perceptual_images=1,
+    commitment_weight=0.25,
     quantize_from=1,
     restart_until=4,
     restart_every=1,
-    log_every=1,
-    save_every=2,
+    codebook_decay=0.99,
 )
-DIFFUSION = diffusion.DiffusionConfig(
-    channels=(8, 8),
+KL_FIRST_STAGE = kl_first_stage.KLConfig(
+    **TRAINING,
+    channels=(4, 4, 4, 8),
     layers_per_block=1,
-    head_channels=4,
-    norm_groups=4,
-    iterations=4,
-    batch=4,
-    warm_up=2,
-    log_every=1,
-    save_every=2,
-    export_every=2,
+    norm_groups=2,
+    squared_weight=1.0,
+    perceptual_weight=0.5,
+    perceptual_images=1,
+    divergence_weight=1e-6,
 )
+UNET = {"channels": (8, 8), "layers_per_block": 1, "head_channels": 4, "norm_groups": 4}
+DIFFUSION = diffusion.DiffusionConfig(**TRAINING, **UNET)
+CONDITIONAL = diffusion.ConditionalConfig(**TRAINING, **UNET, context_channels=4, dropout=0.5)
 IMAGES = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LATENTS = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -48,23 +61,51 @@ def train_first_stage(config: first_stage.FirstStageConfig, folder: Path) -> dic
     return model.state_dict()
 
 
+def train_kl_first_stage(config: kl_first_stage.KLConfig, folder: Path) -> dict[str, torch.Tensor]:
+    images = IMAGES.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    model = kl_first_stage.train(config, nn.MSELoss(), images, images[:2], folder, folder / "log.jsonl")
+    return model.state_dict()
+
+
 def train_diffusion(config: diffusion.DiffusionConfig, folder: Path) -> dict[str, torch.Tensor]:
-    return diffusion.train(config, LATENTS, folder, folder / "log.jsonl", lambda unet: None).state_dict()
+    torch.manual_seed(config.seed)
+    unet = diffusion.build(config, 3)
+    return diffusion.train(config, unet, LATENTS, folder, folder / "log.jsonl", lambda unet: {}).state_dict()
+
+
+def build_class_conditional(config: diffusion.ConditionalConfig) -> diffusion.ClassConditional:
+    torch.manual_seed(config.seed)
+    unet = diffusion.build_conditional(config, 3)
+    return diffusion.ClassConditional(unet, diffusion.ClassEmbedding(["a", "b"], config.context_channels))
+
+
+def train_class_conditional(config: diffusion.ConditionalConfig, folder: Path) -> dict[str, torch.Tensor]:
+    model = build_class_conditional(config)
+    conditions = diffusion.Conditions(torch.tensor([0, 1] * 4), torch.tensor(2))
+    log_path = folder / "log.jsonl"
+    return diffusion.train(config, model, LATENTS, folder, log_path, lambda model: {}, conditions).state_dict()
 
 
 def stop_after_two(monkeypatch: pytest.MonkeyPatch, module) -> None:
+    learning_rate = training.learning_rate
+
     def stopping(iteration: int, iterations: int, warm_up: int, peak: float) -> float:
         if iteration == 2:
             raise KeyboardInterrupt
-        return training.learning_rate(iteration, iterations, warm_up, peak)
+        return learning_rate(iteration, iterations, warm_up, peak)
 
     monkeypatch.setattr(module, "learning_rate", stopping)
 
 
 @pytest.mark.parametrize(
     ("module", "train", "config"),
-    [(first_stage, train_first_stage, FIRST_STAGE), (diffusion, train_diffusion, DIFFUSION)],
-    ids=["first_stage", "diffusion"],
+    [
+        (first_stage, train_first_stage, FIRST_STAGE),
+        (training, train_kl_first_stage, KL_FIRST_STAGE),
+        (training, train_diffusion, DIFFUSION),
+        (training, train_class_conditional, CONDITIONAL),
+    ],
+    ids=["first_stage", "kl_first_stage", "diffusion", "class_conditional"],
 )
 def test_a_resumed_run_ends_with_the_same_weights(module, train, config, tmp_path, monkeypatch):
     whole = train(config, tmp_path / "whole")
@@ -78,6 +119,52 @@ def test_a_resumed_run_ends_with_the_same_weights(module, train, config, tmp_pat
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="other settings"):
         train(replace(config, seed=1), tmp_path / "resumed")
+
+
+def test_a_share_of_the_images_is_trained_without_its_class(tmp_path, monkeypatch):
+    seen = []
+    forward = diffusion.ClassEmbedding.forward
+
+    def spying(embedding: diffusion.ClassEmbedding, indices: torch.Tensor) -> torch.Tensor:
+        seen.append(indices)
+        return forward(embedding, indices)
+
+    monkeypatch.setattr(diffusion.ClassEmbedding, "forward", spying)
+    train_class_conditional(replace(CONDITIONAL, iterations=20), tmp_path)
+    counts = torch.bincount(torch.cat(seen), minlength=3).tolist()
+    assert sum(counts) == 80
+    assert all(10 <= count <= 30 for count in counts[:2])
+    assert 25 <= counts[2] <= 55
+
+
+def test_rare_classes_are_seen_more_often():
+    classes = torch.tensor([0] * 9 + [1] + [3] * 4)
+    chosen = diffusion.balance(classes)
+    assert torch.bincount(classes[chosen]).tolist() == [9, 3, 0, 8]
+    assert set(chosen.tolist()) == set(range(14))
+
+
+def test_checkpoints_fall_on_lines_of_the_log():
+    with pytest.raises(ValueError, match="must be a multiple of log_every"):
+        replace(DIFFUSION, log_every=3)
+
+
+def test_a_class_conditional_model_comes_back_as_it_was_exported(tmp_path):
+    model = build_class_conditional(CONDITIONAL)
+    shared = tmp_path / "shared"
+    first_stage.build(FIRST_STAGE).save_pretrained(shared)
+    parts = {"vqvae": shared, "unet": model.unet, "class_embedding": model.embedding}
+    export.export_parts(parts | {"scheduler": diffusion.build_scheduler()}, tmp_path / "model")
+    manifest.verify(tmp_path / "model")
+    for path in shared.iterdir():
+        assert (tmp_path / "model" / "vqvae" / path.name).read_bytes() == path.read_bytes()
+    embedding = diffusion.ClassEmbedding.from_pretrained(tmp_path / "model" / "class_embedding")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet")
+    assert embedding.config.classes == ["a", "b"]
+    indices = torch.tensor([0, 2])
+    assert torch.equal(embedding(indices), model.embedding(indices).half().float())
+    inputs = LATENTS[:2], torch.tensor([1, 999]), embedding(indices)
+    torch.testing.assert_close(unet(*inputs).sample, model.unet(*inputs).sample, rtol=0, atol=5e-3)
 
 
 def test_codes_follow_the_mean_of_the_vectors_that_choose_them():
@@ -113,7 +200,7 @@ def test_psnr_is_that_of_the_squared_error():
 
 def test_the_exported_pipeline_is_float16_and_samples(tmp_path):
     torch.manual_seed(0)
-    model, unet = first_stage.build(FIRST_STAGE), diffusion.build(DIFFUSION)
+    model, unet = first_stage.build(FIRST_STAGE), diffusion.build(DIFFUSION, 3)
     folder = tmp_path / "model"
     for _ in range(2):  # The second time it replaces what is there.
         export.export_pipeline(model, unet, diffusion.build_scheduler(), folder)
