@@ -6,6 +6,7 @@ Collect a calibration pool with ``collect_calibration``, quantise a UNet in plac
 
 from tfmq.calibration import CalibrationRows, CalibrationSet, collect_calibration
 from tfmq.checkpoint import load_quantized, read_metadata, save_quantized
+from tfmq.low_rank import LowRankConfig
 from tfmq.plan import coverage
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
@@ -16,6 +17,7 @@ __all__ = [
     "CalibrationRows",
     "CalibrationSet",
     "Conditioning",
+    "LowRankConfig",
     "Precision",
     "QuantizationConfig",
     "QuantizationReport",

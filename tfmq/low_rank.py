@@ -98,13 +98,16 @@ def add_branches(
 
     Two passes of the full-precision network ``full``, from which ``layers`` were inserted at the same paths with a
     branch: the first takes the largest input of each channel over all ``rows``, the second compares the candidates, and
-    no smoothing, by the squared error of the quantised layer's output.
+    no smoothing, by the squared error of the quantised layer's output. Raises ValueError for activations that are not
+    finite.
     """
     largest: dict[str, Tensor] = {}
     chosen: dict[str, float | None] = {}
 
     def record(path: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         found = x.transpose(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).abs().amax(1)
+        if not torch.isfinite(found).all():
+            raise ValueError(f"the activation at {path} holds NaN or infinity on the calibration set")
         largest[path] = torch.maximum(largest.get(path, found), found)
 
     def choose(path: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
