@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
+from pathlib import Path
 
 from benchmarks import params
-from benchmarks.record import FULL_PRECISION, Cell
-from benchmarks.stages import calibrate, files, generate, reference, score, tables
+from benchmarks.record import FULL_PRECISION
 
 DEVICE_VARIABLE = "TFMQ_BENCH_DEVICE"
+PARAMS = Path("params.yaml")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,44 +37,56 @@ def parser() -> argparse.ArgumentParser:
     ):
         stage(name, text).add_argument("--task", required=True, help="a task of params.yaml")
     for name, text in (
-        ("generate", "Quantise one cell's model and sample its images; a killed run continues when started again."),
-        ("score", "Score one cell's images and write its record."),
+        (
+            "generate",
+            "Quantise the models of a row of a table, one a precision, and sample their images; a killed run continues"
+            " when started again.",
+        ),
+        ("score", "Score the images of a row of a table and write its records."),
     ):
         command = stage(name, text)
         command.add_argument("--task", required=True, help="a task of params.yaml")
-        command.add_argument("--method", required=True, help=f"a method of params.yaml, or {FULL_PRECISION}")
-        command.add_argument("--precision", default="w32a32", help="such as w4a8 (default: %(default)s)")
+        command.add_argument("--method", required=True, help=f"a method of the table, or {FULL_PRECISION}")
+        command.add_argument("--table", help=f"a table of params.yaml; {FULL_PRECISION} needs none")
+        command.add_argument(
+            "--precision", nargs="+", default=[], help="such as w4a8 (default: all precisions of the table)"
+        )
         command.add_argument(
             "--seed", type=int, default=0, help="seed of noise and quantisation (default: %(default)s)"
         )
-        if name == "generate":
-            command.add_argument("--shards", type=int, help="processes that share the sampling (default: one a core)")
-    stage("tables", "Regenerate leaderboard, CSV, figures and the README's table from all records.", device=False)
+        command.add_argument(
+            "--shards", type=int, help="processes that share the work (default: one a core, one on a GPU)"
+        )
+    stage("tables", "Regenerate all tables, pages, figures and the README's table from all records.", device=False)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage; user errors end in one line on standard error and exit code 1."""
+    """Run one stage; errors a user can act on become one line each and exit code 1."""
     options = parser().parse_args(arguments)
+    code = 0
     try:
-        suite = params.load(files.PARAMS)
-        if options.command == "calibrate":
-            calibrate.run(suite, options.task, options.device)
-        elif options.command == "reference":
-            reference.run(suite, options.task, options.device)
-        elif options.command == "tables":
-            print(tables.run(suite))
+        suite = params.load(PARAMS)
+        module = importlib.import_module(f"benchmarks.stages.{options.command}")
+        if options.command == "tables":
+            print(module.run(suite))
+        elif options.command in ("calibrate", "reference"):
+            module.run(suite, options.task, options.device)
         else:
-            cell = Cell(options.task, options.method, options.precision, options.seed)
-            if options.command == "score":
-                score.run(suite, cell, options.device)
-            else:
-                shards = options.shards or generate.default_shards(options.device)
-                generate.run(suite, cell, options.device, shards)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+            _run_cells(module, suite, options)
+    except* (ValueError, OSError) as group:
+        for error in group.exceptions:
+            print(": ".join(["error", *getattr(error, "__notes__", []), str(error)]), file=sys.stderr)
+        code = 1
+    return code
+
+
+def _run_cells(module: object, suite: params.Suite, options: argparse.Namespace) -> None:
+    from benchmarks.stages import setup, workers
+
+    named = (options.table, options.task, options.method, options.precision, options.seed)
+    shards = options.shards or workers.default_shards(setup.device_of(options.device))
+    module.run(suite, setup.cells_of(suite, *named), options.device, shards)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from benchmarks.discover import unknown
 
@@ -49,7 +49,7 @@ def _value(value: object, hint: object, where: str) -> object:
         if value not in get_args(hint):
             raise unknown(where, value, get_args(hint), "Choose one of them.")
         return value
-    if isinstance(hint, types.UnionType):
+    if get_origin(hint) in (types.UnionType, Union):
         (inner,) = (option for option in get_args(hint) if option is not types.NoneType)
         return None if value is None else _value(value, inner, where)
     if get_origin(hint) is tuple:

@@ -10,10 +10,10 @@ import yaml
 
 from benchmarks import discover
 from benchmarks.fields import read
-from benchmarks.record import FULL_PRECISION, Cell
+from benchmarks.record import FULL_PRECISION, PROTOCOLS, SHARED, Cell
 from tfmq.precision import Precision
 
-PROTOCOLS = ("shared",)
+TABLES = ("leaderboard", "ablation", "published")
 SCHEDULERS = ("ddim",)
 
 
@@ -59,32 +59,52 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Suite:
-    """All cells of a benchmark: every task with every method at every precision and seed.
+class Table:
+    """Cells that are measured and shown together: every task with every method at every precision.
 
-    ``methods`` maps each method's name to the settings that differ from its defaults. ``precisions`` are those of the
-    quantised methods; the full-precision row is always there. ``threads`` is the count of CPU threads of every stage.
-    ``gates`` bounds metrics of a task's full-precision row, ``{task: {fd_data: [low, high]}}``: where it is outside,
-    all cells of the task are shown as unverified.
+    ``protocol`` says which layers are quantised. ``beside`` are methods that another table measures, under the shared
+    protocol; this one shows them too. The full-precision row is always there.
     """
 
-    name: str
     protocol: str
-    threads: int
-    tasks: dict[str, Task]
-    methods: dict[str, dict[str, object]]
+    tasks: tuple[str, ...]
     precisions: tuple[str, ...]
-    seeds: tuple[int, ...]
-    gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    methods: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise discover.unknown("protocol", self.protocol, PROTOCOLS, "Choose one of them.")
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, but must be at least 1")
+        for axis in ("tasks", "precisions", "methods"):
+            values = getattr(self, axis)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{axis} of a table is {list(values)}: give at least one, each once")
         for precision in self.precisions:
             if Precision.parse(precision).is_full:
                 raise ValueError(f"precisions has {precision}: the full-precision row is always there, remove it")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All cells of a benchmark: those of its tables and one full-precision cell a task.
+
+    ``methods`` maps each method's name to the settings that differ from its defaults. ``threads`` is the count of CPU
+    threads of the stages that come before the cells; of these each takes one. ``gates`` bounds metrics of a task's
+    full-precision row, ``{task: {fd_data: [low, high]}}``: where it is outside, all cells of the task are shown as
+    unverified.
+    """
+
+    name: str
+    threads: int
+    tasks: dict[str, Task]
+    tables: dict[str, Table]
+    methods: dict[str, dict[str, object]]
+    seeds: tuple[int, ...]
+    gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}, but must be at least 1")
         if FULL_PRECISION in self.methods:
             raise ValueError(f"methods has {FULL_PRECISION}: the full-precision row is always there, remove it")
         for task, bounds in self.gates.items():
@@ -93,20 +113,43 @@ class Suite:
             for metric, ends in bounds.items():
                 if len(ends) != 2 or ends[0] > ends[1]:
                     raise ValueError(f"gates.{task}.{metric} is {list(ends)}, but must be [low, high]")
-        for axis in ("precisions", "seeds"):
-            values = getattr(self, axis)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{axis} is {list(values)}: give at least one, each once")
         if self.seeds != (0,):
             raise ValueError(f"seeds is {list(self.seeds)}: dvc.yaml has stages for seed 0 alone, so give [0]")
+        for name, table in self.tables.items():
+            if name not in TABLES:
+                raise discover.unknown("table", name, TABLES, "Choose among them.")
+            for task in table.tasks:
+                if task not in self.tasks:
+                    raise discover.unknown(f"task in tables.{name}", task, self.tasks, "Tasks stand in params.yaml.")
+            for method in (*table.methods, *table.beside):
+                if method not in self.methods:
+                    advice = f"Add `{method}: {{}}` under methods, or the settings that differ from its defaults."
+                    raise discover.unknown(f"method in tables.{name}", method, self.methods, advice)
+        cells = self.cells()
+        if len(set(cells)) < len(cells):
+            twice = next(cell for cell in cells if cells.count(cell) > 1)
+            raise ValueError(f"two tables measure {twice.name}: list the method under `beside` in one of them")
+        for name in self.tables:
+            for cell in self.beside(name):
+                if cell not in cells:
+                    raise ValueError(f"tables.{name} shows {cell.name} beside its own, but no table measures it")
 
     def cells(self) -> list[Cell]:
-        """Every cell, task by task, the full-precision ones first."""
-        rows = [(FULL_PRECISION, "w32a32"), *product(self.methods, self.precisions)]
-        return [
-            Cell(task, method, precision, seed)
-            for task, (method, precision), seed in product(self.tasks, rows, self.seeds)
-        ]
+        """Every cell: the full-precision ones, then table by table."""
+        full = [Cell(task, FULL_PRECISION, "w32a32", seed) for task, seed in product(self.tasks, self.seeds)]
+        return full + [cell for name in self.tables for cell in self.measured(name)]
+
+    def measured(self, table: str) -> list[Cell]:
+        """The cells that a table measures, row by row."""
+        return self._cells(table, self.tables[table].methods, self.tables[table].protocol)
+
+    def beside(self, table: str) -> list[Cell]:
+        """The cells that a table shows and another one measures, row by row."""
+        return self._cells(table, self.tables[table].beside, SHARED)
+
+    def _cells(self, table: str, methods: tuple[str, ...], protocol: str) -> list[Cell]:
+        axes = (self.tables[table].tasks, methods, self.tables[table].precisions, self.seeds)
+        return [Cell(*axis, protocol) for axis in product(*axes)]
 
 
 def parse(document: object) -> Suite:

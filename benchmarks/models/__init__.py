@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
-from tfmq.sampling import Conditioning
-from tfmq.unet import UNet
+if TYPE_CHECKING:  # importing diffusers takes seconds, and not all that knows of families needs it
+    from diffusers import SchedulerMixin
+
+    from tfmq.sampling import Conditioning
+    from tfmq.unet import UNet
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,10 @@ import time
 
 import torch
 
-from benchmarks.params import Suite
+from benchmarks.params import Suite, Task
 from benchmarks.stages import files
 from benchmarks.stages.setup import conditioning_of, device_of, draw_noise, load_model, sampling_settings, task_of
 from tfmq.calibration import CalibrationSet, collect_calibration
-
-POOL = "pool.safetensors"
-COST = "cost.json"
 
 
 def run(suite: Suite, task_name: str, device_name: str) -> None:
@@ -34,16 +31,13 @@ def run(suite: Suite, task_name: str, device_name: str) -> None:
         step_noise=step_noise.to(device),
     )
     seconds = time.perf_counter() - start
-    tensors = {"latents": pool.latents, "timesteps": pool.timesteps}
-    optional = {"context": pool.context, "unconditional": pool.unconditional}
-    tensors |= {name: tensor.cpu() for name, tensor in optional.items() if tensor is not None}
     with files.new_folder(files.calibration(task.name)) as folder:
-        files.write_tensors(folder / POOL, tensors)
-        files.write_json(folder / COST, {"seconds": seconds, "unet_evaluations": pool.steps * pool.images})
+        files.write_tensors(folder / files.POOL, {name: tensor.cpu() for name, tensor in pool.tensors.items()})
+        files.write_json(folder / files.COST, {"seconds": seconds, "unet_evaluations": pool.steps * pool.images})
 
 
-def read_pool(task_name: str, device: torch.device) -> CalibrationSet:
-    """The pool of a task, on ``device``; time steps stay on the CPU."""
-    tensors = files.read_tensors(files.calibration(task_name) / POOL)
-    timesteps = tensors.pop("timesteps")
-    return CalibrationSet(timesteps=timesteps, **{name: tensor.to(device) for name, tensor in tensors.items()})
+def read_pool(task: Task, device: torch.device) -> CalibrationSet:
+    """The pool of a task, on ``device``; what belongs to steps rather than images stays on the CPU."""
+    tensors = files.read_tensors(files.calibration(task.name) / files.POOL)
+    moved = {name: tensor if name in ("timesteps", "alphas") else tensor.to(device) for name, tensor in tensors.items()}
+    return CalibrationSet(**moved, settings=sampling_settings(task))

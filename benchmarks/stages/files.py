@@ -18,11 +18,21 @@ from torch import Tensor
 from benchmarks import manifest
 from benchmarks.record import FULL_PRECISION, Cell
 
-PARAMS = Path("params.yaml")
 RECORDS = Path("results/records")
 RESULTS = Path("results")
 WORK = Path("work")
 RESUME = Path(".resume")
+
+# Files of a cell: uint8 images; errors against full precision; the full-precision cell's inputs and predictions at each
+# step; the quantised checkpoint; settings, cost and what else is known of the run.
+IMAGES = "images.safetensors"
+ERRORS = "errors.safetensors"
+TRAJECTORY = "trajectory.safetensors"
+QUANTIZED = "quantized.safetensors"
+OUTCOME = "outcome.json"
+# Files of a task's calibration pool: its tensors, and what recording it cost.
+POOL = "pool.safetensors"
+COST = "cost.json"
 
 
 def calibration(task: str) -> Path:
@@ -33,6 +43,11 @@ def calibration(task: str) -> Path:
 def reference(task: str) -> Path:
     """Folder of a task's reference features."""
     return WORK / "reference" / task
+
+
+def paired(task: str) -> Path:
+    """Folder of the features of a task's full-precision images, which every cell is paired with."""
+    return WORK / "paired" / task
 
 
 def cell_folder(cell: Cell) -> Path:

@@ -25,7 +25,6 @@ from benchmarks.stages.setup import (
     sampling_settings,
     task_of,
 )
-from tfmq.sampling import sample
 
 FEATURES = "features.safetensors"
 STATISTICS = "statistics.safetensors"
@@ -72,6 +71,8 @@ def read(task: Task, evaluator: Evaluator) -> tuple[Features, ReferenceStatistic
 
 
 def _sample_reference(task: Task, device: torch.device) -> torch.Tensor:
+    from tfmq.sampling import sample
+
     model = load_model(task, device)
     images = []
     for batch in tqdm(batches(task.reference_images, task.batch), desc="reference samples", disable=None):

@@ -1,42 +1,71 @@
-"""score: one pass of the evaluator over a cell's images gives its record."""
+"""score: one pass of the evaluator over the images of each of a row's cells gives their records."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache, partial
 
 import torch
+from safetensors import safe_open
 
 from benchmarks import manifest
-from benchmarks.features import Evaluator, compare, extract
+from benchmarks.features import Evaluator, Features, compare, extract_with_maps
 from benchmarks.metrics import Evidence, metrics
 from benchmarks.params import Suite, Task
 from benchmarks.record import FULL_PRECISION, Cell, Cost, Record, Value
-from benchmarks.stages import calibrate, files, generate, reference
+from benchmarks.stages import files, reference
 from benchmarks.stages.setup import device_of, seed_of, task_of
+from benchmarks.stages.workers import run_units
+
+FEATURES = "features.safetensors"
+MAPS = "maps.safetensors"
 
 
-def run(suite: Suite, cell: Cell, device_name: str) -> None:
-    """Write the record of a cell. A cell that its method does not apply to gets a record that says so."""
+def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> None:
+    """Write the records of some cells, ``shards`` processes sharing them.
+
+    A cell that its method does not apply to gets a record that says so. The full-precision cell leaves its features and
+    feature maps for the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, after the others.
+    """
+    device = device_of(device_name)
+    torch.set_num_threads(1)
+    for cell in cells:
+        _evaluator(task_of(suite, cell.task), str(device))  # before there are workers, which then have it too
+    failures = run_units(cells, partial(_score, suite, str(device)), shards, device)
+    _evaluator.cache_clear()
+    for cell, error in failures:
+        error.add_note(cell.name)
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} of {len(cells)} cells failed", [error for _, error in failures])
+
+
+@lru_cache(maxsize=1)
+def _evaluator(task: Task, device: str) -> Evaluator:
+    return reference.evaluator_of(task, torch.device(device))
+
+
+def _score(suite: Suite, device: str, cell: Cell) -> None:
     task = task_of(suite, cell.task)
     folder = files.cell_folder(cell)
-    outcome = files.read_json(folder / generate.OUTCOME)
-    torch.set_num_threads(suite.threads)
+    outcome = files.read_json(folder / files.OUTCOME)
     measured = outcome["status"] == "measured"
-    evaluator = reference.evaluator_of(task, device_of(device_name))
+    evaluator = _evaluator(task, device)
     record = Record(
         task=task.name,
         task_version=task.version,
         method=cell.method,
         precision=cell.precision,
         seed=cell.seed,
-        protocol=suite.protocol,
+        protocol=cell.protocol,
         settings={"task": asdict(task), "method": outcome.get("settings", {}), "evaluator": evaluator.identity},
         status=outcome["status"],
         reason=outcome["reason"],
         metrics=_measure(task, cell, evaluator) if measured else {},
         cost=_cost(cell, outcome) if measured else None,
         coverage=_coverage(outcome.get("coverage", [])),
-        inputs=outcome.get("inputs", {}) | ({"images": manifest.sha256(folder / generate.IMAGES)} if measured else {}),
+        details=outcome.get("details", {}),
+        inputs=outcome.get("inputs", {}) | ({"images": manifest.sha256(folder / files.IMAGES)} if measured else {}),
         environment=outcome.get("environment", {}),
     )
     files.write_text(files.record_file(cell), record.to_json())
@@ -52,14 +81,20 @@ def _measure(task: Task, cell: Cell, evaluator: Evaluator) -> dict[str, Value]:
         "data_statistics": data_statistics,
     }
     if cell.method == FULL_PRECISION:
-        evidence = Evidence(features=extract(evaluator, images), **common)
+        features, maps = extract_with_maps(evaluator, images)
+        with files.new_folder(files.paired(task.name)) as folder:
+            files.write_tensors(folder / FEATURES, vars(features))
+            files.write_tensors(folder / MAPS, {str(index): layer for index, layer in enumerate(maps)})
+        evidence = Evidence(features=features, **common)
     else:
-        paired = _images(files.full_precision_cell(cell))
-        features, paired_features, distance = compare(evaluator, images, paired)
-        errors = files.read_tensors(files.cell_folder(cell) / generate.ERRORS)
+        folder = files.paired(task.name)
+        paired_features = Features(**files.read_tensors(folder / FEATURES))
+        with safe_open(folder / MAPS, "pt") as file:
+            features, distance = compare(evaluator, images, [file.get_slice(str(i)) for i in range(len(file.keys()))])
+        errors = files.read_tensors(files.cell_folder(cell) / files.ERRORS)
         evidence = Evidence(
             features=features,
-            paired=paired,
+            paired=_images(files.full_precision_cell(cell)),
             paired_features=paired_features,
             perceptual_distance=distance,
             trajectory_error=errors["trajectory"],
@@ -76,11 +111,11 @@ def _measure(task: Task, cell: Cell, evaluator: Evaluator) -> dict[str, Value]:
 
 
 def _images(cell: Cell) -> torch.Tensor:
-    return files.read_tensors(files.cell_folder(cell) / generate.IMAGES)["images"]
+    return files.read_tensors(files.cell_folder(cell) / files.IMAGES)["images"]
 
 
 def _cost(cell: Cell, outcome: dict) -> Cost:
-    pool = files.read_json(files.calibration(cell.task) / calibrate.COST)
+    pool = files.read_json(files.calibration(cell.task) / files.COST)
     quantized = cell.method != FULL_PRECISION
     effort = outcome.get("effort", {"unet_evaluations": 0, "optimizer_steps": 0})
     seconds = {"calibrate": pool["seconds"] if quantized else 0.0, **outcome.get("seconds", {})}

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from benchmarks import discover
 from benchmarks.models import Model
 from benchmarks.params import Suite, Task
-from tfmq.sampling import Conditioning, SamplingSettings
+from benchmarks.record import FULL_PRECISION, Cell
+
+if TYPE_CHECKING:  # importing diffusers takes seconds, and not all stages need it
+    from tfmq.sampling import Conditioning, SamplingSettings
 
 DEVICES = ("auto", "cpu", "cuda")
-# The names are checked by `benchmarks.params`.
-SCHEDULERS = {"ddim": DDIMScheduler}
+# Classes of diffusers; the names are checked by `benchmarks.params`.
+SCHEDULERS = {"ddim": "DDIMScheduler"}
 
 
 def task_of(suite: Suite, name: str) -> Task:
@@ -25,6 +29,29 @@ def task_of(suite: Suite, name: str) -> Task:
     if name not in suite.tasks:
         raise discover.unknown("task", name, suite.tasks, "Tasks stand in params.yaml.")
     return suite.tasks[name]
+
+
+def cells_of(
+    suite: Suite, table: str | None, task: str, method: str, precisions: Sequence[str] = (), seed: int = 0
+) -> list[Cell]:
+    """The cells of one row of a table, all or those at ``precisions``; the full-precision row is in none.
+
+    Raises ValueError with the nearest name for names that the suite or the table does not have.
+    """
+    task_of(suite, task)
+    if method == FULL_PRECISION:
+        return [Cell(task, FULL_PRECISION, "w32a32", seed)]
+    if table not in suite.tables:
+        raise discover.unknown("table", table, suite.tables, "Tables stand in params.yaml.")
+    found = suite.tables[table]
+    if task not in found.tasks:
+        raise discover.unknown(f"task in table {table}", task, found.tasks, "Tables stand in params.yaml.")
+    if method not in found.methods:
+        raise discover.unknown("method", method, [*found.methods, FULL_PRECISION], f"Those of {table} are meant.")
+    for precision in precisions:
+        if precision not in found.precisions:
+            raise discover.unknown("precision", precision, found.precisions, f"Those of {table} are meant.")
+    return [Cell(task, method, precision, seed, found.protocol) for precision in precisions or found.precisions]
 
 
 def device_of(name: str) -> torch.device:
@@ -48,13 +75,17 @@ def device_of(name: str) -> torch.device:
 
 def load_model(task: Task, device: torch.device) -> Model:
     """The full-precision model of a task, on ``device``, with the task's kind of scheduler."""
+    import diffusers
+
     model = discover.family(task.family).load(Path(task.checkpoint), device)
-    scheduler = SCHEDULERS[task.scheduler].from_config(model.scheduler.config)
+    scheduler = getattr(diffusers, SCHEDULERS[task.scheduler]).from_config(model.scheduler.config)
     return dataclasses.replace(model, scheduler=scheduler)
 
 
 def sampling_settings(task: Task) -> SamplingSettings:
     """The task's part of the denoising loop."""
+    from tfmq.sampling import SamplingSettings
+
     return SamplingSettings(task.steps, task.eta, task.guidance_scale)
 
 

@@ -15,11 +15,11 @@ from benchmarks import __main__ as command_line
 from benchmarks import manifest
 from benchmarks.features.efficientnet_lite0 import weight_name
 from benchmarks.models.ldm import FAMILY
+from benchmarks.record import Record
 from benchmarks.small.data import Emoji, write_sheet, write_table
 
 PARAMS = {
     "name": "tiny",
-    "protocol": "shared",
     "threads": 1,
     "tasks": {
         "toy": {
@@ -39,15 +39,40 @@ PARAMS = {
             "evaluator": "efficientnet_lite0",
         }
     },
-    "methods": {"nearest": {}, "tfmq": {"iterations": 2, "temporal_iterations": 2}},
-    "precisions": ["w4a8", "w4a32"],
+    "tables": {
+        "leaderboard": {
+            "protocol": "shared",
+            "tasks": ["toy"],
+            "precisions": ["w4a8", "w4a32"],
+            "methods": ["nearest", "tfmq"],
+        },
+        "ablation": {
+            "protocol": "shared",
+            "tasks": ["toy"],
+            "precisions": ["w4a8"],
+            "methods": ["temporal_feature_matters"],
+            "beside": ["tfmq"],
+        },
+        "published": {
+            "protocol": "published",
+            "tasks": ["toy"],
+            "precisions": ["w4a8"],
+            "methods": ["tfmq", "nearest"],
+            "beside": ["tfmq", "nearest"],
+        },
+    },
+    "methods": {
+        "nearest": {},
+        "tfmq": {"iterations": 2, "temporal_iterations": 2},
+        "temporal_feature_matters": {"iterations": 2, "temporal_iterations": 2},
+    },
     "seeds": [0],
 }
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny suite after its calibrate, reference and full-precision stages."""
+    """The tiny suite after the stages that come before all quantised cells."""
     folder = tmp_path_factory.mktemp("suite")
     FAMILY.save_tiny(folder / "data" / "toy", 0)
     emoji = folder / "data" / "emoji"
@@ -68,7 +93,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for stage in ("calibrate", "reference"):
             assert command_line.main([stage, "--task", "toy"]) == 0
-        assert command_line.main(["generate", "--task", "toy", "--method", "full_precision", "--shards", "1"]) == 0
+        for stage in ("generate", "score"):
+            assert command_line.main([stage, "--task", "toy", "--method", "full_precision", "--shards", "1"]) == 0
     return folder
 
 
@@ -96,11 +122,28 @@ def run(capsys: pytest.CaptureFixture[str]):
 
 @pytest.fixture
 def generate(run):
-    """Generate a cell of the toy task in this process; returns what ``run`` does."""
+    """Generate a row of the toy task in this process; returns what ``run`` does."""
 
-    def cell(method: str, precision: str = "w4a8", shards: int = 1) -> tuple[int, list[str]]:
-        return run(
-            *("generate", "--task", "toy", "--method", method, "--precision", precision, "--shards", str(shards))
-        )
+    def row(method: str, *precisions: str, table: str = "leaderboard") -> tuple[int, list[str]]:
+        return run(*arguments("generate", method, *precisions, table=table))
 
-    return cell
+    return row
+
+
+@pytest.fixture
+def score(run):
+    """Score a row of the toy task in this process; returns its records by precision."""
+
+    def row(method: str, *precisions: str, table: str = "leaderboard") -> dict[str, Record]:
+        assert run(*arguments("score", method, *precisions, table=table)) == (0, [])
+        folder = f"{method}-published" if table == "published" else method
+        paths = Path("results/records/toy", folder).glob("*.json")
+        return {path.stem: Record.from_json(path.read_text()) for path in paths}
+
+    return row
+
+
+def arguments(stage: str, method: str, *precisions: str, table: str = "leaderboard", shards: int = 1) -> list[str]:
+    """The command line of a stage for a row, at all precisions of its table unless some are named."""
+    named = ["--precision", *precisions] if precisions else []
+    return [stage, "--task", "toy", "--method", method, "--table", table, "--shards", str(shards), *named]

@@ -1,7 +1,8 @@
-"""Cells are the same however they are sampled, survive being killed, and refuse bad input without a trace."""
+"""Cells are the same however they are computed, survive being killed, and refuse bad input without a trace."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,79 +15,135 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import baselines.nearest
+from benchmarks import manifest, params
 from benchmarks.stages import files
 from benchmarks.stages import generate as stage
-from benchmarks.stages.setup import device_of
+from benchmarks.stages.setup import device_of, draw_noise
 from tfmq.checkpoint import load_quantized
 
-CELL = Path("work/cells/toy-tfmq-w4a8")
-MEASURED = (stage.IMAGES, stage.ERRORS)
+from .conftest import arguments
+
+ROW = Path("work/cells/toy/tfmq")
+CELL = ROW / "w4a8"
+WEIGHTS = Path("data/toy/unet/diffusion_pytorch_model.safetensors")
 
 
-def contents(folder: Path, names: tuple[str, ...] = MEASURED) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in names}
+def contents(folder: Path) -> dict[str, object]:
+    """All that a row's cells have, without what differs from run to run: times and memory."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.name in (files.IMAGES, files.ERRORS):
+            found[name] = path.read_bytes()
+        elif path.name == files.QUANTIZED:
+            found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+        elif path.is_file():
+            found[name] = {
+                k: v for k, v in json.loads(path.read_text()).items() if k in ("settings", "inputs", "effort")
+            }
+    return found
 
 
 def leftovers() -> list[Path]:
     return list(Path("work").rglob(".*"))
 
 
-def test_one_process_and_two_shards_give_identical_bytes(suite, generate):
+def unfinished() -> list[Path]:
+    return [path for path in Path(".resume").rglob("*") if path.is_file()]
+
+
+def start(root: Path, *command: str) -> subprocess.Popen:
+    """Run a stage in a process of its own, where it may have workers."""
+    return subprocess.Popen([sys.executable, "-m", "benchmarks", *command], env=os.environ | {"PYTHONPATH": str(root)})
+
+
+def test_one_process_and_two_give_identical_bytes(suite, generate, root):
     assert generate("tfmq") == (0, [])
-    alone = contents(CELL)
-    assert generate("tfmq", shards=2) == (0, [])
-    assert contents(CELL) == alone
-    assert not list(Path(".resume").iterdir()) and not leftovers()
+    alone = contents(ROW)
+    assert {name.split("/")[0] for name in alone} == {"w4a8", "w4a32"}
+    assert start(root, *arguments("generate", "tfmq", shards=2)).wait() == 0
+    assert contents(ROW) == alone
+    assert not unfinished() and not leftovers()
 
 
 def test_a_cell_has_its_images_errors_checkpoint_and_outcome(suite, generate):
-    generate("tfmq")
-    images = load_file(CELL / stage.IMAGES)["images"]
+    generate("tfmq", "w4a8")
+    assert [path.name for path in ROW.iterdir()] == ["w4a8"]
+    images = load_file(CELL / files.IMAGES)["images"]
     assert images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8
-    errors = load_file(CELL / stage.ERRORS)
+    errors = load_file(CELL / files.ERRORS)
     assert errors["trajectory"].shape == (2, 3) and errors["temporal"].shape[0] == 3
-    outcome = json.loads((CELL / stage.OUTCOME).read_text())
+    outcome = json.loads((CELL / files.OUTCOME).read_text())
     assert outcome["effort"]["optimizer_steps"] > 0
     assert set(outcome["seconds"]) == {"weights", "activations"}
+    assert outcome["peak_memory_mib"] > 100 and outcome["environment"]["threads"] == 1
     assert 0 < outcome["size_mib"] < 0.5 * outcome["full_precision_size_mib"]
     assert outcome["settings"]["iterations"] == 2 and len(outcome["inputs"]) == 3
-    assert load_quantized(CELL / stage.QUANTIZED).step_tracker.steps.tolist() == [1, 334, 667]
+    assert load_quantized(CELL / files.QUANTIZED).step_tracker.steps.tolist() == [1, 334, 667]
 
 
-@pytest.mark.parametrize("progress", ["quantized.safetensors", "part-00000.safetensors", "part-00002.safetensors"])
-def test_a_run_killed_anywhere_continues_to_the_same_bytes(suite, generate, root, progress):
-    arguments = ("generate", "--task", "toy", "--method", "tfmq", "--precision", "w4a8", "--shards", "1")
-    variables = os.environ | {"PYTHONPATH": str(root)}
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], env=variables)
+@pytest.mark.parametrize(
+    ("progress", "shards"), [(files.QUANTIZED, 2), ("part-00000.safetensors", 1), ("part-00002.safetensors", 2)]
+)
+def test_a_run_killed_anywhere_continues_to_the_same_bytes(suite, generate, root, progress, shards):
+    process = start(root, *arguments("generate", "tfmq", shards=shards))
     deadline = time.monotonic() + 120
-    while not list(Path(".resume").glob(f"*/{progress}")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(Path(".resume").rglob(progress)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     process.kill()
     process.wait()
-    kept = {path.name: path.stat().st_mtime_ns for path in Path(".resume").glob("*/*.safetensors")}
+    time.sleep(1)  # so that the workers have seen it
+    kept = {path: path.stat().st_mtime_ns for path in unfinished() if not path.name.startswith(".")}
+    done = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "_do", lambda unit, do=stage._do: (done.append(unit[0].folder / unit[1]), do(unit)))
+        assert generate("tfmq") == (0, [])
+    resumed = contents(ROW)
+    assert kept or ROW.exists()
+    assert not set(kept) & set(done)
     assert generate("tfmq") == (0, [])
-    resumed = contents(CELL, (*MEASURED, stage.QUANTIZED))
-    assert kept or CELL.exists()
-    assert generate("tfmq") == (0, [])
-    assert contents(CELL) == {name: resumed[name] for name in MEASURED}
+    assert contents(ROW) == resumed and not unfinished()
 
 
 def test_unfinished_work_of_other_settings_is_dropped(suite, generate, monkeypatch):
+    def stop(work: stage.Work) -> None:
+        raise OSError("stopped")
+
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_finish", lambda *arguments: None)
-        generate("tfmq")
-    (unfinished,) = Path(".resume").iterdir()
+        patch.setattr(stage, "_finish", stop)
+        assert generate("tfmq", "w4a8")[0] == 1
+    (old,) = {path.parent for path in unfinished()}
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text.replace("temporal_iterations: 2", "temporal_iterations: 3"))
-    assert generate("tfmq") == (0, [])
-    assert not unfinished.exists()
-    assert json.loads((CELL / stage.OUTCOME).read_text())["settings"]["temporal_iterations"] == 3
+    assert generate("tfmq", "w4a8") == (0, [])
+    assert not old.exists()
+    assert json.loads((CELL / files.OUTCOME).read_text())["settings"]["temporal_iterations"] == 3
+
+
+def test_a_cell_that_fails_stops_no_other_one(suite, generate, monkeypatch):
+    def fail(unet, pool, precision, *rest):
+        if precision.quantizes_activations:
+            raise ValueError("activations are too much")
+        return quantize(unet, pool, precision, *rest)
+
+    quantize = baselines.nearest.METHOD.quantize
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines.nearest, "METHOD", dataclasses.replace(baselines.nearest.METHOD, quantize=fail))
+        assert generate("nearest") == (1, ["error: toy/nearest/w4a8: activations are too much"])
+    row = Path("work/cells/toy/nearest")
+    assert [path.name for path in row.iterdir()] == ["w4a32"]
+    before = contents(row)
+    kept = {path: path.stat().st_mtime_ns for path in unfinished()}
+    assert kept
+    done = []
+    monkeypatch.setattr(stage, "_do", lambda unit, do=stage._do: (done.append(unit[0].cell.precision), do(unit)))
+    assert generate("nearest") == (0, [])
+    assert set(done) == {"w4a8"} and not unfinished()
+    assert before.items() <= contents(row).items()
 
 
 def test_every_image_has_its_own_noise_whatever_the_batch(suite):
-    from benchmarks import params
-    from benchmarks.stages.setup import draw_noise
-
     task = params.load(Path("params.yaml")).tasks["toy"]
     start, steps = draw_noise(task, "sample", 0, range(6), (3, 8, 8))
     later_start, later_steps = draw_noise(task, "sample", 0, range(4, 6), (3, 8, 8))
@@ -96,26 +153,30 @@ def test_every_image_has_its_own_noise_whatever_the_batch(suite):
     assert not torch.equal(start, other) and not torch.equal(start, reference)
 
 
+def change(words: list[str], **changes: str) -> list[str]:
+    """A command line with other values of some options."""
+    for option, value in changes.items():
+        words[words.index(f"--{option}") + 1] = value
+    return words
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        (("--task", "toi", "--method", "tfmq", "--precision", "w4a8"), "unknown task 'toi': did you mean 'toy'?"),
-        (("--task", "toy", "--method", "tfmqq", "--precision", "w4a8"), "unknown method 'tfmqq': did you mean 'tfmq'?"),
-        (
-            ("--task", "toy", "--method", "tfmq", "--precision", "w4a9"),
-            "unknown precision 'w4a9': did you mean 'w4a8'?",
-        ),
+        ({"task": "toi"}, "unknown task 'toi': did you mean 'toy'?"),
+        ({"method": "tfmqq"}, "unknown method 'tfmqq': did you mean 'tfmq'?"),
+        ({"precision": "w4a9"}, "unknown precision 'w4a9': did you mean 'w4a8'?"),
+        ({"table": "leader"}, "unknown table 'leader': did you mean 'leaderboard'?"),
     ],
 )
-def test_unknown_names_are_one_line_with_the_nearest(suite, run, arguments, message):
-    code, lines = run("generate", *arguments)
+def test_unknown_names_are_one_line_with_the_nearest(suite, run, changes, message):
+    code, lines = run(*change(arguments("generate", "tfmq", "w4a8"), **changes))
     assert code == 1 and len(lines) == 1 and message in lines[0]
-    assert not Path(".resume").exists() or not list(Path(".resume").iterdir())
+    assert not unfinished()
 
 
-def test_full_precision_has_one_precision_and_devices_have_names(suite, run):
-    arguments = ("generate", "--task", "toy", "--method", "full_precision", "--precision", "w4a8")
-    assert run(*arguments)[1] == ["error: full_precision is w32a32, not w4a8: leave the precision out"]
+def test_rows_need_a_table_and_devices_have_names(suite, run):
+    assert "unknown table None" in run("generate", "--task", "toy", "--method", "tfmq")[1][0]
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         device_of("gpu")
 
@@ -139,37 +200,29 @@ def _flip_a_bit(path: Path) -> None:
     ],
 )
 def test_damaged_checkpoints_are_one_line_and_leave_nothing(suite, generate, damage, message):
-    damage(Path("data/toy/unet/diffusion_pytorch_model.safetensors"))
+    damage(WEIGHTS)
     code, lines = generate("tfmq")
     assert code == 1 and len(lines) == 1 and message in lines[0]
-    assert not CELL.exists() and not list(Path().glob(".resume/*")) and not leftovers()
+    assert not ROW.exists() and not unfinished() and not leftovers()
 
 
-def test_nan_weights_are_one_line_and_leave_no_result(suite, generate):
-    from benchmarks import manifest
-
-    path = Path("data/toy/unet/diffusion_pytorch_model.safetensors")
-    tensors = load_file(path)
+def test_nan_weights_are_one_line_a_cell_and_leave_no_result(suite, generate):
+    tensors = load_file(WEIGHTS)
     tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
-    save_file(tensors, path, {"format": "pt"})
+    save_file(tensors, WEIGHTS, {"format": "pt"})
     manifest.write(Path("data/toy"))
-    code, lines = generate("nearest")
-    assert code == 1 and lines == [
-        "error: conv_in.weight holds NaN or infinity: the checkpoint is damaged, fetch or convert it again"
-    ]
-    assert not Path("work/cells/toy-nearest-w4a8").exists() and not leftovers()
+    message = "conv_in.weight holds NaN or infinity: the checkpoint is damaged, fetch or convert it again"
+    assert generate("nearest") == (1, [f"error: toy/nearest/{precision}: {message}" for precision in ("w4a32", "w4a8")])
+    assert not Path("work/cells/toy/nearest").exists() and not leftovers()
 
 
 def test_constant_activations_are_one_line(suite, generate):
-    from benchmarks import manifest
-
-    path = Path("data/toy/unet/diffusion_pytorch_model.safetensors")
-    tensors = load_file(path)
+    tensors = load_file(WEIGHTS)
     tensors["time_embedding.linear_1.weight"].zero_()
     tensors["time_embedding.linear_1.bias"].zero_()
-    save_file(tensors, path, {"format": "pt"})
+    save_file(tensors, WEIGHTS, {"format": "pt"})
     manifest.write(Path("data/toy"))
-    code, lines = generate("nearest")
+    code, lines = generate("nearest", "w4a8")
     assert code == 1 and len(lines) == 1
     assert "the activation at time_embedding.linear_2.input_quantizer is constant (0)" in lines[0]
 
@@ -187,31 +240,36 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(suite, generate, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    code, lines = generate("nearest")
-    assert code == 1 and lines == ["error: [Errno 28] No space left on device"]
-    assert not Path("work/cells/toy-nearest-w4a8").exists()
-    assert not list(Path(".resume").glob("*/*")) and not leftovers()
+    code, lines = generate("nearest", "w4a8")
+    assert code == 1 and lines == ["error: toy/nearest/w4a8: [Errno 28] No space left on device"]
+    assert not Path("work/cells/toy/nearest").exists()
+    assert not unfinished() and not leftovers()
 
 
 def test_an_unwritable_place_is_one_line(suite, generate):
-    Path("work/cells").rename("work/elsewhere")
-    Path("work/elsewhere/toy-full_precision-w32a32").rename("kept")
-    Path("work/cells").write_text("a file where a folder should be")
-    code, lines = generate("full_precision", "w32a32")
-    assert code == 1 and len(lines) == 1 and "work/cells" in lines[0]
+    Path("work/cells/toy").rename("work/cells/kept")
+    Path("work/cells/toy").write_text("a file where a folder should be")
+    code, lines = generate("full_precision")
+    assert code == 1 and len(lines) == 1 and "work/cells/toy" in lines[0]
 
 
-def test_a_method_that_does_not_apply_says_why(suite, generate, run, monkeypatch):
-    import dataclasses
-
-    import baselines.nearest
-
+def test_a_method_that_does_not_apply_says_why(suite, generate, score, monkeypatch):
     declined = dataclasses.replace(baselines.nearest.METHOD, objection=lambda precision: "it is for 8 bits only")
     monkeypatch.setattr(baselines.nearest, "METHOD", declined)
-    assert generate("nearest") == (0, [])
-    assert run("score", "--task", "toy", "--method", "nearest", "--precision", "w4a8") == (0, [])
-    record = json.loads(Path("results/records/toy-nearest-w4a8.json").read_text())
-    assert (record["status"], record["reason"]) == ("not applicable", "it is for 8 bits only")
+    assert generate("nearest", "w4a8") == (0, [])
+    record = score("nearest", "w4a8")["w4a8"]
+    assert (record.status, record.reason) == ("not applicable", "it is for 8 bits only")
+
+
+def test_the_published_protocol_is_the_methods_own_or_does_not_apply(suite, generate, score):
+    assert generate("tfmq", table="published") == (0, [])
+    record = score("tfmq", table="published")["w4a8"]
+    assert record.protocol == "published" and record.cell.name == "toy/tfmq-published/w4a8"
+    assert any("published" in reason for reason in record.coverage["not_quantized"])
+    assert not ROW.exists()
+    assert generate("nearest", table="published") == (0, [])
+    record = score("nearest", table="published")["w4a8"]
+    assert (record.status, record.reason) == ("not applicable", "no choice of layers of its own is known")
 
 
 def test_new_folder_appears_whole_or_not_at_all(tmp_path):

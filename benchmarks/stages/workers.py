@@ -1,0 +1,91 @@
+"""Units of work for a pool of processes: each computes one unit after the other, on a CPU with one thread.
+
+One thread a process uses the cores better than many threads of one process, and makes bytes independent of the pool.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def default_shards(device: torch.device) -> int:
+    """Processes unless told otherwise: one a CPU core, or one on a GPU."""
+    if device.type == "cuda":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_units(
+    units: Iterable[T],
+    do: Callable[[T], object],
+    shards: int,
+    device: torch.device,
+    then: Callable[[T], Iterable[T]] = lambda unit: (),
+) -> list[tuple[T, Exception]]:
+    """Do ``units`` in their order in ``shards`` processes (1: in this one), and after each one those that ``then`` gives.
+
+    A unit that raises stops no other one; returns these units with what they raised. Raises ValueError if a process
+    dies. Call ``torch.set_num_threads(1)`` before.
+    """
+    failures = []
+    with tqdm(unit="unit", disable=None) as progress:
+        if shards == 1:
+            queue = deque(units)
+            while queue:
+                unit = queue.popleft()
+                try:
+                    do(unit)
+                except Exception as error:
+                    failures.append((unit, error))
+                else:
+                    queue.extend(then(unit))
+                progress.update()
+            return failures
+        with ProcessPoolExecutor(shards, _context(device), _end_with, (os.getpid(),)) as executor:
+            running = {executor.submit(do, unit): unit for unit in units}
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    unit, error = running.pop(future), future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        raise ValueError(
+                            "a worker process died, most likely for lack of memory: what is finished is kept, run it"
+                            " again with --shards 1"
+                        ) from error
+                    if error is None:
+                        running |= {executor.submit(do, more): more for more in then(unit)}
+                    else:
+                        failures.append((unit, error))
+                    progress.update()
+    return failures
+
+
+def _context(device: torch.device) -> multiprocessing.context.BaseContext:
+    # A fork has all modules imported, which takes seconds otherwise. It is safe while this process has computed nothing
+    # with more than one thread; CUDA does not survive it.
+    return multiprocessing.get_context("fork" if sys.platform == "linux" and device.type == "cpu" else "spawn")
+
+
+def _end_with(parent: int) -> None:
+    """Let this worker end when its parent has died, instead of waiting for work for ever."""
+    torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
