@@ -11,7 +11,18 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, LDMPipeline, UNet2DModel, VQModel
 
-from benchmarks.small import card, data, diffusion, download, export, first_stage, kl_first_stage, perceptual
+from benchmarks.small import (
+    card,
+    class_conditional,
+    data,
+    diffusion,
+    download,
+    export,
+    first_stage,
+    kl_first_stage,
+    perceptual,
+)
+from benchmarks.small.class_conditional import ClassConditional, ClassEmbedding
 from benchmarks.small.settings import Settings, load
 
 ROOM = Path(__file__).parent
@@ -83,17 +94,16 @@ def run_class_diffusion(settings: Settings) -> None:
     folder = BUILD / "emoji-ldm4" / "vqvae"
     model = VQModel.from_pretrained(folder, low_cpu_mem_usage=False).requires_grad_(False)
     rows = [row for row in data.load_table(BUILD / "emoji") if row.split == "train"]
-    # In no class are the skin tones by themselves.
-    classes = sorted({row.category for row in rows} - {"Component"})
-    kept = torch.tensor([row.category in classes for row in rows])
-    labels = torch.tensor([classes.index(row.category) for row in rows if row.category in classes])
-    images = data.load_split(BUILD / "emoji", 32, "train")[kept]
+    classes = class_conditional.class_names(rows)
+    labels = class_conditional.class_indices(rows, classes)
+    images = data.load_split(BUILD / "emoji", 32, "train")[labels >= 0]
+    labels = labels[labels >= 0]
     latents = first_stage.encode(model, images) * model.config.scaling_factor
-    chosen = diffusion.balance(labels)
+    chosen = class_conditional.balance(labels)
     conditions = diffusion.Conditions(labels[chosen], torch.tensor(len(classes)))
     scheduler = diffusion.build_scheduler()
 
-    def write(network: diffusion.ClassConditional) -> dict[str, float]:
+    def write(network: ClassConditional) -> dict[str, float]:
         parts = {
             "vqvae": folder,
             "unet": network.unet,
@@ -106,7 +116,7 @@ def run_class_diffusion(settings: Settings) -> None:
     config = settings.class_diffusion
     torch.manual_seed(config.seed)
     unet = diffusion.build_conditional(config, latents.shape[1])
-    network = diffusion.ClassConditional(unet, diffusion.ClassEmbedding(classes, config.context_channels))
+    network = ClassConditional(unet, ClassEmbedding(classes, config.context_channels))
     log_path = LOGS / "class-diffusion.jsonl"
     diffusion.train(config, network, latents[chosen], BUILD / "class-diffusion", log_path, write, conditions)
 

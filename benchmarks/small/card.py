@@ -5,13 +5,16 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import LDMPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DConditionModel, VQModel
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.features import extract, load_evaluator
 from benchmarks.metrics._frechet import frechet_distance, moments
-from benchmarks.small import data, first_stage
+from benchmarks.small import data, first_stage, kl_first_stage
+from benchmarks.small.class_conditional import ClassEmbedding, class_indices
+from tfmq import sampling
+from tfmq.sampling import Conditioning, SamplingSettings
 
 BEGIN = "<!-- figures -->"
 END = "<!-- end of figures -->"
@@ -19,6 +22,8 @@ GRID_COLUMNS = 16
 RECONSTRUCTED = 64
 SAMPLES = 64
 SAMPLING_STEPS = 20
+CLASS_SAMPLES = 64
+GUIDANCE_SCALE = 3.0
 
 
 def measure(pipeline: LDMPipeline, folder: Path, pictures: Path) -> dict[str, float]:
@@ -29,9 +34,7 @@ def measure(pipeline: LDMPipeline, folder: Path, pictures: Path) -> dict[str, fl
     reconstructed = first_stage.reconstruct(pipeline.vqvae, images)
     unquantized = first_stage.reconstruct(pipeline.vqvae, images[held_out], quantize=False)
     latents = first_stage.encode(pipeline.vqvae, images[~held_out]) * pipeline.vqvae.config.scaling_factor
-    shown = torch.linspace(0, int(held_out.sum()) - 1, RECONSTRUCTED).long()
-    pairs = torch.stack([images[held_out][shown], reconstructed[held_out][shown]]).unflatten(1, (-1, GRID_COLUMNS))
-    draw(pairs.transpose(0, 1).flatten(0, 2), pictures / "reconstructions.png")
+    draw_pairs(images[held_out], reconstructed[held_out], pictures / "reconstructions.png")
     evaluator = load_evaluator("efficientnet_lite0", folder / "efficientnet-lite0" / "model.safetensors")
     features = extract(evaluator, images).pooled
     by_google = torch.tensor([row.vendor == "google" for row in rows])
@@ -49,6 +52,73 @@ def measure(pipeline: LDMPipeline, folder: Path, pictures: Path) -> dict[str, fl
         "first_stage_parameters": parameter_count(pipeline.vqvae),
         "unet_parameters": parameter_count(pipeline.unet),
     }
+
+
+def measure_class_conditional(folder: Path, pictures: Path) -> dict[str, float]:
+    """Draw samples of each class of `folder`/emoji-class below `pictures`, and see whether they look their class.
+
+    The classifier knows the mean features of each class's training images and takes the nearest. Accuracies are means
+    over the classes; that of held-out images says what the classifier can do.
+    """
+    parts = folder / "emoji-class"
+    embedding = ClassEmbedding.from_pretrained(parts / "class_embedding", low_cpu_mem_usage=False)
+    unet = UNet2DConditionModel.from_pretrained(parts / "unet", low_cpu_mem_usage=False)
+    vqvae = VQModel.from_pretrained(parts / "vqvae", low_cpu_mem_usage=False)
+    classes = len(embedding.config.classes)
+    drawn = torch.arange(classes).repeat_interleave(CLASS_SAMPLES)
+    size = unet.config.sample_size
+    noise = torch.randn(
+        len(drawn), vqvae.config.latent_channels, size, size, generator=torch.Generator().manual_seed(0)
+    )
+    latents = []
+    for part, indices in zip(noise.split(GRID_COLUMNS), drawn.split(GRID_COLUMNS), strict=True):
+        with torch.no_grad():
+            conditioning = Conditioning(embedding(indices), embedding(torch.full_like(indices, classes)))
+        settings = SamplingSettings(SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE)
+        scheduler = DDIMScheduler.from_pretrained(parts / "scheduler")
+        latents.append(sampling.sample(unet, scheduler, part, settings, conditioning=conditioning))
+    with torch.no_grad():
+        decoded = [first_stage.to_uint8(vqvae.decode(part / vqvae.config.scaling_factor).sample) for part in latents]
+    samples = torch.cat(decoded)
+    draw(samples.unflatten(0, (classes, -1))[:, :GRID_COLUMNS].flatten(0, 1), pictures / "class-samples.png")
+    rows = data.load_table(folder / "emoji")
+    labels = class_indices(rows, embedding.config.classes)
+    held_out = torch.tensor([row.split == "held-out" for row in rows])
+    evaluator = load_evaluator("efficientnet_lite0", folder / "efficientnet-lite0" / "model.safetensors")
+    features = extract(evaluator, data.load_images(folder / "emoji", 32)).pooled
+    centroids = torch.stack([features[(labels == index) & ~held_out].mean(dim=0) for index in range(classes)])
+    tested = held_out & (labels >= 0)
+    return {
+        "class_accuracy_of_samples": mean_accuracy(nearest(extract(evaluator, samples).pooled, centroids), drawn),
+        "class_accuracy_of_held_out": mean_accuracy(nearest(features[tested], centroids), labels[tested]),
+        "class_unet_parameters": parameter_count(unet),
+    }
+
+
+def measure_kl(folder: Path, pictures: Path) -> dict[str, float]:
+    """Reconstruct the images of `folder`/emoji with the first stage of emoji-ldm8, and draw held-out ones."""
+    vae = AutoencoderKL.from_pretrained(folder / "emoji-ldm8" / "vae", low_cpu_mem_usage=False)
+    rows = data.load_table(folder / "emoji")
+    images = data.load_images(folder / "emoji", data.TILE)
+    held_out = torch.tensor([row.split == "held-out" for row in rows])
+    reconstructed = kl_first_stage.reconstruct(vae, images)
+    draw_pairs(images[held_out], reconstructed[held_out], pictures / "kl-reconstructions.png", scale=1)
+    quality = first_stage.psnr(reconstructed, images)
+    return {
+        "kl_held_out_psnr": quality[held_out].mean().item(),
+        "kl_train_psnr": quality[~held_out].mean().item(),
+        "kl_first_stage_parameters": parameter_count(vae),
+    }
+
+
+def nearest(features: Tensor, centroids: Tensor) -> Tensor:
+    """The index of the centroid [C, D] nearest to each row of features [N, D]."""
+    return torch.cdist(features, centroids).argmin(dim=1)
+
+
+def mean_accuracy(found: Tensor, labels: Tensor) -> float:
+    """The share of right ones among those of each class, averaged over the classes that `labels` has."""
+    return torch.stack([(found[labels == label] == label).float().mean() for label in labels.unique()]).mean().item()
 
 
 def sample(pipeline: LDMPipeline, count: int, seed: int) -> Tensor:
@@ -82,6 +152,13 @@ def draw(images: Tensor, path: Path, scale: int = 2, gap: int = 2) -> None:
     unfinished = path.with_suffix(".tmp")
     Image.fromarray(canvas.numpy()).save(unfinished, format="PNG", optimize=True)
     unfinished.replace(path)
+
+
+def draw_pairs(images: Tensor, reconstructed: Tensor, path: Path, scale: int = 2) -> None:
+    """Draw images in odd rows above their reconstructions in even rows: some of all, evenly spaced."""
+    shown = torch.linspace(0, len(images) - 1, RECONSTRUCTED).long()
+    pairs = torch.stack([images[shown], reconstructed[shown]]).unflatten(1, (-1, GRID_COLUMNS))
+    draw(pairs.transpose(0, 1).flatten(0, 2), path, scale)
 
 
 def table(figures: dict[str, float], logs: Path, folder: Path) -> str:

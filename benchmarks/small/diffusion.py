@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DConditionModel, UNet2DModel
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,32 +40,6 @@ class Conditions:
 
     each: Tensor
     null: Tensor
-
-
-class ClassEmbedding(ModelMixin, ConfigMixin):
-    """What cross-attention sees of a class: one learned token for each of `classes`, then one that means none."""
-
-    @register_to_config
-    def __init__(self, classes: list[str], channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(len(classes) + 1, channels))
-
-    def forward(self, indices: Tensor) -> Tensor:
-        """The context [B, 1, channels] of class indices [B]."""
-        return self.weight[indices][:, None]
-
-
-class ClassConditional(nn.Module):
-    """A UNet and the embedding of the class that it is told, which train together."""
-
-    def __init__(self, unet: UNet2DConditionModel, embedding: ClassEmbedding) -> None:
-        super().__init__()
-        self.unet = unet
-        self.embedding = embedding
-
-    def forward(self, latents: Tensor, timesteps: Tensor, classes: Tensor) -> UNet2DConditionOutput:
-        """The predicted noise, [B, C, H, W], for classes [B]."""
-        return self.unet(latents, timesteps, self.embedding(classes))
 
 
 def build(config: DiffusionConfig, latent_channels: int) -> UNet2DModel:
@@ -150,14 +122,3 @@ def train(
         return {"loss": F.mse_loss(predicted.float(), noise)}
 
     return training.train(config, model, losses, folder, log_path, export)
-
-
-def balance(classes: Tensor) -> Tensor:
-    """Indices of the images, those of rare classes several times: about the square root of the largest one's excess.
-
-    [N] -> [M]. So no class is rare in an epoch, and none is learned by heart (square-root sampling, Mahajan et al.,
-    2018, arXiv:1805.00932).
-    """
-    counts = torch.bincount(classes)
-    times = (counts.max() / counts.clamp(min=1)).sqrt().round().long()
-    return torch.arange(len(classes)).repeat_interleave(times[classes])

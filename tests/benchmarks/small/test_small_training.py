@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import manifest
-from benchmarks.small import card, diffusion, export, first_stage, kl_first_stage, training
+from benchmarks.small import card, class_conditional, diffusion, export, first_stage, kl_first_stage, training
+from benchmarks.small.class_conditional import ClassConditional, ClassEmbedding
+from benchmarks.small.data import Emoji
 
 TRAINING = {
     "iterations": 4,
@@ -73,10 +75,10 @@ def train_diffusion(config: diffusion.DiffusionConfig, folder: Path) -> dict[str
     return diffusion.train(config, unet, LATENTS, folder, folder / "log.jsonl", lambda unet: {}).state_dict()
 
 
-def build_class_conditional(config: diffusion.ConditionalConfig) -> diffusion.ClassConditional:
+def build_class_conditional(config: diffusion.ConditionalConfig) -> ClassConditional:
     torch.manual_seed(config.seed)
     unet = diffusion.build_conditional(config, 3)
-    return diffusion.ClassConditional(unet, diffusion.ClassEmbedding(["a", "b"], config.context_channels))
+    return ClassConditional(unet, ClassEmbedding(["a", "b"], config.context_channels))
 
 
 def train_class_conditional(config: diffusion.ConditionalConfig, folder: Path) -> dict[str, torch.Tensor]:
@@ -123,13 +125,13 @@ def test_a_resumed_run_ends_with_the_same_weights(module, train, config, tmp_pat
 
 def test_a_share_of_the_images_is_trained_without_its_class(tmp_path, monkeypatch):
     seen = []
-    forward = diffusion.ClassEmbedding.forward
+    forward = ClassEmbedding.forward
 
-    def spying(embedding: diffusion.ClassEmbedding, indices: torch.Tensor) -> torch.Tensor:
+    def spying(embedding: ClassEmbedding, indices: torch.Tensor) -> torch.Tensor:
         seen.append(indices)
         return forward(embedding, indices)
 
-    monkeypatch.setattr(diffusion.ClassEmbedding, "forward", spying)
+    monkeypatch.setattr(ClassEmbedding, "forward", spying)
     train_class_conditional(replace(CONDITIONAL, iterations=20), tmp_path)
     counts = torch.bincount(torch.cat(seen), minlength=3).tolist()
     assert sum(counts) == 80
@@ -139,9 +141,22 @@ def test_a_share_of_the_images_is_trained_without_its_class(tmp_path, monkeypatc
 
 def test_rare_classes_are_seen_more_often():
     classes = torch.tensor([0] * 9 + [1] + [3] * 4)
-    chosen = diffusion.balance(classes)
+    chosen = class_conditional.balance(classes)
     assert torch.bincount(classes[chosen]).tolist() == [9, 3, 0, 8]
     assert set(chosen.tolist()) == set(range(14))
+
+
+def test_components_are_in_no_class():
+    rows = [Emoji(i, "", category, "google", "train") for i, category in enumerate(("Symbols", "Component", "Flags"))]
+    assert class_conditional.class_names(rows) == ["Flags", "Symbols"]
+    assert class_conditional.class_indices(rows, ["Flags", "Symbols"]).tolist() == [1, -1, 0]
+
+
+def test_the_accuracy_is_a_mean_over_classes():
+    features = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 9.0], [5.0, 9.0]])
+    found = card.nearest(features, torch.tensor([[0.0, 0.0], [7.0, 7.0], [0.0, 8.0]]))
+    assert found.tolist() == [0, 0, 2, 1]
+    assert card.mean_accuracy(found, torch.tensor([0, 0, 0, 1])) == pytest.approx((2 / 3 + 1) / 2)
 
 
 def test_checkpoints_fall_on_lines_of_the_log():
@@ -158,7 +173,7 @@ def test_a_class_conditional_model_comes_back_as_it_was_exported(tmp_path):
     manifest.verify(tmp_path / "model")
     for path in shared.iterdir():
         assert (tmp_path / "model" / "vqvae" / path.name).read_bytes() == path.read_bytes()
-    embedding = diffusion.ClassEmbedding.from_pretrained(tmp_path / "model" / "class_embedding")
+    embedding = ClassEmbedding.from_pretrained(tmp_path / "model" / "class_embedding")
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet")
     assert embedding.config.classes == ["a", "b"]
     indices = torch.tensor([0, 2])
