@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -48,6 +49,11 @@ def find(package: str, kind: str, name: str) -> object:
     if not hasattr(module, kind.upper()):
         raise ValueError(f"{module.__name__} has no {kind.upper()}: a {kind} file must define it")
     return getattr(module, kind.upper())
+
+
+def text(package: str, name: str) -> str:
+    """The docstring of the plugin ``name`` of ``package``."""
+    return inspect.getdoc(importlib.import_module(f"{package}.{name}")) or ""
 
 
 def method(name: str) -> Method:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+
+from benchmarks.record import Value
+
+# Errors below this are drawn here: a feature that is looked up in full precision has none.
+SMALLEST_ERROR = 1e-8
+STYLES = ("-", "--", ":")
 
 
 def temporal_error(curves: Mapping[str, np.ndarray], timesteps: np.ndarray, title: str) -> Figure:
     """Error of the quantised time-step features over the denoising steps, a line a method.
 
     ``curves`` maps a method to its error at each step, shape [T] (1 - cosine similarity to full precision, averaged
-    over projections); ``timesteps`` [T] are the scheduler's values, largest first, and run from left to right.
+    over projections); ``timesteps`` [T] are the scheduler's values, largest first, and run from left to right. The
+    legend has the order of the curves at their end.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, max(3.6, 0.24 * len(curves) + 0.8)), layout="constrained")
     axes = figure.add_subplot()
-    for name, curve in curves.items():
-        axes.plot(timesteps, curve, marker=".", label=name)
+    colours = colormaps["tab10"].colors
+    lines = []
+    for index, (name, curve) in enumerate(curves.items()):
+        style = STYLES[index // len(colours) % len(STYLES)]
+        shown = np.maximum(curve, SMALLEST_ERROR)
+        lines += axes.plot(timesteps, shown, style, marker=".", color=colours[index % len(colours)], label=name)
     axes.invert_xaxis()
-    axes.set_yscale("log" if all((curve > 0).all() for curve in curves.values()) else "linear")
+    axes.set_yscale("log")
     axes.set(title=title, xlabel="time step (noise to image)", ylabel="1 - cosine to full precision")
-    axes.legend()
+    ordered = sorted(lines, key=lambda line: -line.get_ydata()[-1])
+    figure.legend(handles=ordered, loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -34,14 +47,56 @@ def sample_grid(images: Mapping[str, np.ndarray], columns: int = 8) -> Figure:
     short = [name for name, row in images.items() if len(row) < columns]
     if short:
         raise ValueError(f"{short[0]} has {len(images[short[0]])} images: the grid shows {columns} of each method")
-    figure = Figure(figsize=(0.9 * columns + 1.6, 0.9 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), 1, squeeze=False)[:, 0]
-    for axes, (name, row) in zip(grid, images.items(), strict=True):
-        axes.imshow(np.concatenate(row[:columns].transpose(0, 2, 3, 1), axis=1), interpolation="nearest")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+    strips = [np.concatenate(row[:columns].transpose(0, 2, 3, 1), axis=1) for row in images.values()]
+    gap = max(1, strips[0].shape[0] // 16)
+    strips = [np.pad(strip, ((0, gap), (0, 0), (0, 0)), constant_values=255) for strip in strips]
+    whole = np.concatenate(strips)[:-gap]
+    side, text = 0.62, 0.085 * max(len(name) for name in images) + 0.15
+    width, height = side * columns, side * columns * whole.shape[0] / whole.shape[1]
+    figure = Figure(figsize=(text + width, height))
+    axes = figure.add_axes((text / (text + width), 0, width / (text + width), 1))
+    axes.imshow(whole, interpolation="nearest", aspect="auto")
+    centres = [(index + 0.5) * strips[0].shape[0] - gap / 2 for index in range(len(strips))]
+    axes.set_yticks(centres, images, fontsize=9)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def intervals(values: Mapping[str, Mapping[str, Value]], title: str, label: str) -> Figure:
+    """A metric of every row with its interval: a panel a precision, a line a row.
+
+    ``values`` maps precision -> row -> value; a row that lacks a precision leaves its place empty there.
+    """
+    rows = list(dict.fromkeys(name for panel in values.values() for name in panel))
+    figure = Figure(figsize=(2.4 * len(values) + 2.4, 0.24 * len(rows) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for axes, (precision, panel) in zip(panels, values.items(), strict=True):
+        for name, value in panel.items():
+            margins = [[value.value - value.low], [value.high - value.value]]
+            axes.errorbar(value.value, rows.index(name), xerr=margins, fmt="o", markersize=3, color="C0", capsize=2)
+        axes.set_title(precision, fontsize=10)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+        axes.tick_params(axis="x", labelsize=8)
+    panels[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel(label, fontsize=9)
+    return figure
+
+
+def selection(cached: np.ndarray, projections: Sequence[str], timesteps: Sequence[int], title: str) -> Figure:
+    """Which temporal features are looked up in the cache and which computed: booleans [P, T], projections x steps."""
+    figure = Figure(figsize=(0.26 * len(timesteps) + 3.6, 0.2 * len(projections) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    order = np.argsort(timesteps)[::-1]
+    axes.pcolormesh(cached[:, order].astype(float), cmap="Blues", vmin=0, vmax=1.4, edgecolors="white", linewidth=0.5)
+    axes.set_yticks(np.arange(len(projections)) + 0.5, projections, fontsize=7)
+    axes.set_xticks(np.arange(len(timesteps)) + 0.5, np.asarray(timesteps)[order], fontsize=7, rotation=90)
+    axes.invert_yaxis()
+    axes.set_title(f"{title}: dark is cached, {cached.mean():.0%} of all", fontsize=9)
+    axes.set_xlabel("time step (noise to image)", fontsize=8)
     return figure
 
 

@@ -76,9 +76,11 @@ class Extractor:
 
 
 class Sliceable(Protocol):
-    """A tensor, or a part of a file, of which rows can be read."""
+    """What rows can be read of: a tensor in a safetensors file."""
 
     def __getitem__(self, rows: slice) -> Tensor: ...
+
+    def get_shape(self) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -126,23 +128,28 @@ def extract_with_maps(evaluator: Evaluator, images: Tensor) -> tuple[Features, t
     return concatenate(list(parts)), tuple(torch.cat(layer).cpu() for layer in zip(*maps, strict=True))
 
 
-def compare(evaluator: Evaluator, images: Tensor, paired_maps: Sequence[Sliceable]) -> tuple[Features, Tensor]:
+def compare(evaluator: Evaluator, images: Tensor, paired_maps: Sequence[Tensor | Sliceable]) -> tuple[Features, Tensor]:
     """Features of uint8 images [N, 3, H, W], and the perceptual distance [N] of each to the image it is paired with.
 
     ``paired_maps`` are the `unit_maps` of these images, N rows each: tensors, or slices of a safetensors file, of which
     no more is read at once than a batch.
     """
     _check_images(images)
+    counts = {_rows(layer) for layer in paired_maps}
+    if counts != {len(images)}:
+        raise ValueError(f"{len(images)} images are compared in pairs, but the maps have {sorted(counts)} rows.")
     parts, distances, start = [], [], 0
     for part, maps in _passes(evaluator, images):
-        rows = slice(start, start + len(part))
+        rows = slice(start, start + len(maps[0]))
         paired = tuple(layer[rows].to(evaluator.device) for layer in paired_maps)
-        if any(len(layer) != len(part) for layer in paired):
-            raise ValueError(f"{len(images)} images are compared in pairs, but the maps have fewer rows.")
         parts.append(part)
         distances.append(perceptual_distance(unit_maps(maps), paired).cpu())
-        start += len(part)
+        start = rows.stop
     return concatenate(parts), torch.cat(distances)
+
+
+def _rows(layer: Tensor | Sliceable) -> int:
+    return layer.shape[0] if isinstance(layer, Tensor) else layer.get_shape()[0]
 
 
 def unit_maps(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

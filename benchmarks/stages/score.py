@@ -26,7 +26,8 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     """Write the records of some cells, ``shards`` processes sharing them.
 
     A cell that its method does not apply to gets a record that says so. The full-precision cell leaves its features and
-    feature maps for the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, after the others.
+    feature maps for the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, when the others
+    are done.
     """
     device = device_of(device_name)
     torch.set_num_threads(1)

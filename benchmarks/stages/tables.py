@@ -1,39 +1,51 @@
-"""tables: all records become the leaderboard, the CSV and the figures, and the region of the top README."""
+"""tables: all records become the tables, the pages, the CSV and the figures, and the region of the top README."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import figures, tables
+from benchmarks import figures, pages, tables
 from benchmarks.metrics import metrics
 from benchmarks.params import Suite
-from benchmarks.record import FULL_PRECISION, Cell, Record
-from benchmarks.stages import files, generate
+from benchmarks.record import FULL_PRECISION, SHARED, Cell, Record
+from benchmarks.stages import files
 
 README = Path("README.md")
 GRID_COLUMNS = 10
+SHOWN_METRIC = "feature_distance"
 
 
 def run(suite: Suite) -> str:
-    """Write everything that is generated from records; returns the leaderboard.
+    """Write everything that is generated from records; returns the leaderboard, or the first table where there is none.
 
     A cell without a record is shown as failed. Raises ValueError if no cell has one.
     """
-    records = [_read(suite, cell) for cell in suite.cells()]
-    if all(record.status == "failed" for record in records):
+    read = [_read(suite, cell) for cell in suite.cells()]
+    if all(record.status == "failed" for record in read):
         raise ValueError("there are no records in results/records: run `dvc repro`")
-    records = tables.gated(records, suite.gates)
     known = metrics()
-    shown = []
-    for task in suite.tasks.values():
-        for precision in suite.precisions:
-            shown += _figures(suite, task.name, precision)
-    table = tables.leaderboard(records, known)
-    files.write_text(files.RESULTS / "README.md", tables.report(records, known, shown))
-    files.write_text(files.RESULTS / "leaderboard.csv", tables.csv(tables.frame(records, known)))
+    records = {record.cell: record for record in tables.gated(read, suite.gates)}
+    full = [record for cell, record in records.items() if cell.method == FULL_PRECISION]
+    measured = {name: [records[cell] for cell in suite.measured(name)] for name in suite.tables}
+    shown = {
+        name: [
+            *(record for record in full if record.task in table.tasks),
+            *(records[cell] for cell in suite.beside(name)),
+            *measured[name],
+        ]
+        for name, table in suite.tables.items()
+    }
+    first = next(iter(shown))
+    table = tables.RENDERERS[first](shown[first], known)
+    drawn = _figures(shown, known)
+    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn))
+    files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite))
+    files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
+    files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), table))
     return table
 
@@ -43,7 +55,7 @@ def _read(suite: Suite, cell: Cell) -> Record:
     reason = "no record; run `dvc repro`"
     if path.is_file():
         record = Record.from_json(path.read_text(encoding="utf-8"))
-        images = files.cell_folder(cell) / generate.IMAGES
+        images = files.cell_folder(cell) / files.IMAGES
         if not record.metrics or (images.is_file() and files.sha256(images) == record.inputs["images"]):
             return record
         reason = "its images are missing or newer than its record; run `dvc repro`"
@@ -54,49 +66,73 @@ def _read(suite: Suite, cell: Cell) -> Record:
         method=cell.method,
         precision=cell.precision,
         seed=cell.seed,
-        protocol=suite.protocol,
+        protocol=cell.protocol,
         settings={"task": asdict(task), "method": {}},
         status="failed",
         reason=reason,
         metrics={},
         cost=None,
         coverage={},
+        details={},
         inputs={},
         environment={},
     )
 
 
-def _figures(suite: Suite, task: str, precision: str) -> list[tuple[str, str]]:
-    """Figures of one task at one precision: (caption, path from the results page)."""
-    if not (files.cell_folder(Cell(task, FULL_PRECISION, "w32a32")) / generate.IMAGES).is_file():
-        return []
-    rows = {tables.label(FULL_PRECISION): _images(Cell(task, FULL_PRECISION, "w32a32"))}
-    curves, timesteps = {}, None
-    for method in suite.methods:
-        cell = Cell(task, method, precision)
-        folder = files.cell_folder(cell)
-        if (folder / generate.IMAGES).is_file():
-            rows[tables.label(method)] = _images(cell)
-            errors = files.read_tensors(folder / generate.ERRORS)
-            curves[tables.label(method)] = errors["temporal"].mean(1).numpy()
-            timesteps = errors["timesteps"].numpy()
-    if timesteps is None:
-        return []
-    columns = min(GRID_COLUMNS, *(len(images) for images in rows.values()))
-    shown = []
-    for kind, text, figure in (
-        ("samples", f"{task} at {precision}: the same noise in each column", figures.sample_grid(rows, columns)),
-        (
-            "temporal",
-            f"{task} at {precision}: error of the temporal features over steps",
-            figures.temporal_error(curves, timesteps, f"{task}, {precision}"),
-        ),
-    ):
-        name = f"{task}-{precision}-{kind}.png"
-        files.write_bytes(files.RESULTS / "figures" / name, figures.png(figure))
-        shown.append((text, f"figures/{name}"))
-    return shown
+def _figures(shown: dict[str, list[Record]], known: dict) -> list[tuple[str, str]]:
+    """Write the figures; returns a caption and the path from the results page of each."""
+    drawn = []
+
+    def draw(name: str, text: str, figure: figures.Figure) -> None:
+        files.write_bytes(files.RESULTS / "figures" / f"{name}.png", figures.png(figure))
+        drawn.append((text, f"figures/{name}.png"))
+
+    every = list({record.cell: record for records in shown.values() for record in records}.values())
+    for task in dict.fromkeys(record.task for record in every):
+        values: dict[str, dict[str, object]] = {}
+        for record in every:
+            if record.task == task and record.protocol == SHARED and SHOWN_METRIC in record.metrics:
+                panel = values.setdefault(record.precision, {})
+                panel[tables.label(record.method)] = record.metrics[SHOWN_METRIC]
+        if values:
+            metric = known[SHOWN_METRIC].label
+            text = f"{task}: {metric.lower()} to the full-precision image of the same noise, with 95 % intervals"
+            draw(f"{task}-intervals", text, figures.intervals(values, task, metric))
+        for table, records in shown.items():
+            of_task = [record for record in records if record.task == task]
+            full = [record for record in of_task if record.method == FULL_PRECISION and record.metrics]
+            for precision in dict.fromkeys(r.precision for r in of_task if r.method != FULL_PRECISION):
+                rows = [record for record in of_task if record.precision == precision and record.metrics]
+                if rows and full:
+                    name, text = f"{task}-{table}-{precision}", f"{task}, {table}, {precision}"
+                    grid = {_label(record): _images(record) for record in [*full, *rows]}
+                    columns = min(GRID_COLUMNS, *(len(images) for images in grid.values()))
+                    sampled = figures.sample_grid(grid, columns)
+                    draw(f"{name}-samples", f"{text}: the same noise in each column", sampled)
+                    curves, timesteps = _curves(rows)
+                    temporal = figures.temporal_error(curves, timesteps, text)
+                    draw(f"{name}-temporal", f"{text}: error of the temporal features over steps", temporal)
+    for record in every:
+        if "cached" in record.details:
+            cached, names = np.array(record.details["cached"]), record.details["projections"]
+            text = f"{record.task}, {_label(record)}, {record.precision}: cached and computed temporal features"
+            name = record.cell.name.replace("/", "-")
+            title = f"{_label(record)}, {record.precision}"
+            draw(f"{name}-selection", text, figures.selection(cached, names, record.details["timesteps"], title))
+    return drawn
 
 
-def _images(cell: Cell) -> np.ndarray:
-    return files.read_tensors(files.cell_folder(cell) / generate.IMAGES)["images"].numpy()
+def _label(record: Record) -> str:
+    name = tables.label(record.method)
+    return name if record.cell.row == record.method else f"{name} ({record.protocol})"
+
+
+def _curves(records: Sequence[Record]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Temporal error at each step by row, and the time steps."""
+    errors = {_label(record): files.read_tensors(files.cell_folder(record.cell) / files.ERRORS) for record in records}
+    timesteps = next(iter(errors.values()))["timesteps"].numpy()
+    return {name: tensors["temporal"].mean(1).numpy() for name, tensors in errors.items()}, timesteps
+
+
+def _images(record: Record) -> np.ndarray:
+    return files.read_tensors(files.cell_folder(record.cell) / files.IMAGES)["images"].numpy()

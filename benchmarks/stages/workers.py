@@ -36,7 +36,7 @@ def run_units(
     device: torch.device,
     then: Callable[[T], Iterable[T]] = lambda unit: (),
 ) -> list[tuple[T, Exception]]:
-    """Do ``units`` in their order in ``shards`` processes (1: in this one), and after each one those that ``then`` gives.
+    """Do ``units`` in their order in ``shards`` processes (1: in this one), and after each those that ``then`` gives.
 
     A unit that raises stops no other one; returns these units with what they raised. Raises ValueError if a process
     dies. Call ``torch.set_num_threads(1)`` before.

@@ -50,6 +50,7 @@ def make_record() -> Callable[..., Record]:
             metrics=metrics,
             cost=Cost("cpu", {"calibrate": 5.0, "weights": 20.0, "sample": 100.0}, 300.0, 1280, 0, 1.5, 9.75),
             coverage={},
+            details={},
             inputs={"data/emoji-ldm4": "ab" * 32},
             environment={"python": "3.11.7"},
         )

@@ -7,7 +7,7 @@ from benchmarks import discover
 from benchmarks.params import load, parse
 
 PLUGINS = {
-    discover.METHODS: ("full_precision", "nearest", "tfmq"),
+    discover.METHODS: ("full_precision", "nearest", "prev", "tfmq"),
     discover.FAMILIES: ("ldm",),
     discover.EXTRACTORS: ("efficientnet_lite0",),
 }
@@ -23,11 +23,31 @@ def document(task_settings):
     del task_settings["name"]
     return {
         "name": "small",
-        "protocol": "shared",
         "threads": 2,
         "tasks": {"emoji-ldm4": task_settings},
-        "methods": {"nearest": {}, "tfmq": {"iterations": 1000}},
-        "precisions": ["w8a8", "w4a8"],
+        "tables": {
+            "leaderboard": {
+                "protocol": "shared",
+                "tasks": ["emoji-ldm4"],
+                "precisions": ["w8a8", "w4a8"],
+                "methods": ["nearest", "tfmq"],
+            },
+            "ablation": {
+                "protocol": "shared",
+                "tasks": ["emoji-ldm4"],
+                "precisions": ["w4a8"],
+                "methods": ["prev"],
+                "beside": ["tfmq"],
+            },
+            "published": {
+                "protocol": "published",
+                "tasks": ["emoji-ldm4"],
+                "precisions": ["w4a8"],
+                "methods": ["tfmq"],
+                "beside": ["tfmq"],
+            },
+        },
+        "methods": {"nearest": {}, "tfmq": {"iterations": 1000}, "prev": {}},
         "seeds": [0],
     }
 
@@ -42,14 +62,20 @@ def test_a_suite_is_read_from_yaml(document, tmp_path):
     assert suite.methods["tfmq"] == {"iterations": 1000}
 
 
-def test_cells_start_with_full_precision(document):
-    assert [cell.name for cell in parse(document).cells()] == [
-        "emoji-ldm4-full_precision-w32a32",
-        "emoji-ldm4-nearest-w8a8",
-        "emoji-ldm4-nearest-w4a8",
-        "emoji-ldm4-tfmq-w8a8",
-        "emoji-ldm4-tfmq-w4a8",
+def test_cells_are_those_of_full_precision_and_of_each_table_once(document):
+    suite = parse(document)
+    assert [cell.name for cell in suite.cells()] == [
+        "emoji-ldm4/full_precision/w32a32",
+        "emoji-ldm4/nearest/w8a8",
+        "emoji-ldm4/nearest/w4a8",
+        "emoji-ldm4/tfmq/w8a8",
+        "emoji-ldm4/tfmq/w4a8",
+        "emoji-ldm4/prev/w4a8",
+        "emoji-ldm4/tfmq-published/w4a8",
     ]
+    assert [cell.name for cell in suite.measured("ablation")] == ["emoji-ldm4/prev/w4a8"]
+    for table in ("ablation", "published"):
+        assert [cell.name for cell in suite.beside(table)] == ["emoji-ldm4/tfmq/w4a8"]
 
 
 @pytest.mark.parametrize(
@@ -68,11 +94,18 @@ def test_cells_start_with_full_precision(document):
         (("methods", "tfqm"), {}, "unknown method 'tfqm': did you mean 'tfmq'.*baselines/tfqm.py"),
         (("methods", "nearest"), None, "params.methods.nearest is None: it must be a mapping"),
         (("methods", "full_precision"), {}, "full-precision row is always there"),
-        (("precisions",), ["4w8a"], "precision '4w8a' is not of the form"),
-        (("precisions",), ["w32a32"], "full-precision row is always there"),
-        (("precisions",), ["w4a8", "w4a8"], "each once"),
-        (("seeds",), [], "give at least one"),
-        (("protocol",), "share", "did you mean 'shared'"),
+        (("seeds",), [], "give"),
+        (("tables", "leaderboard", "precisions"), ["4w8a"], "precision '4w8a' is not of the form"),
+        (("tables", "leaderboard", "precisions"), ["w32a32"], "full-precision row is always there"),
+        (("tables", "leaderboard", "precisions"), ["w4a8", "w4a8"], "each once"),
+        (("tables", "leaderboard", "protocol"), "share", "did you mean 'shared'"),
+        (("tables", "leaderboard", "methods"), [], "give at least one"),
+        (("tables", "leaderboard", "methods"), ["tfqm"], "did you mean 'tfmq'.*Add `tfqm: {}` under methods"),
+        (("tables", "leaderboard", "methods"), ["nearest", "tfmq", "prev"], "two tables measure emoji-ldm4/prev/w4a8"),
+        (("tables", "leaderboard", "tasks"), ["emoji-ldm8"], "unknown task in tables.leaderboard 'emoji-ldm8'"),
+        (("tables", "ablation", "beside"), ["prev", "tfqm"], "did you mean 'tfmq'"),
+        (("tables", "ablation", "precisions"), ["w4a32"], "shows emoji-ldm4/tfmq/w4a32 beside its own, but no table"),
+        (("tables", "ablations"), {}, "params.tables.ablations lacks"),
         (("threads",), 0, "at least 1"),
     ],
 )

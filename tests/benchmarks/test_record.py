@@ -9,20 +9,25 @@ from benchmarks.record import Cell, Cost, Record, Value
 def test_a_record_survives_json(make_record):
     record = make_record()
     assert Record.from_json(record.to_json()) == record
-    assert json.loads(record.to_json())["schema"] == 1
+    assert json.loads(record.to_json())["schema"] == 2
     without_cost = make_record(kid=None, status="failed", reason="out of memory", metrics={}, cost=None)
     assert Record.from_json(without_cost.to_json()) == without_cost
 
 
 def test_cell_names_leave_out_the_first_seed():
-    assert Cell("emoji-ldm4", "tfmq", "w4a8").name == "emoji-ldm4-tfmq-w4a8"
-    assert Cell("emoji-ldm4", "tfmq", "w4a8", 1).name == "emoji-ldm4-tfmq-w4a8-s1"
+    assert Cell("emoji-ldm4", "tfmq", "w4a8").name == "emoji-ldm4/tfmq/w4a8"
+    assert Cell("emoji-ldm4", "tfmq", "w4a8", 1).name == "emoji-ldm4/tfmq/w4a8-s1"
+
+
+def test_cell_names_and_records_tell_protocols_apart(make_record):
+    assert Cell("emoji-ldm4", "tfmq", "w4a8", protocol="published").name == "emoji-ldm4/tfmq-published/w4a8"
+    assert make_record(protocol="published").cell == Cell("emoji-ldm4", "nearest", "w4a8", 0, "published")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema 2, this code reads 1"),
+        ({"schema": 1}, "schema 1, this code reads 2"),
         ({"metods": 1}, "unknown key in record 'metods': did you mean 'method'"),
         ({"seed": "0"}, "record.seed is '0': it must be a whole number"),
         ({"status": "measurd"}, "did you mean 'measured'"),

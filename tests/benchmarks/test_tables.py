@@ -24,15 +24,15 @@ def records(make_record):
 
 def test_ranks_are_shared_where_intervals_overlap(records):
     assert tables.ranking(records) == {
-        "emoji-ldm4-nearest-w4a8": 3,
-        "emoji-ldm4-qdiffusion-w4a8": 1,
-        "emoji-ldm4-tfmq-w4a8": 1,
-        "emoji-ldm4-tfmq-w8a8": 1,
+        "emoji-ldm4/nearest/w4a8": 3,
+        "emoji-ldm4/qdiffusion/w4a8": 1,
+        "emoji-ldm4/tfmq/w4a8": 1,
+        "emoji-ldm4/tfmq/w8a8": 1,
     }
 
 
 def test_a_frame_has_a_row_a_cell_in_reading_order(records):
-    table = tables.frame(records, COLUMNS)
+    table = tables.frame({"leaderboard": records}, COLUMNS)
     assert list(zip(table["precision"], table["method"], strict=True)) == [
         ("w32a32", "full_precision"),
         ("w8a8", "tfmq"),
@@ -49,11 +49,48 @@ def test_a_frame_has_a_row_a_cell_in_reading_order(records):
 
 
 def test_csv_reads_back(records):
-    table = tables.frame(records, COLUMNS)
+    table = tables.frame({"leaderboard": records}, COLUMNS)
     again = pd.read_csv(io.StringIO(tables.csv(table)))
     assert list(again.columns) == list(table.columns)
     np.testing.assert_allclose(again["fd_data"], table["fd_data"])
-    assert tables.csv(tables.frame(records[::-1], COLUMNS)) == tables.csv(table)
+    assert tables.csv(tables.frame({"leaderboard": records[::-1]}, COLUMNS)) == tables.csv(table)
+
+
+def test_ranks_are_those_within_a_table(records, make_record):
+    worse = make_record(method="prev", kid=(0.9, 0.8, 1.0))
+    table = tables.frame({"leaderboard": records, "ablation": [worse]}, COLUMNS)
+    assert table[["table", "method", "rank"]].iloc[-1].tolist() == ["ablation", "prev", 1]
+    assert "Rank" not in tables.ablation([*records, worse], COLUMNS)
+
+
+def test_the_ablation_keeps_the_order_it_is_given(records, make_record):
+    better = make_record(method="prev", kid=(0.0, 0.0, 0.0))
+    text = tables.ablation([*records, better], COLUMNS)
+    names = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| w4a8")]
+    assert names == ["Round-to-nearest", "Q-Diffusion", "TFMQ-DM", tables.label("prev")]
+    assert "PSNR (dB) ↑" in text and "Noise error ↓" in text and "Quantisation time" in text
+
+
+def test_protocols_stand_side_by_side(make_record):
+    cells = [
+        make_record(method="tfmq", kid=(0.01, 0.0, 0.02)),
+        make_record(method="tfmq", kid=(0.005, 0.0, 0.01), protocol="published"),
+        make_record(method="nearest", kid=(0.03, 0.0, 0.04)),
+        make_record(
+            method="nearest", protocol="published", status="not applicable", reason="unknown", metrics={}, cost=None
+        ),
+    ]
+    lines = [line for line in tables.published(cells, COLUMNS).splitlines() if line.startswith("| w4a8")]
+    assert len(lines) == 2
+    fields = [field.strip() for field in lines[0].split("|")]
+    assert fields[2] == "TFMQ-DM" and fields[3].startswith("0.0100 [") and "0.0050 [0.0000, 0.0100]" in fields
+    assert "in full precision" in lines[0]
+    assert "not applicable: unknown" in lines[1] and "0.0300 [" in lines[1]
+
+
+def test_what_a_protocol_leaves_out_is_said_in_words():
+    assert tables.left_out("nearest") == "–" and tables.left_out("absent") == "–"
+    assert "boundary" in tables.left_out("tfmq") and "in full precision" in tables.left_out("tfmq")
 
 
 def test_the_leaderboard_shows_intervals_and_names_its_settings(records):
@@ -91,20 +128,21 @@ def test_records_that_cannot_be_compared_are_refused(make_record, task_settings)
     for different in (
         other,
         make_record(method="tfmq", task_version=2),
-        make_record(method="tfmq", protocol="published"),
     ):
         with pytest.raises(ValueError, match="different settings of emoji-ldm4"):
-            tables.frame([make_record(), different], COLUMNS)
+            tables.frame({"leaderboard": [make_record(), different]}, COLUMNS)
     with pytest.raises(ValueError, match="there twice"):
-        tables.frame([make_record(), make_record()], COLUMNS)
+        tables.frame({"leaderboard": [make_record()], "ablation": [make_record()]}, COLUMNS)
     with pytest.raises(ValueError, match="no records"):
         tables.leaderboard([], COLUMNS)
     with pytest.raises(ValueError, match="did you mean 'kid_fp'"):
-        tables.frame([make_record(metrics={"kid_pf": Value(1.0, 1.0, 1.0, 2)})], COLUMNS)
+        tables.frame({"leaderboard": [make_record(metrics={"kid_pf": Value(1.0, 1.0, 1.0, 2)})]}, COLUMNS)
 
 
-def test_the_report_has_every_metric_and_the_figures(records):
-    text = tables.report(records, COLUMNS, [("Same noise", "figures/grid.png")])
+def test_the_report_has_every_table_and_metric_and_the_figures(records):
+    shown = {"leaderboard": records, "ablation": records}
+    text = tables.report(shown, COLUMNS, [("Same noise", "figures/grid.png")])
+    assert "## Leaderboard" in text and "## Ablation" in text and tables.leaderboard(records, COLUMNS).strip() in text
     for metric in COLUMNS.values():
         assert metric.title("FD", 512) in text
     assert "![Same noise](figures/grid.png)" in text
@@ -128,6 +166,8 @@ def test_figures_are_the_same_bytes_each_time():
     for draw in (
         lambda: figures.temporal_error(curves, np.array([900, 500, 1]), "emoji-ldm4 w4a8"),
         lambda: figures.sample_grid(images, columns=3),
+        lambda: figures.intervals({"w4a8": {"tfmq": Value(0.2, 0.1, 0.3, 9)}, "w8a8": {}}, "emoji-ldm4", "Distance"),
+        lambda: figures.selection(np.array([[True, False], [True, True]]), ["a", "b"], [1, 900], "tfmq"),
     ):
         first = figures.png(draw())
         assert first.startswith(b"\x89PNG")
@@ -138,6 +178,25 @@ def test_figures_are_the_same_bytes_each_time():
 def test_a_grid_needs_enough_images():
     with pytest.raises(ValueError, match="tfmq has 2 images: the grid shows 8"):
         figures.sample_grid({"tfmq": np.zeros((2, 3, 8, 8), dtype=np.uint8)})
+
+
+def test_a_sample_grid_is_filled_by_its_images():
+    images = {f"row {index}": np.full((10, 3, 32, 32), index, dtype=np.uint8) for index in range(12)}
+    figure = figures.sample_grid(images, columns=10)
+    (axes,) = figure.axes
+    box = axes.get_position()
+    assert box.x1 == pytest.approx(1) and (box.y0, box.y1) == (0, 1)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(images)
+
+
+def test_curves_are_told_apart_and_named_in_the_order_of_their_ends():
+    curves = {f"row {index}": np.full(4, 10.0**-index) for index in range(15)}
+    figure = figures.temporal_error(curves, np.array([900, 600, 300, 1]), "emoji-ldm4")
+    lines = figure.axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 15
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named[:3] == ["row 0", "row 1", "row 2"]
+    assert min(line.get_ydata().min() for line in lines) == figures.SMALLEST_ERROR
 
 
 def test_a_full_precision_row_outside_its_gate_marks_the_whole_task(make_record):

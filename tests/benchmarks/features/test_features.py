@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import discover
@@ -12,10 +14,12 @@ from benchmarks.features import (
     compare,
     concatenate,
     extract,
+    extract_with_maps,
     extractor,
     load_evaluator,
     perceptual_distance,
     resize,
+    unit_maps,
 )
 
 
@@ -54,12 +58,25 @@ def test_extract_keeps_order_and_batch():
 
 def test_compare_gives_what_extract_gives():
     measured, a, b = evaluator(), images(6), images(6, seed=1)
-    features, paired, distance = compare(measured, a, b)
-    assert torch.equal(features.pooled, extract(measured, a).pooled)
+    paired, maps = extract_with_maps(measured, b)
     assert torch.equal(paired.spatial, extract(measured, b).spatial)
+    assert [layer.shape for layer in maps] == [(6, 3, 8, 8)]
+    features, distance = compare(measured, a, maps)
+    assert torch.equal(features.pooled, extract(measured, a).pooled)
     assert distance.shape == (6,)
-    assert torch.equal(distance, compare(measured, b, a)[2])
-    assert compare(measured, a, a)[2].abs().max() == 0
+    # The distance of the maps as they were before they were kept in half precision
+    exact = (nn.functional.normalize(a.double(), dim=1) - nn.functional.normalize(b.double(), dim=1)).square()
+    torch.testing.assert_close(distance.double(), exact.sum(dim=1).mean(dim=(1, 2)), rtol=1e-3, atol=0)
+    assert compare(measured, b, maps)[1].abs().max() == 0
+
+
+def test_maps_are_read_from_a_file_batch_by_batch(tmp_path):
+    measured, a, b = evaluator(), images(6), images(6, seed=1)
+    _, maps = extract_with_maps(measured, b)
+    save_file({"0": maps[0]}, tmp_path / "maps.safetensors")
+    with safe_open(tmp_path / "maps.safetensors", "pt") as file:
+        _, distance = compare(measured, a, [file.get_slice("0")])
+    assert torch.equal(distance, compare(measured, a, maps)[1])
 
 
 def test_perceptual_distance_of_known_maps():
@@ -67,7 +84,7 @@ def test_perceptual_distance_of_known_maps():
     a = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2).clone()
     b = 3 * a
     b[0, :, 0, 0] = torch.tensor([0.0, 5.0])
-    assert perceptual_distance((a, a), (b, -a)).item() == pytest.approx((2 / 4 + 4) / 2)
+    assert perceptual_distance(unit_maps((a, a)), unit_maps((b, -a))).item() == pytest.approx((2 / 4 + 4) / 2)
 
 
 def test_identity_says_version_resize_and_weights():
@@ -84,8 +101,10 @@ def test_images_must_be_uint8_batches(wrong):
 
 
 def test_pairs_must_match():
-    with pytest.raises(ValueError, match="shapes differ"):
-        compare(evaluator(), images(3), images(4))
+    for count in (2, 4):
+        maps = extract_with_maps(evaluator(), images(count))[1]
+        with pytest.raises(ValueError, match="3 images are compared in pairs, but the maps have"):
+            compare(evaluator(), images(3), maps)
 
 
 def test_features_need_equal_rows():

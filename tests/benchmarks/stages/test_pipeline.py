@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import baselines
-from benchmarks.record import Record
+from benchmarks.stages import files
 
 DUMMY = '''
 """A method in one file: round to nearest with per-step ranges."""
@@ -28,80 +28,96 @@ class Config:
     images: int = 2
 
 
-def quantize(unet, pool, precision, config, generator):
+def quantize(unet, pool, precision, config, generator, protocol):
     rows = pool.spaced(pool.steps, config.images)
     setting = QuantizationConfig(activation_scales="per_step")
-    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator)
+    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator, protocol)
 
 
 METHOD = Method("Dummy", "a test", Config, quantize, applies_always)
 '''
+PAGES = ("README.md", "METHODS.md", "COVERAGE.md", "cells.csv")
 
 
-def score(run, method: str, precision: str) -> Record:
-    assert run("score", "--task", "toy", "--method", method, "--precision", precision) == (0, [])
-    return Record.from_json(Path(f"results/records/toy-{method}-{precision}.json").read_text())
-
-
-def test_records_and_tables_come_from_the_cells(suite, run, generate):
-    full = score(run, "full_precision", "w32a32")
+def test_records_and_tables_come_from_the_cells(suite, run, generate, score):
+    full = score("full_precision")["w32a32"]
     assert "kid_fp" in full.metrics and "feature_distance" not in full.metrics
-    for method in ("nearest", "tfmq"):
-        for precision in ("w4a8", "w4a32"):
-            assert generate(method, precision) == (0, [])
-            record = score(run, method, precision)
+    rows = (("nearest", "leaderboard"), ("tfmq", "leaderboard"), ("temporal_feature_matters", "ablation"))
+    for method, table in rows:
+        assert generate(method, table=table) == (0, [])
+        records = score(method, table=table)
+        assert set(records) == ({"w4a8", "w4a32"} if table == "leaderboard" else {"w4a8"})
+        for precision, record in records.items():
             assert record.status == "measured" and record.metrics["psnr"].n == 6
             assert record.cost.unet_evaluations >= 12 and record.cost.seconds["calibrate"] > 0
             assert record.coverage["layers"]["conv2d w8a8" if precision == "w4a8" else "conv2d w8a32"] == 2
+            assert ("cached" in record.details) == (table == "ablation")
+    for method in ("tfmq", "nearest"):
+        assert generate(method, table="published") == (0, [])
+        score(method, table="published")
     assert run("tables") == (0, [])
-    table = pd.read_csv("results/leaderboard.csv")
-    assert len(table) == 5 and table["kid_fp"].notna().all()
+    cells = pd.read_csv("results/cells.csv")
+    assert len(cells) == 8 and cells["kid_fp"].notna().sum() == 7
+    assert cells["table"].fillna("").tolist() == ["", *["leaderboard"] * 4, "ablation", *["published"] * 2]
     page = Path("results/README.md").read_text()
-    assert "TFMQ-DM" in page and "Round-to-nearest" in page
+    for part in ("## Leaderboard", "## Ablation", "## Published", "TFMQ-DM", "not applicable: no choice of layers"):
+        assert part in page
     assert "TFMQ-DM" in Path("README.md").read_text()
+    assert "TFMQ-DM (published)" in Path("results/COVERAGE.md").read_text()
     figures = sorted(path.name for path in Path("results/figures").iterdir())
-    assert figures == [f"toy-{p}-{kind}.png" for p in ("w4a32", "w4a8") for kind in ("samples", "temporal")]
+    shown = ("ablation-w4a8", "leaderboard-w4a32", "leaderboard-w4a8", "published-w4a8")
+    drawn = [f"toy-{name}-{kind}.png" for name in shown for kind in ("samples", "temporal")]
+    assert figures == sorted([*drawn, "toy-intervals.png", "toy-temporal_feature_matters-w4a8-selection.png"])
+    assert all(f"(figures/{name})" in page for name in figures)
     before = {path: path.read_bytes() for path in Path("results").rglob("*.*")}
     assert run("tables") == (0, [])
     assert before == {path: path.read_bytes() for path in Path("results").rglob("*.*")}
 
 
 def test_a_cell_without_a_record_stays_visible(suite, run):
-    score(run, "full_precision", "w32a32")
     assert run("tables") == (0, [])
-    assert Path("results/README.md").read_text().count("no record; run `dvc repro`") >= 4
+    assert Path("results/README.md").read_text().count("no record; run `dvc repro`") >= 7
 
 
-def test_a_record_without_its_images_is_not_shown_as_measured(suite, run, generate):
-    score(run, "full_precision", "w32a32")
-    generate("nearest")
-    score(run, "nearest", "w4a8")
-    Path("work/cells/toy-nearest-w4a8/images.safetensors").unlink()
+def test_a_record_without_its_images_is_not_shown_as_measured(suite, run, generate, score):
+    generate("nearest", "w4a8")
+    score("nearest", "w4a8")
+    Path("work/cells/toy/nearest/w4a8/images.safetensors").unlink()
     assert run("tables") == (0, [])
-    page = Path("results/README.md").read_text()
-    assert "failed: its images are missing or newer than its record" in page
+    assert "failed: its images are missing or newer than its record" in Path("results/README.md").read_text()
 
 
-def test_a_new_method_takes_one_file(suite, run, generate, monkeypatch):
+def test_a_new_method_takes_one_file(suite, run, generate, score, monkeypatch):
     folder = suite / "extra"
     folder.mkdir()
     (folder / "dummy.py").write_text(DUMMY)
     monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(folder)])
     document = yaml.safe_load(Path("params.yaml").read_text())
     document["methods"]["dummy"] = {}
+    document["tables"]["leaderboard"]["methods"].append("dummy")
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     try:
-        assert generate("dummy") == (0, [])
-        assert score(run, "dummy", "w4a8").metrics["temporal_error"].value >= 0
+        assert generate("dummy", "w4a8") == (0, [])
+        assert score("dummy", "w4a8")["w4a8"].metrics["temporal_error"].value >= 0
         assert run("tables") == (0, [])
         assert "Dummy" in Path("README.md").read_text()
+        assert "round to nearest with per-step ranges" in Path("results/METHODS.md").read_text()
     finally:
         sys.modules.pop("baselines.dummy", None)
 
 
 def test_tables_without_any_record_say_what_to_run(suite, run):
+    files.record_file(files.Cell("toy", "full_precision", "w32a32")).unlink()
     code, lines = run("tables")
     assert code == 1 and lines == ["error: there are no records in results/records: run `dvc repro`"]
+
+
+def test_a_cell_that_cannot_be_scored_stops_no_other_one(suite, run, generate, score):
+    generate("nearest")
+    Path("work/cells/toy/nearest/w4a8/images.safetensors").unlink()
+    code, lines = run("score", "--task", "toy", "--method", "nearest", "--table", "leaderboard", "--shards", "1")
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("error: toy/nearest/w4a8: ")
+    assert [path.stem for path in Path("results/records/toy/nearest").iterdir()] == ["w4a32"]
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "reference", "generate", "score", "tables"])
@@ -113,9 +129,9 @@ def test_help_describes_every_stage(stage, capsys):
     assert ended.value.code == 0 and len(capsys.readouterr().out) > 150
 
 
-def test_a_record_holds_settings_hashes_and_environment(suite, run, generate):
-    generate("nearest")
-    record = json.loads(score(run, "nearest", "w4a8").to_json())
+def test_a_record_holds_settings_hashes_and_environment(suite, generate, score):
+    generate("nearest", "w4a8")
+    record = json.loads(score("nearest", "w4a8")["w4a8"].to_json())
     assert record["settings"]["task"]["steps"] == 3 and record["settings"]["method"]["images"] == 64
     assert set(record["inputs"]) == {"checkpoint", "calibration", "trajectory", "images"}
     assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
