@@ -30,7 +30,7 @@ BUILD = ROOM / "build"
 LOGS = ROOM / "logs"
 FIGURES = ROOM / "figures"
 PUBLISHED = ROOM.parent.parent / "data"
-PARTS = ("emoji", "emoji-ldm4", "efficientnet-lite0")
+PARTS = ("emoji", "emoji-ldm4", "emoji-class", "emoji-ldm8", "efficientnet-lite0")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,20 +128,19 @@ def run_kl_first_stage(settings: Settings) -> None:
     held_out = data.load_split(BUILD / "emoji", 64, "held-out")
     folder = BUILD / "kl-first-stage"
     log_path = LOGS / "kl-first-stage.jsonl"
-    kl_first_stage.train(settings.kl_first_stage, distance, images, held_out, folder, log_path).save_pretrained(
-        folder / "vae"
-    )
+    model = kl_first_stage.train(settings.kl_first_stage, distance, images, held_out, folder, log_path)
+    model.save_pretrained(folder / "vqvae")
 
 
 def run_kl_diffusion(settings: Settings) -> None:
     """Train the denoiser of the KL first stage, or go on with it; hand on the model from time to time."""
-    model = AutoencoderKL.from_pretrained(BUILD / "kl-first-stage" / "vae", low_cpu_mem_usage=False)
+    model = AutoencoderKL.from_pretrained(BUILD / "kl-first-stage" / "vqvae", low_cpu_mem_usage=False)
     images = data.load_split(BUILD / "emoji", 64, "train")
     latents = kl_first_stage.encode(model, images) * model.config.scaling_factor
     scheduler = diffusion.build_scheduler()
 
     def write(unet: UNet2DModel) -> dict[str, float]:
-        export.export_parts({"vae": model, "unet": unet, "scheduler": scheduler}, BUILD / "emoji-ldm8")
+        export.export_pipeline(model, unet, scheduler, BUILD / "emoji-ldm8")
         return {}
 
     config = settings.kl_diffusion
@@ -177,15 +176,24 @@ def run_publish(settings: Settings) -> None:
 
 
 def run_measure(settings: Settings) -> None:
-    """Measure the published first stage, and draw reconstructions: the figures of the data card."""
-    pipeline = LDMPipeline.from_pretrained(PUBLISHED / "emoji-ldm4", low_cpu_mem_usage=False)
-    export.write_json(card.measure(pipeline, PUBLISHED, FIGURES), LOGS / "figures.json")
+    """Measure the published models, and draw reconstructions and samples of classes: the figures of the data card."""
+    reference = card.load_reference(PUBLISHED)
+    images = data.load_images(PUBLISHED / "emoji", data.TILE)
+    figures = card.measure(load_pipeline("emoji-ldm4"), reference, FIGURES)
+    figures |= card.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
+    figures |= card.measure_kl(load_pipeline("emoji-ldm8"), images, reference.held_out, FIGURES)
+    export.write_json(figures, LOGS / "figures.json")
 
 
 def run_sample(settings: Settings) -> None:
-    """Draw samples of the published pipeline."""
-    pipeline = LDMPipeline.from_pretrained(PUBLISHED / "emoji-ldm4", low_cpu_mem_usage=False)
-    card.draw(card.sample(pipeline, card.SAMPLES, seed=0), FIGURES / "samples.png")
+    """Draw samples of the published unconditional models."""
+    card.draw(card.sample(load_pipeline("emoji-ldm4"), card.SAMPLES, seed=0), FIGURES / "samples.png")
+    card.draw(card.sample(load_pipeline("emoji-ldm8"), card.SAMPLES, seed=0), FIGURES / "kl-samples.png", scale=1)
+
+
+def load_pipeline(name: str) -> LDMPipeline:
+    """A published unconditional model."""
+    return LDMPipeline.from_pretrained(PUBLISHED / name, low_cpu_mem_usage=False)
 
 
 def run_card(settings: Settings) -> None:

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DConditionModel, VQModel
+from diffusers import DDIMScheduler, LDMPipeline, UNet2DConditionModel, VQModel
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.features import extract, load_evaluator
+from benchmarks.features import Evaluator, extract, load_evaluator
 from benchmarks.metrics._frechet import frechet_distance, moments
 from benchmarks.small import data, first_stage, kl_first_stage
 from benchmarks.small.class_conditional import ClassEmbedding, class_indices
+from benchmarks.small.training import generator
 from tfmq import sampling
 from tfmq.sampling import Conditioning, SamplingSettings
 
@@ -23,29 +25,47 @@ RECONSTRUCTED = 64
 SAMPLES = 64
 SAMPLING_STEPS = 20
 CLASS_SAMPLES = 64
+TRAININGS = ("first-stage", "diffusion", "class-diffusion", "kl-first-stage", "kl-diffusion")
 GUIDANCE_SCALE = 3.0
 
 
-def measure(pipeline: LDMPipeline, folder: Path, pictures: Path) -> dict[str, float]:
-    """Reconstruct all images of `folder`/emoji, and draw held-out ones below `pictures`."""
+@dataclass(frozen=True)
+class Reference:
+    """All images at 32x32 pixels: their rows of the table, which of them are held out, and their features."""
+
+    rows: list[data.Emoji]
+    images: Tensor
+    held_out: Tensor
+    evaluator: Evaluator
+    features: Tensor
+
+
+def load_reference(folder: Path) -> Reference:
+    """Read `folder`/emoji, and extract features with the evaluator beside it."""
     rows = data.load_table(folder / "emoji")
     images = data.load_images(folder / "emoji", 32)
     held_out = torch.tensor([row.split == "held-out" for row in rows])
+    evaluator = load_evaluator("efficientnet_lite0", folder / "efficientnet-lite0" / "model.safetensors")
+    return Reference(rows, images, held_out, evaluator, extract(evaluator, images).pooled)
+
+
+def measure(pipeline: LDMPipeline, reference: Reference, pictures: Path) -> dict[str, float]:
+    """Reconstruct all images with the first stage of emoji-ldm4, and draw held-out ones below `pictures`."""
+    images, held_out = reference.images, reference.held_out
     reconstructed = first_stage.reconstruct(pipeline.vqvae, images)
     unquantized = first_stage.reconstruct(pipeline.vqvae, images[held_out], quantize=False)
     latents = first_stage.encode(pipeline.vqvae, images[~held_out]) * pipeline.vqvae.config.scaling_factor
     draw_pairs(images[held_out], reconstructed[held_out], pictures / "reconstructions.png")
-    evaluator = load_evaluator("efficientnet_lite0", folder / "efficientnet-lite0" / "model.safetensors")
-    features = extract(evaluator, images).pooled
-    by_google = torch.tensor([row.vendor == "google" for row in rows])
+    found = extract(reference.evaluator, reconstructed).pooled
+    by_google = torch.tensor([row.vendor == "google" for row in reference.rows])
     quality = first_stage.psnr(reconstructed, images)
     return {
         "held_out_psnr": quality[held_out].mean().item(),
         "held_out_psnr_of_mean_error": pooled_psnr(reconstructed[held_out], images[held_out]),
         "held_out_psnr_unquantized": first_stage.psnr(unquantized, images[held_out]).mean().item(),
         "train_psnr": quality[~held_out].mean().item(),
-        "reconstruction_fd": frechet_distance(extract(evaluator, reconstructed).pooled, moments(features)),
-        "vendor_fd": frechet_distance(features[by_google], moments(features[~by_google])),
+        "reconstruction_fd": frechet_distance(found, moments(reference.features)),
+        "vendor_fd": frechet_distance(reference.features[by_google], moments(reference.features[~by_google])),
         "latent_mean": latents.mean().item(),
         "latent_deviation": latents.std().item(),
         "latent_largest": latents.abs().max().item(),
@@ -54,61 +74,69 @@ def measure(pipeline: LDMPipeline, folder: Path, pictures: Path) -> dict[str, fl
     }
 
 
-def measure_class_conditional(folder: Path, pictures: Path) -> dict[str, float]:
-    """Draw samples of each class of `folder`/emoji-class below `pictures`, and see whether they look their class.
+def measure_class_conditional(model: Path, reference: Reference, pictures: Path) -> dict[str, float]:
+    """Draw samples of each class of the model in a folder below `pictures`, and see whether they look their class.
 
     The classifier knows the mean features of each class's training images and takes the nearest. Accuracies are means
     over the classes; that of held-out images says what the classifier can do.
     """
-    parts = folder / "emoji-class"
-    embedding = ClassEmbedding.from_pretrained(parts / "class_embedding", low_cpu_mem_usage=False)
-    unet = UNet2DConditionModel.from_pretrained(parts / "unet", low_cpu_mem_usage=False)
-    vqvae = VQModel.from_pretrained(parts / "vqvae", low_cpu_mem_usage=False)
+    embedding = ClassEmbedding.from_pretrained(model / "class_embedding", low_cpu_mem_usage=False)
+    unet = UNet2DConditionModel.from_pretrained(model / "unet", low_cpu_mem_usage=False)
+    vqvae = VQModel.from_pretrained(model / "vqvae", low_cpu_mem_usage=False)
+    scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
     classes = len(embedding.config.classes)
     drawn = torch.arange(classes).repeat_interleave(CLASS_SAMPLES)
-    size = unet.config.sample_size
-    noise = torch.randn(
-        len(drawn), vqvae.config.latent_channels, size, size, generator=torch.Generator().manual_seed(0)
-    )
-    latents = []
-    for part, indices in zip(noise.split(GRID_COLUMNS), drawn.split(GRID_COLUMNS), strict=True):
-        with torch.no_grad():
-            conditioning = Conditioning(embedding(indices), embedding(torch.full_like(indices, classes)))
-        settings = SamplingSettings(SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE)
-        scheduler = DDIMScheduler.from_pretrained(parts / "scheduler")
-        latents.append(sampling.sample(unet, scheduler, part, settings, conditioning=conditioning))
-    with torch.no_grad():
-        decoded = [first_stage.to_uint8(vqvae.decode(part / vqvae.config.scaling_factor).sample) for part in latents]
-    samples = torch.cat(decoded)
+    samples = sample_classes(unet, vqvae, scheduler, embedding, drawn, seed=0)
     draw(samples.unflatten(0, (classes, -1))[:, :GRID_COLUMNS].flatten(0, 1), pictures / "class-samples.png")
-    rows = data.load_table(folder / "emoji")
-    labels = class_indices(rows, embedding.config.classes)
-    held_out = torch.tensor([row.split == "held-out" for row in rows])
-    evaluator = load_evaluator("efficientnet_lite0", folder / "efficientnet-lite0" / "model.safetensors")
-    features = extract(evaluator, data.load_images(folder / "emoji", 32)).pooled
-    centroids = torch.stack([features[(labels == index) & ~held_out].mean(dim=0) for index in range(classes)])
-    tested = held_out & (labels >= 0)
+    labels = class_indices(reference.rows, embedding.config.classes)
+    known = ~reference.held_out
+    centroids = torch.stack([reference.features[known & (labels == index)].mean(dim=0) for index in range(classes)])
+    tested = reference.held_out & (labels >= 0)
+    found = extract(reference.evaluator, samples).pooled
     return {
-        "class_accuracy_of_samples": mean_accuracy(nearest(extract(evaluator, samples).pooled, centroids), drawn),
-        "class_accuracy_of_held_out": mean_accuracy(nearest(features[tested], centroids), labels[tested]),
-        "class_unet_parameters": parameter_count(unet),
+        "class_accuracy_of_samples": mean_accuracy(nearest(found, centroids), drawn),
+        "class_accuracy_of_held_out": mean_accuracy(nearest(reference.features[tested], centroids), labels[tested]),
+        "class_unet_parameters": parameter_count(unet) + parameter_count(embedding),
     }
 
 
-def measure_kl(folder: Path, pictures: Path) -> dict[str, float]:
-    """Reconstruct the images of `folder`/emoji with the first stage of emoji-ldm8, and draw held-out ones."""
-    vae = AutoencoderKL.from_pretrained(folder / "emoji-ldm8" / "vae", low_cpu_mem_usage=False)
-    rows = data.load_table(folder / "emoji")
-    images = data.load_images(folder / "emoji", data.TILE)
-    held_out = torch.tensor([row.split == "held-out" for row in rows])
+def measure_kl(pipeline: LDMPipeline, images: Tensor, held_out: Tensor, pictures: Path) -> dict[str, float]:
+    """Reconstruct images [N, 3, 64, 64] with the first stage of emoji-ldm8, and draw held-out ones below `pictures`."""
+    vae = pipeline.vqvae
     reconstructed = kl_first_stage.reconstruct(vae, images)
+    latents = kl_first_stage.encode(vae, images[~held_out]) * vae.config.scaling_factor
     draw_pairs(images[held_out], reconstructed[held_out], pictures / "kl-reconstructions.png", scale=1)
     quality = first_stage.psnr(reconstructed, images)
     return {
         "kl_held_out_psnr": quality[held_out].mean().item(),
+        "kl_held_out_psnr_of_mean_error": pooled_psnr(reconstructed[held_out], images[held_out]),
         "kl_train_psnr": quality[~held_out].mean().item(),
+        "kl_latent_largest": latents.abs().max().item(),
         "kl_first_stage_parameters": parameter_count(vae),
+        "kl_unet_parameters": parameter_count(pipeline.unet),
     }
+
+
+@torch.no_grad()
+def sample_classes(
+    unet: UNet2DConditionModel,
+    vqvae: VQModel,
+    scheduler: DDIMScheduler,
+    embedding: ClassEmbedding,
+    classes: Tensor,
+    seed: int,
+) -> Tensor:
+    """Uint8 images [N, 3, 32, 32], one of each of `classes`, by DDIM with eta 0 and guidance."""
+    size = unet.config.sample_size
+    noise = torch.randn(len(classes), unet.config.in_channels, size, size, generator=generator(seed, 0))
+    settings = SamplingSettings(SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE)
+    images = []
+    for part, indices in zip(noise.split(CLASS_SAMPLES), classes.split(CLASS_SAMPLES), strict=True):
+        none = torch.full_like(indices, len(embedding.config.classes))
+        conditioning = Conditioning(embedding(indices), embedding(none))
+        latents = sampling.sample(unet, scheduler, part, settings, conditioning=conditioning)
+        images.append(first_stage.to_uint8(vqvae.decode(latents / vqvae.config.scaling_factor).sample))
+    return torch.cat(images)
 
 
 def nearest(features: Tensor, centroids: Tensor) -> Tensor:
@@ -122,7 +150,7 @@ def mean_accuracy(found: Tensor, labels: Tensor) -> float:
 
 
 def sample(pipeline: LDMPipeline, count: int, seed: int) -> Tensor:
-    """Uint8 images [N, 3, 32, 32] of the stock pipeline: DDIM, eta 0."""
+    """Uint8 images [N, 3, H, W] of the stock pipeline: DDIM, eta 0."""
     generator = torch.Generator().manual_seed(seed)
     images = pipeline(count, generator, eta=0.0, num_inference_steps=SAMPLING_STEPS, output_type="np").images
     return (torch.from_numpy(images) * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
@@ -164,7 +192,7 @@ def draw_pairs(images: Tensor, reconstructed: Tensor, path: Path, scale: int = 2
 def table(figures: dict[str, float], logs: Path, folder: Path) -> str:
     """The figures, the training cost and the files below `folder`, as Markdown."""
     quality = [
-        ("Parameters of the first stage", f"{figures['first_stage_parameters']:,}"),
+        ("emoji-ldm4: parameters of the first stage", f"{figures['first_stage_parameters']:,}"),
         ("Parameters of the UNet", f"{figures['unet_parameters']:,}"),
         ("PSNR of held-out images, mean", f"{figures['held_out_psnr']:.2f} dB"),
         ("PSNR of held-out images, of the mean squared error", f"{figures['held_out_psnr_of_mean_error']:.2f} dB"),
@@ -174,10 +202,19 @@ def table(figures: dict[str, float], logs: Path, folder: Path) -> str:
         ("FD of Google's images to Twitter's, as a yardstick", f"{figures['vendor_fd']:.1f}"),
         ("Largest scaled latent of the training images", f"{figures['latent_largest']:.2f}"),
         ("Mean and deviation of scaled latents", f"{figures['latent_mean']:.3f}, {figures['latent_deviation']:.3f}"),
+        ("emoji-class: parameters of UNet and embedding", f"{figures['class_unet_parameters']:,}"),
+        ("Samples put into their own class, of nine", f"{figures['class_accuracy_of_samples']:.1%}"),
+        ("Held-out images put into their own class", f"{figures['class_accuracy_of_held_out']:.1%}"),
+        ("emoji-ldm8: parameters of the first stage", f"{figures['kl_first_stage_parameters']:,}"),
+        ("Parameters of the UNet", f"{figures['kl_unet_parameters']:,}"),
+        ("PSNR of held-out images, mean", f"{figures['kl_held_out_psnr']:.2f} dB"),
+        ("PSNR of held-out images, of the mean squared error", f"{figures['kl_held_out_psnr_of_mean_error']:.2f} dB"),
+        ("PSNR of training images, mean", f"{figures['kl_train_psnr']:.2f} dB"),
+        ("Largest scaled latent of the training images", f"{figures['kl_latent_largest']:.2f}"),
     ]
     lines = ["| Figure | Value |", "|---|---:|", *(f"| {name} | {value} |" for name, value in quality), ""]
     lines += ["| Training | Iterations | Minutes |", "|---|---:|---:|"]
-    for name in ("first-stage", "diffusion"):
+    for name in TRAININGS:
         last = json.loads((logs / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         lines.append(f"| {name} | {last['iteration']:,} | {last['seconds'] / 60:.0f} |")
     lines += ["", "| File | Bytes | SHA-256 |", "|---|---:|---|"]

@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, LDMPipeline, ModelMixin, SchedulerMixin, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, ModelMixin, SchedulerMixin, UNet2DModel, VQModel
 from safetensors.torch import save_file
 
 from benchmarks import manifest
 
 
-def export_pipeline(first_stage: VQModel, unet: UNet2DModel, scheduler: DDIMScheduler, folder: Path) -> None:
+def export_pipeline(
+    first_stage: VQModel | AutoencoderKL, unet: UNet2DModel, scheduler: DDIMScheduler, folder: Path
+) -> None:
     """Write an unconditional latent diffusion pipeline in float16; replace what `folder` held.
 
     The networks themselves stay as they are.

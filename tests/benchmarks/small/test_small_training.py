@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import LDMPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, LDMPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -230,6 +230,27 @@ def test_the_exported_pipeline_is_float16_and_samples(tmp_path):
     assert torch.equal(images, card.sample(pipeline, 2, seed=0))
 
 
+def test_the_stock_pipeline_takes_the_kl_first_stage(tmp_path):
+    torch.manual_seed(0)
+    model, unet = kl_first_stage.build(KL_FIRST_STAGE), diffusion.build(DIFFUSION, 4)
+    export.export_pipeline(model, unet, diffusion.build_scheduler(), tmp_path / "model")
+    pipeline = LDMPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.vqvae, AutoencoderKL)
+    assert card.sample(pipeline, 2, seed=0).shape == (2, 3, 64, 64)
+
+
+def test_samples_depend_on_their_class_and_on_no_other_image():
+    torch.manual_seed(0)
+    model = build_class_conditional(CONDITIONAL)
+    networks = model.unet, first_stage.build(FIRST_STAGE), diffusion.build_scheduler(), model.embedding
+    images = card.sample_classes(*networks, torch.tensor([0, 1]), seed=0)
+    assert images.shape == (2, 3, 32, 32)
+    same, other = card.sample_classes(*networks, torch.tensor([0, 0]), seed=0)
+    assert torch.equal(same, images[0])
+    assert not torch.equal(other, images[1])
+
+
 def test_evaluator_weights_keep_their_names(tmp_path):
     source = tmp_path / "weights.pth"
     torch.save({"kernel": torch.ones(2, 3, 1, 1), "variance": torch.tensor([1e-9])}, source)
@@ -256,16 +277,20 @@ def test_the_table_gives_figures_cost_and_hashes(tmp_path):
     logs, folder = tmp_path / "logs", tmp_path / "data"
     for path in (logs, folder):
         path.mkdir()
-    for name in ("first-stage", "diffusion"):
+    for name in card.TRAININGS:
         (logs / f"{name}.jsonl").write_text('{"iteration": 50, "seconds": 60}\n{"iteration": 1000, "seconds": 1200}\n')
     (folder / "file").write_bytes(b"content")
     names = (
         *("held_out_psnr", "held_out_psnr_of_mean_error", "held_out_psnr_unquantized", "train_psnr"),
         *("reconstruction_fd", "vendor_fd", "latent_mean", "latent_deviation", "latent_largest"),
+        *("kl_held_out_psnr", "kl_held_out_psnr_of_mean_error", "kl_train_psnr", "kl_latent_largest"),
     )
-    figures = dict.fromkeys(names, 24.125) | {"first_stage_parameters": 1234, "unet_parameters": 5678}
+    counts = ("first_stage", "unet", "class_unet", "kl_first_stage", "kl_unet")
+    figures = dict.fromkeys(names, 24.125) | {f"{name}_parameters": 1234 for name in counts}
+    figures |= {"class_accuracy_of_samples": 0.5, "class_accuracy_of_held_out": 0.625}
     text = card.table(figures, logs, folder)
     assert "| PSNR of held-out images, mean | 24.12 dB |" in text
+    assert "| Held-out images put into their own class | 62.5% |" in text
     assert "| diffusion | 1,000 | 20 |" in text
     assert f"| file | 7 | `{hashlib.sha256(b'content').hexdigest()}` |" in text
 
