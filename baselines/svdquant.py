@@ -16,6 +16,8 @@ Where the paper and this differ:
 - Attention operands are quantised as the protocol says, dynamically; the paper leaves them in 16 bits.
 - Every layer divides by factors of its own when it runs; the paper folds them into the layer before, where they are
   shared among query, key and value. No smoothing is a candidate of the search.
+- The paper's layers are thousands of channels wide and a rank of 32 is a few percent of their weights; on layers of a
+  hundred channels it is a good part of the checkpoint, so that its size must be read with its error.
 """
 
 from __future__ import annotations
