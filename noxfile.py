@@ -62,9 +62,10 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(name="bench-smoke")
 def bench_smoke(session: nox.Session) -> None:
-    """Run every stage, task and method in minutes, on a copy: the results in this folder stay as they are.
+    """Run every stage, task and row in minutes, on a copy: the results in this folder stay as they are.
 
-    The copy has the files that git knows or would add, cut-down settings, and no results.
+    The copy has the files that git knows or would add, cut-down settings, and no results. One row of each table runs
+    as DVC's stages do, the others in one process.
     `nox -s bench-smoke -- --device cuda` runs on a GPU.
     """
     install(session)
@@ -79,7 +80,10 @@ def bench_smoke(session: nox.Session) -> None:
     (copy / "params.yaml").write_text(cut.stdout, encoding="utf-8")
     with session.chdir(copy):
         pull(session, copy)
-        session.run(PYTHON, "-m", "dvc", "repro", env=environment, external=True)
+        targets = subprocess.run([*smoke, "targets"], cwd=copy, text=True, check=True, stdout=subprocess.PIPE)
+        session.run(PYTHON, "-m", "dvc", "repro", *targets.stdout.split(), env=environment, external=True)
+        session.run(*smoke, "rows", env=environment, external=True)
+        session.run(PYTHON, "-m", "dvc", "repro", "--single-item", "tables", env=environment, external=True)
         session.run(*smoke, "check", external=True)
     shutil.rmtree(copy)
     session.log(f"smoke run took {time.monotonic() - started:.0f} s")

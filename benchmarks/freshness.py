@@ -45,9 +45,13 @@ def stale(
 
 
 def orphans(records: Sequence[str], lock: Mapping[str, Mapping[str, object]], stages: Sequence[str]) -> list[str]:
-    """Lines for the paths among ``records`` that no stage writes any more."""
+    """Lines for the paths among ``records`` that no stage writes any more, alone or in a folder of its."""
     written = {out["path"] for stage in stages for out in lock.get(stage, {}).get("outs", [])}
-    return [f"{path} is written by no stage: remove it" for path in records if path not in written]
+    return [
+        f"{path} is written by no stage: remove it"
+        for path in records
+        if written.isdisjoint([path, *(folder.as_posix() for folder in Path(path).parents)])
+    ]
 
 
 def find(root: Path) -> list[str]:
@@ -58,7 +62,7 @@ def find(root: Path) -> list[str]:
     lock = yaml.safe_load(lock_file.read_text(encoding="utf-8"))["stages"]
     stages = _run(root, sys.executable, "-m", "dvc", "stage", "list", "--name-only").split()
     status = json.loads(_run(root, sys.executable, "-m", "dvc", "status", "--json"))
-    records = sorted(path.relative_to(root).as_posix() for path in (root / RECORDS).glob("*.json"))
+    records = sorted(path.relative_to(root).as_posix() for path in (root / RECORDS).rglob("*.json"))
     lines = stale(status, lock, stages, lambda path: _ignored(root, path)) + orphans(records, lock, stages)
     return lines + _readme(root)
 

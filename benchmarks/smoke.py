@@ -1,7 +1,9 @@
-"""The suite cut down to minutes: every stage, task and method once, with numbers that mean nothing.
+"""The suite cut down to minutes: every stage, task and row once, with numbers that mean nothing.
 
-`python -m benchmarks.smoke params < params.yaml` prints the cut-down settings, `python -m benchmarks.smoke check` fails
-unless the records and tables of the suite in the current folder are there. `nox -s bench-smoke` uses both.
+`python -m benchmarks.smoke params < params.yaml` prints the cut-down settings. With these, in the current folder,
+`targets` prints the DVC stages to run: all that come before the cells, and one row of each table. `rows` runs all other
+rows in one go, since starting two processes for each would take longer than their work, and `check` fails unless all
+records and tables are there. `nox -s bench-smoke` uses all four.
 """
 
 from __future__ import annotations
@@ -9,43 +11,62 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import yaml
 
 from benchmarks import discover, params
-from benchmarks.record import Record
+from benchmarks.record import FULL_PRECISION, Record
 
 PRECISION = "w4a8"
 ITERATIONS = 2
 TASK_LIMITS = {"steps": 4, "images": 12, "batch": 4, "calibration_images": 4, "reference_images": 16, "data_images": 64}
-TABLES = ("results/README.md", "results/leaderboard.csv")
+PAGES = ("results/README.md", "results/METHODS.md", "results/COVERAGE.md", "results/cells.csv")
 
 
 def cut(document: dict[str, object]) -> dict[str, object]:
-    """A parsed `params.yaml` with all tasks and methods, one precision and seed, few images, steps and iterations.
+    """A parsed `params.yaml` with all tasks and rows, one precision and seed, few images, steps and iterations.
 
     Iterations are all settings of a method whose name ends in ``iterations``.
     """
     small = copy.deepcopy(document)
     small["name"] = "smoke"
     small["gates"] = {}
-    small["precisions"] = [PRECISION]
     small["seeds"] = small["seeds"][:1]
+    for table in small["tables"].values():
+        table["precisions"] = [PRECISION]
     for task in small["tasks"].values():
         for key, limit in TASK_LIMITS.items():
             task[key] = min(task.get(key) or limit, limit)
     for name, settings in small["methods"].items():
         for field in dataclasses.fields(discover.method(name).config):
             if field.name.endswith("iterations"):
-                settings[field.name] = ITERATIONS
+                settings[field.name] = min(getattr(discover.method(name).config(**settings), field.name), ITERATIONS)
     return small
 
 
+def targets(suite: params.Suite) -> list[str]:
+    """Names of the DVC stages to run before `rows`; DVC adds those that they need."""
+    found = [f"score_full_precision@{task}" for task in suite.tasks]
+    found += [f"{stage}@{task}" for task in suite.tasks for stage in ("calibrate", "reference")]
+    return found + [f"score_{name}@{table.tasks[0]}-{table.methods[0]}" for name, table in suite.tables.items()]
+
+
+def run_rows(suite: params.Suite, device: str) -> None:
+    """Generate and score all quantised cells that have no record yet. Raises an ExceptionGroup of what fails."""
+    from benchmarks.stages import files, generate, score, setup, workers
+
+    shards = workers.default_shards(setup.device_of(device))
+    rest = [c for c in suite.cells() if c.method != FULL_PRECISION and not files.record_file(c).is_file()]
+    for stage in (generate, score):
+        stage.run(suite, rest, device, shards)
+
+
 def problems(root: Path) -> list[str]:
-    """What is missing or wrong, a line each, after a run of the suite in ``root``: records, tables, failed cells."""
-    found = [f"{path} is missing" for path in TABLES if not (root / path).is_file()]
+    """What is missing or wrong, a line each, after a run of the suite in ``root``: records, pages, failed cells."""
+    found = [f"{path} is missing" for path in PAGES if not (root / path).is_file()]
     for cell in params.load(root / "params.yaml").cells():
         path = root / "results" / "records" / f"{cell.name}.json"
         if not path.is_file():
@@ -62,13 +83,18 @@ def problems(root: Path) -> list[str]:
 def main() -> None:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
-    parser.add_argument("action", choices=("params", "check"), help="print cut-down settings, or check a finished run")
-    if parser.parse_args().action == "params":
+    parser.add_argument("action", choices=("params", "targets", "rows", "check"), help="see above")
+    action = parser.parse_args().action
+    if action == "params":
         print(yaml.safe_dump(cut(yaml.safe_load(sys.stdin)), sort_keys=False), end="")
-        return
-    found = problems(Path())
-    print("\n".join(found) or "all records and tables are there")
-    sys.exit(1 if found else 0)
+    elif action == "targets":
+        print("\n".join(targets(params.load(Path("params.yaml")))))
+    elif action == "rows":
+        run_rows(params.load(Path("params.yaml")), os.environ.get("TFMQ_BENCH_DEVICE", "auto"))
+    else:
+        found = problems(Path())
+        print("\n".join(found) or "all records and tables are there")
+        sys.exit(1 if found else 0)
 
 
 if __name__ == "__main__":

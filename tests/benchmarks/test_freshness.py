@@ -19,10 +19,10 @@ stages:
     - work/${item.method}: {push: false}
   score:
     matrix: {method: "${methods}"}
-    cmd: mkdir -p results/records && cp work/${item.method} results/records/${item.method}.json
+    cmd: mkdir -p results/records/${item.method} && cp work/${item.method} results/records/${item.method}/w4a8.json
     deps: ["work/${item.method}"]
     outs:
-    - results/records/${item.method}.json: {cache: false}
+    - results/records/${item.method}: {cache: false}
 """
 
 
@@ -61,7 +61,7 @@ def test_every_change_is_named(clone):
     (clone / "params.yaml").write_text("methods:\n  nearest: {bits: 8}\n  tfmq: {}\n")
     (clone / "nearest.txt").write_text("changed\n")
     (clone / "tfmq.txt").write_text("new\n")
-    (clone / "results" / "records" / "nearest.json").write_text("edited by hand\n")
+    (clone / "results" / "records" / "nearest" / "w4a8.json").write_text("edited by hand\n")
     (clone / "results" / "records" / "removed.json").write_text("of a method that is no more\n")
     (clone / "README.md").write_text(f"{tables.START}\nanother table\n{tables.END}\n")
     assert sorted(freshness.find(clone)) == [
@@ -69,7 +69,7 @@ def test_every_change_is_named(clone):
         "generate@tfmq was never run",
         "nearest.txt is modified since: generate@nearest",
         "params.yaml: methods.nearest is modified since: generate@nearest",
-        "results/records/nearest.json is modified, but only its stage may write it: score@nearest",
+        "results/records/nearest is modified, but only its stage may write it: score@nearest",
         "results/records/removed.json is written by no stage: remove it",
         "score@tfmq was never run",
     ]
@@ -77,12 +77,12 @@ def test_every_change_is_named(clone):
 
 def test_a_deleted_source_or_record_is_stale_though_missing_caches_are_not(clone):
     (clone / "nearest.txt").unlink()
-    (clone / "results" / "records" / "nearest.json").unlink()
+    shutil.rmtree(clone / "results" / "records" / "nearest")
     (clone / "dvc.yaml").write_text(PIPELINE.replace("mkdir -p work &&", "mkdir -p work;"))
     assert sorted(freshness.find(clone)) == [
         "changed command: generate@nearest",
         "nearest.txt is deleted since: generate@nearest",
-        "results/records/nearest.json is deleted, but only its stage may write it: score@nearest",
+        "results/records/nearest is deleted, but only its stage may write it: score@nearest",
     ]
 
 

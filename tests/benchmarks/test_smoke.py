@@ -11,25 +11,27 @@ METHODS = [name for name in discover.names(discover.METHODS) if name != "full_pr
 @pytest.fixture
 def document(task_settings):
     del task_settings["name"]
+    table = {"protocol": "shared", "tasks": ["emoji-ldm4", "emoji-other"], "precisions": ["w8a8", "w4a8"]}
     return {
         "name": "small",
-        "protocol": "shared",
         "threads": 2,
         "tasks": {"emoji-ldm4": task_settings, "emoji-other": task_settings | {"images": 2}},
+        "tables": {
+            "leaderboard": table | {"methods": METHODS},
+            "published": table | {"protocol": "published", "methods": ["tfmq"], "tasks": ["emoji-other"]},
+        },
         "methods": {name: {} for name in METHODS},
-        "precisions": ["w8a8", "w4a8"],
-        "seeds": [0, 1],
+        "seeds": [0],
     }
 
 
-def test_every_task_and_method_runs_once(document):
+def test_every_task_and_row_runs_once(document):
     before = copy.deepcopy(document)
     suite = params.parse(smoke.cut(document))
     assert document == before
-    names = ["full_precision", *METHODS]
-    assert [(cell.task, cell.method) for cell in suite.cells()] == [
-        (task, method) for task in ("emoji-ldm4", "emoji-other") for method in names
-    ]
+    rows = [(task, method) for task in ("emoji-ldm4", "emoji-other") for method in METHODS]
+    full = [("emoji-ldm4", "full_precision"), ("emoji-other", "full_precision")]
+    assert [(cell.task, cell.row) for cell in suite.cells()] == [*full, *rows, ("emoji-other", "tfmq-published")]
     assert {cell.precision for cell in suite.cells()} == {"w32a32", "w4a8"}
     assert suite.tasks["emoji-ldm4"].images == 12
     assert suite.tasks["emoji-other"].images == 2
@@ -40,35 +42,48 @@ def test_every_task_and_method_runs_once(document):
 def test_all_iterations_are_few(document):
     for name, settings in smoke.cut(document)["methods"].items():
         config = discover.method(name).config(**settings)
-        iterations = {key: value for key, value in vars(config).items() if "iterations" in key}
-        assert set(iterations.values()) <= {smoke.ITERATIONS}, name
+        iterations = {key: value for key, value in vars(config).items() if key.endswith("iterations")}
+        assert set(iterations.values()) <= {0, smoke.ITERATIONS}, name
 
 
 def test_the_suite_of_this_repository_can_be_cut(root):
     document = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     full, small = params.parse(document), params.parse(smoke.cut(document))
     assert list(small.tasks) == list(full.tasks)
-    assert list(small.methods) == list(full.methods)
+    assert {(cell.task, cell.row) for cell in small.cells()} == {(cell.task, cell.row) for cell in full.cells()}
+
+
+def test_dvc_runs_what_comes_before_the_cells_and_a_row_of_each_table(document):
+    assert smoke.targets(params.parse(document)) == [
+        "score_full_precision@emoji-ldm4",
+        "score_full_precision@emoji-other",
+        "calibrate@emoji-ldm4",
+        "reference@emoji-ldm4",
+        "calibrate@emoji-other",
+        "reference@emoji-other",
+        f"score_leaderboard@emoji-ldm4-{METHODS[0]}",
+        "score_published@emoji-other-tfmq",
+    ]
 
 
 def test_what_a_run_lacks_is_listed(document, make_record, tmp_path):
     small = smoke.cut(document)
-    del small["tasks"]["emoji-other"]
-    small["methods"] = {"nearest": {}}
+    del small["tasks"]["emoji-other"], small["tables"]["published"]
+    small["tables"]["leaderboard"] |= {"tasks": ["emoji-ldm4"], "methods": ["nearest"]}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(small))
-    records = tmp_path / "results" / "records"
-    records.mkdir(parents=True)
+    records = tmp_path / "results" / "records" / "emoji-ldm4"
+    for row in ("nearest", "full_precision"):
+        (records / row).mkdir(parents=True)
     failed = make_record(status="failed", reason="out of memory", metrics={}, cost=None)
-    (records / "emoji-ldm4-nearest-w4a8.json").write_text(failed.to_json())
+    (records / "nearest" / "w4a8.json").write_text(failed.to_json())
     assert smoke.problems(tmp_path) == [
-        "results/README.md is missing",
-        "results/leaderboard.csv is missing",
-        "results/records/emoji-ldm4-full_precision-w32a32.json is missing",
-        "emoji-ldm4-nearest-w4a8 failed: out of memory",
+        *(f"{page} is missing" for page in smoke.PAGES),
+        "results/records/emoji-ldm4/full_precision/w32a32.json is missing",
+        "emoji-ldm4/nearest/w4a8 failed: out of memory",
     ]
-    (records / "emoji-ldm4-nearest-w4a8.json").write_text(make_record().to_json())
+    (records / "nearest" / "w4a8.json").write_text(make_record().to_json())
     full = make_record(method="full_precision", precision="w32a32", kid=None)
-    (records / "emoji-ldm4-full_precision-w32a32.json").write_text(full.to_json())
-    for table in smoke.TABLES:
-        (tmp_path / table).write_text("")
+    (records / "full_precision" / "w32a32.json").write_text(full.to_json())
+    for page in smoke.PAGES:
+        (tmp_path / page).write_text("")
     assert smoke.problems(tmp_path) == []
