@@ -1,0 +1,75 @@
+"""TDQ's two rows: what they leave behind is a quantised network with tables, and no networks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from baselines import tdq, tdq_qat
+from tests.tfmq import networks
+from tfmq.checkpoint import load_quantized, save_quantized
+from tfmq.plan import SHARED, activation_quantizers
+from tfmq.precision import Precision
+from tfmq.step_network import StepNetworks
+
+FEW = {"rows": 20, "values": 8, "fit_iterations": 3}
+ROWS = {
+    "tdq": (tdq.METHOD, tdq.METHOD.config(**FEW)),
+    "tdq_qat": (tdq_qat.METHOD, tdq_qat.METHOD.config(**FEW, iterations=2, batch=4)),
+}
+
+
+def quantized(name, build=networks.unconditional, precision="w4a4", protocol=SHARED):
+    method, config = ROWS[name]
+    unet = build()
+    pool = networks.pool(copy.deepcopy(unet))
+    report = method.quantize(unet, pool, Precision.parse(precision), config, networks.generator(), protocol)
+    return unet, pool, report
+
+
+@pytest.mark.parametrize("name", ROWS)
+@torch.no_grad()
+def test_sampling_needs_tables_alone_and_a_checkpoint_keeps_them(name, tmp_path):
+    unet, pool, report = quantized(name)
+    assert not any(isinstance(module, StepNetworks) for module in unet.modules())
+    for path, quantizer in activation_quantizers(unet).items():
+        assert quantizer.enabled and len(quantizer.scale) == pool.steps and not quantizer._forward_pre_hooks, path
+    assert report.effort.unet_evaluations == 20 + (8 if name == "tdq_qat" else 0)
+    assert report.effort.optimizer_steps == 3 + (2 if name == "tdq_qat" else 0)
+    save_quantized(unet, tmp_path / "q.safetensors", {})
+    loaded = load_quantized(tmp_path / "q.safetensors")
+    x, steps = networks.noise(), torch.tensor([801, 1, 401, 201])
+    assert torch.equal(loaded(x, steps).sample, unet(x, steps).sample)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_published_layers_are_what_the_authors_quantise(name):
+    method, _ = ROWS[name]
+    _, _, report = quantized(name, precision="w8a8", protocol=method.published)
+    full = {row.path for row in report.coverage if row.weight_bits == 32 and "product" not in row.kind}
+    assert {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"} < full
+    assert all(path.endswith("time_emb_proj") for path in full if path.count(".") > 1)
+
+
+def test_nothing_is_left_without_quantised_activations():
+    for method, _ in ROWS.values():
+        assert "without quantised activations" in method.objection(Precision.parse("w4a32"))
+        assert not method.objection(Precision.parse("w4a4"))
+
+
+def test_fitting_brings_the_output_nearer_to_full_precision():
+    method, config = ROWS["tdq"]
+    full = networks.unconditional()
+    pool = networks.pool(full)
+    errors = []
+    for iterations in (0, 100):
+        unet = copy.deepcopy(full)
+        setting = dataclasses.replace(config, rows=40, values=32, fit_batch=20, fit_iterations=iterations)
+        method.quantize(unet, pool, Precision.parse("w8a4"), setting, networks.generator(), SHARED)
+        with torch.no_grad():
+            predicted = [unet(x, t).sample for x, t in zip(pool.latents, pool.timesteps, strict=True)]
+        errors.append((torch.stack(predicted) - pool.noise).norm())
+    assert errors[1] < 0.8 * errors[0]
