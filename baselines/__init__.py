@@ -43,3 +43,10 @@ class Method:
 def applies_always(precision: Precision) -> str:
     """The objection of a method that has none."""
     return ""
+
+
+def needs_8_bit_activations(precision: Precision) -> str:
+    """The objection of methods that other authors report to fail at 4-bit activations."""
+    if precision.activation_bits >= 8:
+        return ""
+    return "reported to fail below 8-bit activations (QuEST, arXiv 2402.03666, tables 3 to 5), and made for 8"

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baselines import Method, _brecq, applies_always
+from baselines import Method, _brecq, needs_8_bit_activations
 from tfmq.plan import Protocol
 
 
@@ -35,4 +35,4 @@ class Config(_brecq.Config):
 
 
 PUBLISHED = Protocol("published", {})
-METHOD = Method("Q-Diffusion", "arXiv 2302.04304", Config, _brecq.quantize, applies_always, PUBLISHED)
+METHOD = Method("Q-Diffusion", "arXiv 2302.04304", Config, _brecq.quantize, needs_8_bit_activations, PUBLISHED)
