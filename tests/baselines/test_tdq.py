@@ -10,9 +10,11 @@ import torch
 
 from baselines import tdq, tdq_qat
 from tests.tfmq import networks
+from tfmq.calibration import collect_calibration
 from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.plan import SHARED, activation_quantizers
 from tfmq.precision import Precision
+from tfmq.sampling import Conditioning, SamplingSettings, predict_noise
 from tfmq.step_network import StepNetworks
 
 FEW = {"rows": 20, "values": 8, "fit_iterations": 3}
@@ -52,6 +54,23 @@ def test_published_layers_are_what_the_authors_quantise(name):
     full = {row.path for row in report.coverage if row.weight_bits == 32 and "product" not in row.kind}
     assert {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"} < full
     assert all(path.endswith("time_emb_proj") for path in full if path.count(".") > 1)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_guided_pool_serves_as_well(name):
+    method, config = ROWS[name]
+    unet = networks.conditional()
+    generator = networks.generator()
+    conditioning = Conditioning(*(torch.randn(2, 4, 5, 12, generator=generator)))
+    settings = SamplingSettings(steps=5, guidance_scale=3.0)
+    pool = collect_calibration(
+        unet, networks.scheduler(), networks.noise(), settings, batch=4, conditioning=conditioning
+    )
+    report = method.quantize(unet, pool, Precision.parse("w8a8"), config, generator, SHARED)
+    assert report.effort.unet_evaluations == 40 + (8 if name == "tdq_qat" else 0)
+    with torch.no_grad():
+        predicted = predict_noise(unet, pool.latents[2], pool.timesteps[2], conditioning, 3.0)
+    assert (predicted - pool.noise[2]).norm() < 0.6 * pool.noise[2].norm()
 
 
 def test_nothing_is_left_without_quantised_activations():

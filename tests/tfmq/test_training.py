@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -63,8 +64,16 @@ def test_noised_samples_follow_the_schedule():
     assert abs(noise.std() - 1) < 0.05
 
 
-def prepared(seed=0):
-    unet = networks.unconditional(seed)
+def test_one_row_in_ten_is_unconditional_where_guidance_is_used():
+    pool = networks.pool(networks.unconditional())
+    marked = dataclasses.replace(pool, context=torch.ones(4, 5, 12), unconditional=torch.zeros(4, 5, 12))
+    rows, _ = noised(marked, 2000, networks.generator())
+    assert 0.88 < rows.context.mean() < 0.92
+    assert rows.context.flatten(1).std(1).max() == 0
+
+
+def prepared():
+    unet = networks.unconditional()
     pool = networks.pool(copy.deepcopy(unet))
     layout = UNetLayout.of(unet)
     plan = plan_for(unet.requires_grad_(False), layout, Precision.parse("w4a4"))
