@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from tfmq.calibration import CalibrationSet
+from tfmq.fake_quantize import ActivationRange
 from tfmq.plan import Protocol
 from tfmq.precision import FULL, Precision
 from tfmq.quantization import ActivationScales, QuantizationConfig, QuantizationReport, quantize_
@@ -31,10 +32,11 @@ class Config:
         range_steps, range_images: the same for activation ranges; None takes every step of the schedule.
         iterations, learning_rate, batch: of the rounding of each block.
         temporal: how layers that depend on the time step alone are rounded. ``blocks``: the embedding layers one by
-            one, each projection with its residual block; ``joint``: all together on the finite set of steps; ``frozen``:
-            to nearest in min-max ranges; ``full_precision``: not at all.
+            one, each projection with its residual block; ``joint``: all together on the finite set of steps;
+            ``frozen``: to nearest in min-max ranges; ``full_precision``: not at all.
         temporal_iterations: of the joint reconstruction.
         activation_scales: ``shared``, ``temporal`` (finite-set calibration) or ``per_step``.
+        activation_range: ``minmax``, ``search`` (the best of 80) or ``thresholds`` (PTQ4DM's) in each batch.
         momentum: of the running activation ranges, over batches of ``range_batch`` shuffled rows.
         split_shortcuts: own ranges for the two halves of concatenated shortcuts.
         activation_iterations, activation_learning_rate: of the step sizes of each block; 0 iterations learn none.
@@ -53,6 +55,7 @@ class Config:
     temporal: Temporal = "blocks"
     temporal_iterations: int = 20_000
     activation_scales: ActivationScales = "shared"
+    activation_range: ActivationRange = "minmax"
     momentum: float = 0.95
     range_batch: int = 16
     split_shortcuts: bool = False
@@ -80,6 +83,7 @@ def quantize(
         freeze_temporal=config.temporal == "frozen",
         temporal=replace(rounding, iterations=config.temporal_iterations) if config.temporal == "joint" else None,
         rounding=rounding,
+        activation_range=config.activation_range,
         activation_momentum=config.momentum,
         activation_batch=config.range_batch,
         activation_scales=config.activation_scales,

@@ -80,13 +80,15 @@ class CalibrationSet:
     def images(self) -> int:
         return self.latents.shape[1]
 
-    def spaced(self, steps: int, images: int) -> CalibrationRows:
+    def spaced(self, steps: int, images: int, among: Tensor | None = None) -> CalibrationRows:
         """The first ``images`` images at ``steps`` uniformly spaced steps from the noisiest, ordered by step.
 
-        Q-Diffusion's draw (arXiv 2302.04304, section 4.1). More than the pool holds is cut to what it holds.
+        Q-Diffusion's draw (arXiv 2302.04304, section 4.1). More than the pool holds is cut to what it holds. ``among``
+        restricts it to these positions of the schedule.
         """
-        steps, images = min(steps, self.steps), min(images, self.images)
-        chosen = torch.arange(steps) * self.steps // steps
+        among = torch.arange(self.steps) if among is None else among
+        steps, images = min(steps, len(among)), min(images, self.images)
+        chosen = among[torch.arange(steps) * len(among) // steps]
         return self.rows(chosen.repeat_interleave(images), torch.arange(images).repeat(steps))
 
     def normal(self, count: int, mean: float, deviation: float, generator: torch.Generator) -> CalibrationRows:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tfmq.calibration import CalibrationRows
+from tfmq.fake_quantize import ActivationRange
 from tfmq.low_rank import LowRankConfig, add_branches
 from tfmq.plan import (
     SHARED,
@@ -51,7 +52,7 @@ class QuantizationConfig:
         symmetric_activations: signed grids with zero point 0.
         dynamic_activations: ranges computed at run time instead of calibrated; the settings of ranges, scales and step
             sizes below do not apply.
-        activation_range: ``minmax``, or ``thresholds`` for PTQ4DM's search in each batch.
+        activation_range: ``minmax``; ``search`` or ``thresholds`` for the searches of weight_range in each batch.
         activation_momentum: running average of ranges over batches; None keeps the widest range.
         activation_batch: rows in one batch of range calibration.
         activation_scales: ``shared``: one scale for all steps; ``temporal``: a table over steps in the temporal
@@ -71,7 +72,7 @@ class QuantizationConfig:
     rounding: RoundingConfig | None = None
     symmetric_activations: bool = False
     dynamic_activations: bool = False
-    activation_range: Literal["minmax", "thresholds"] = "minmax"
+    activation_range: ActivationRange = "minmax"
     activation_momentum: float | None = None
     activation_batch: int = 64
     activation_scales: ActivationScales = "shared"

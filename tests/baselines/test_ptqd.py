@@ -1,0 +1,51 @@
+"""PTQD's rows carry their correction, and the mixed one its widths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from baselines import ptqd, ptqd_mixed
+from tests.tfmq import networks
+from tfmq.correction import correction_of, measure_correction
+from tfmq.plan import activation_quantizers
+from tfmq.precision import Precision
+from tfmq.quantization import SHARED
+
+FEW = {"iterations": 2, "activation_iterations": 2, "images": 4}
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "w4a32"])
+def test_the_correction_is_that_of_the_finished_network(precision):
+    unet = networks.unconditional()
+    pool = networks.pool(unet)
+    method, config = ptqd.METHOD, ptqd.METHOD.config(**FEW)
+    report = method.quantize(unet, pool, Precision.parse(precision), config, networks.generator(), SHARED)
+    kept, again = correction_of(unet).state_dict(), measure_correction(unet, pool, 4, 32).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in kept.items())
+    assert (correction_of(unet).deviations > 0).all()
+    assert report.effort.unet_evaluations >= 5 * 4
+
+
+@pytest.mark.parametrize(("power", "expected"), [(-100.0, {8}), (0.0, {4, 8})])
+def test_widths_follow_the_rule_and_are_reported(power, expected):
+    """The power of the ratio moves the rule: at 0, 4 bits where the latents hold more noise than signal."""
+    unet = networks.unconditional()
+    pool = networks.pool(unet)
+    method, config = ptqd_mixed.METHOD, ptqd_mixed.METHOD.config(**FEW, snr_power=power)
+    report = method.quantize(unet, pool, Precision.parse("w4a8"), config, networks.generator(), SHARED)
+    bits = report.details["activation_bits"]
+    assert set(bits.values()) == expected and set(bits) == {str(t) for t in pool.timesteps.tolist()}
+    for step, alpha in zip(pool.timesteps.tolist(), pool.alphas.tolist(), strict=False):
+        if power == 0:
+            assert bits[str(step)] == (4 if alpha < 0.5 else 8)
+    for path, quantizer in activation_quantizers(unet).items():
+        widths = [bits[str(t)] for t in unet.step_tracker.steps.tolist()]
+        assert quantizer.step_bits.tolist() == ([8] * 5 if path.startswith(("conv_in", "conv_out")) else widths)
+    assert correction_of(unet) is not None
+
+
+def test_mixing_needs_a_width_above_the_smallest():
+    assert not ptqd_mixed.objection(Precision.parse("w4a8"))
+    assert "full precision" in ptqd_mixed.objection(Precision.parse("w4a32"))
+    assert "larger" in ptqd_mixed.objection(Precision.parse("w4a4"))
