@@ -9,11 +9,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, LDMPipeline, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, LDMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.small import (
     card,
     class_conditional,
+    clip,
     data,
     diffusion,
     download,
@@ -149,6 +151,56 @@ def run_kl_diffusion(settings: Settings) -> None:
     diffusion.train(config, unet, latents, BUILD / "kl-diffusion", LOGS / "kl-diffusion.jsonl", write)
 
 
+def run_text_clip(settings: Settings) -> None:
+    """Train the CLIP whose text tower conditions emoji-text, or go on with it, and write its averaged weights."""
+    train_clip(settings.text_clip, "text-clip")
+
+
+def run_score_clip(settings: Settings) -> None:
+    """Train another CLIP, which scores images of emoji-text, or go on with it, and hand it on."""
+    model, tokenizer = train_clip(settings.score_clip, "score-clip")
+    export.export_parts({"model": model, "tokenizer": tokenizer}, BUILD / "emoji-clip")
+
+
+def train_clip(config: clip.ContrastiveConfig, name: str) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Train a CLIP on all images but those held out, and write it and its tokenizer below build/."""
+    rows = data.load_table(BUILD / "emoji")
+    names, held_out_names = ([row.name for row in rows if row.split == split] for split in ("train", "held-out"))
+    images = data.load_split(BUILD / "emoji", 64, "train")
+    held_out = data.load_split(BUILD / "emoji", 64, "held-out"), held_out_names
+    tokenizer = clip.build_tokenizer(names, config)
+    model = clip.train(config, tokenizer, images, names, held_out, BUILD / name, LOGS / f"{name}.jsonl")
+    model.save_pretrained(BUILD / name / "model")
+    tokenizer.save_pretrained(BUILD / name / "tokenizer")
+    return model, tokenizer
+
+
+def run_text_diffusion(settings: Settings) -> None:
+    """Train the text-to-image denoiser on emoji-ldm8's first stage, or go on with it; hand on the pipeline."""
+    vae = AutoencoderKL.from_pretrained(BUILD / "emoji-ldm8" / "vqvae", low_cpu_mem_usage=False)
+    encoder = CLIPTextModel.from_pretrained(BUILD / "text-clip" / "model").eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(BUILD / "text-clip" / "tokenizer")
+    rows = [row for row in data.load_table(BUILD / "emoji") if row.split == "train"]
+    labels = class_conditional.class_indices(rows, class_conditional.class_names(rows))
+    latents = kl_first_stage.encode(vae, data.load_split(BUILD / "emoji", 64, "train")) * vae.config.scaling_factor
+    kept = torch.arange(len(rows))[labels >= 0]
+    chosen = kept[class_conditional.balance(labels[kept])]
+    conditions = diffusion.Conditions(
+        clip.contexts(encoder, tokenizer, [rows[index].name for index in chosen.tolist()]),
+        clip.contexts(encoder, tokenizer, [""])[0],
+    )
+
+    def write(unet: UNet2DConditionModel) -> dict[str, float]:
+        export.export_text_to_image(vae, encoder, tokenizer, unet, diffusion.build_scheduler(), BUILD / "emoji-text")
+        return {}
+
+    config = settings.text_diffusion
+    torch.manual_seed(config.seed)
+    unet = diffusion.build_conditional(config, latents.shape[1])
+    log_path = LOGS / "text-diffusion.jsonl"
+    diffusion.train(config, unet, latents[chosen], BUILD / "text-diffusion", log_path, write, conditions)
+
+
 def load_distance(settings: Settings) -> perceptual.PerceptualDistance:
     """The perceptual distance that first stages train on."""
     # Imported here: no other step needs the package.
@@ -210,6 +262,9 @@ STEPS = {
     "class-diffusion": run_class_diffusion,
     "kl-first-stage": run_kl_first_stage,
     "kl-diffusion": run_kl_diffusion,
+    "text-clip": run_text_clip,
+    "score-clip": run_score_clip,
+    "text-diffusion": run_text_diffusion,
     "evaluator": run_evaluator,
     "publish": run_publish,
     "measure": run_measure,

@@ -7,8 +7,20 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, ModelMixin, SchedulerMixin, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LDMPipeline,
+    ModelMixin,
+    PNDMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from benchmarks import manifest
 
@@ -26,8 +38,39 @@ def export_pipeline(
     _replace(unfinished, folder)
 
 
-def export_parts(parts: dict[str, ModelMixin | SchedulerMixin | Path], folder: Path) -> None:
-    """Write the parts of a model to subfolders, networks in float16; replace what `folder` held.
+def export_text_to_image(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    folder: Path,
+) -> None:
+    """Write a Stable Diffusion pipeline with PNDM on the same schedule; replace what `folder` held.
+
+    The text encoder stays in float32, since transformers loads weights in the precision that it finds; diffusers does
+    not, and what it loads is written in float16.
+    """
+    unfinished = _unfinished(folder)
+    pipeline = StableDiffusionPipeline(
+        vae=_half(vae),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=_half(unet),
+        scheduler=PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(unfinished, safe_serialization=True)
+    manifest.write(unfinished)
+    _replace(unfinished, folder)
+
+
+def export_parts(
+    parts: dict[str, ModelMixin | PreTrainedModel | SchedulerMixin | CLIPTokenizer | Path], folder: Path
+) -> None:
+    """Write the parts of a model to subfolders, those of diffusers in float16; replace what `folder` held.
 
     For models that no stock pipeline runs. A path is a folder to copy, so that models that share it share its bytes.
     """

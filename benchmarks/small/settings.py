@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.fields import read
+from benchmarks.small.clip import ContrastiveConfig
 from benchmarks.small.diffusion import ConditionalConfig, DiffusionConfig
 from benchmarks.small.first_stage import FirstStageConfig
 from benchmarks.small.kl_first_stage import KLConfig
@@ -33,6 +34,9 @@ class Settings:
     class_diffusion: ConditionalConfig
     kl_first_stage: KLConfig
     kl_diffusion: DiffusionConfig
+    text_clip: ContrastiveConfig
+    score_clip: ContrastiveConfig
+    text_diffusion: ConditionalConfig
 
 
 def load(path: Path) -> Settings:
