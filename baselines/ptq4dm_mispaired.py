@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baselines import Method, _ptq4dm, applies_always
+from baselines import Method, _ptq4dm, needs_8_bit_activations
 from tfmq.plan import Protocol
 
 
@@ -24,4 +24,6 @@ class Config(_ptq4dm.Config):
 
 
 PUBLISHED = Protocol("published", {"boundary": 8, "attention_layers": 32, "attention_products": 32})
-METHOD = Method("PTQ4DM, mispaired", "arXiv 2211.15736, code", Config, _ptq4dm.quantize, applies_always, PUBLISHED)
+METHOD = Method(
+    "PTQ4DM, mispaired", "arXiv 2211.15736, code", Config, _ptq4dm.quantize, needs_8_bit_activations, PUBLISHED
+)

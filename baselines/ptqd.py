@@ -22,6 +22,6 @@ Where the released code and the paper differ, and what is done here:
 
 from __future__ import annotations
 
-from baselines import Method, _ptqd, applies_always
+from baselines import Method, _ptqd, needs_8_bit_activations
 
-METHOD = Method("PTQD", "arXiv 2305.10657", _ptqd.Config, _ptqd.quantize, applies_always, _ptqd.PUBLISHED)
+METHOD = Method("PTQD", "arXiv 2305.10657", _ptqd.Config, _ptqd.quantize, needs_8_bit_activations, _ptqd.PUBLISHED)
