@@ -6,9 +6,10 @@ where none is, the largest. Noisy steps, the first ones, so get 4 bits. Activati
 calibrated for the steps of each width by themselves. Weights keep the precision's bits; the correction of the row
 `ptqd` is measured on the mixed network. Which step got which width stands in each cell's record.
 
-The rule is the paper's, where no code is known: whether the ratio is meant squared is open (``snr_power``), as are
-the ranges with which a width is judged; here they are those of all steps, before step sizes are learned. Layers that
-a protocol keeps at 8 bits keep them at all steps.
+The rule is the paper's, where no code is known. Open are whether the ratio is meant squared (``snr_power``), and the
+ranges with which a width is judged; here they are those of all steps, before step sizes are learned. Read as it
+stands, the rule may give 4 bits to far more steps than the paper does (on ImageNet to 5 of 20). Layers that a
+protocol keeps at 8 bits keep them at all steps.
 """
 
 from __future__ import annotations
