@@ -66,7 +66,7 @@ def coverage(records: Sequence[Record]) -> str:
                     "| Precision | Rows | Layers | Not quantised, and why |",
                     "|:--|:--|:--|:--|",
                     *(
-                        f"| {precision} | {', '.join(rows)} | {layers} | {reasons} |"
+                        f"| {precision} | {'; '.join(rows)} | {layers} | {reasons} |"
                         for (precision, layers, reasons), rows in lines.items()
                     ),
                 ]

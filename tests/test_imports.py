@@ -1,9 +1,13 @@
 """Imports point one way: torch <- tfmq <- baselines <- benchmarks, and methods never import each other."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import tfmq
 
 ROOMS = ("tfmq", "baselines", "benchmarks")
 ROOT = Path(__file__).parents[1]
@@ -45,3 +49,16 @@ def test_the_check_sees_every_form_of_import() -> None:
     assert rooms("import tfmq.layers as l") == {"tfmq"}
     assert rooms("def f():\n    from benchmarks import tables") == {"benchmarks"}
     assert imported("from baselines import nearest") == {"baselines", "baselines.nearest"}
+
+
+def test_every_name_of_the_front_door_is_there() -> None:
+    for name in tfmq.__all__:
+        assert getattr(tfmq, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'quantise_'"):
+        tfmq.quantise_  # noqa: B018
+
+
+def test_scoring_does_not_wait_for_what_it_does_not_use() -> None:
+    code = "import sys, benchmarks.__main__, benchmarks.stages.score, benchmarks.stages.setup; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    assert not {"diffusers", "pandas", "matplotlib"} & set(done.stdout.split())

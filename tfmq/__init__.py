@@ -4,31 +4,38 @@ Collect a calibration pool with ``collect_calibration``, quantise a UNet in plac
 ``save_quantized`` and bring it back with ``load_quantized``. A quantised UNet runs in the stock diffusers pipelines.
 """
 
-from tfmq.calibration import CalibrationRows, CalibrationSet, collect_calibration
-from tfmq.checkpoint import load_quantized, read_metadata, save_quantized
-from tfmq.low_rank import LowRankConfig
-from tfmq.plan import coverage
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
-from tfmq.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.sampling import Conditioning, SamplingSettings, sample
+from importlib import import_module
 
-__all__ = [
-    "CalibrationRows",
-    "CalibrationSet",
-    "Conditioning",
-    "LowRankConfig",
-    "Precision",
-    "QuantizationConfig",
-    "QuantizationReport",
-    "RoundingConfig",
-    "SamplingSettings",
-    "StepSizeConfig",
-    "collect_calibration",
-    "coverage",
-    "load_quantized",
-    "quantize_",
-    "read_metadata",
-    "sample",
-    "save_quantized",
-]
+# Where each name is defined. A module is imported when a name of it is first used: most need diffusers, which takes
+# seconds, and who asks for a Precision alone need not wait.
+_HOMES = {
+    "CalibrationRows": "calibration",
+    "CalibrationSet": "calibration",
+    "Conditioning": "sampling",
+    "LowRankConfig": "low_rank",
+    "Precision": "precision",
+    "QuantizationConfig": "quantization",
+    "QuantizationReport": "quantization",
+    "RoundingConfig": "reconstruction",
+    "SamplingSettings": "sampling",
+    "StepSizeConfig": "reconstruction",
+    "collect_calibration": "calibration",
+    "coverage": "plan",
+    "load_quantized": "checkpoint",
+    "quantize_": "quantization",
+    "read_metadata": "checkpoint",
+    "sample": "sampling",
+    "save_quantized": "checkpoint",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

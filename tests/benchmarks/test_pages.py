@@ -49,7 +49,7 @@ def test_rows_of_equal_coverage_share_a_line(make_record):
     )
     lines = [line for line in text.splitlines() if line.startswith("| w")]
     assert lines == [
-        "| w4a8 | Round-to-nearest, TFMQ-DM | 9 conv2d w4a8, 3 linear w4a8 | – |",
+        "| w4a8 | Round-to-nearest; TFMQ-DM | 9 conv2d w4a8, 3 linear w4a8 | – |",
         "| w4a8 | TFMQ-DM (published) | 9 conv2d w4a8, 3 linear w4a8 | the protocol leaves it out: `layer.0 (conv2d)`,"
         " `layer.1 (conv2d)`, `layer.2 (conv2d)` and 2 more |",
     ]
