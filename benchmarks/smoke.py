@@ -23,7 +23,7 @@ from benchmarks.record import FULL_PRECISION, Record
 PRECISION = "w4a8"
 ITERATIONS = 2
 TASK_LIMITS = {"steps": 4, "images": 12, "batch": 4, "calibration_images": 4, "reference_images": 16, "data_images": 64}
-PAGES = ("results/README.md", "results/METHODS.md", "results/COVERAGE.md", "results/cells.csv")
+PAGES = ("results/README.md", "results/METHODS.md", "results/COVERAGE.md", "results/FINDINGS.md", "results/cells.csv")
 
 
 def cut(document: dict[str, object]) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import figures, pages, tables
+from benchmarks import figures, findings, pages, tables
 from benchmarks.metrics import metrics
 from benchmarks.params import Suite
 from benchmarks.record import FULL_PRECISION, SHARED, Cell, Record
@@ -45,6 +45,7 @@ def run(suite: Suite) -> str:
     files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn))
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
+    files.write_text(files.RESULTS / "FINDINGS.md", findings.page(list(records.values()), known))
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), table))
     return table

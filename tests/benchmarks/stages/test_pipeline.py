@@ -36,7 +36,7 @@ def quantize(unet, pool, precision, config, generator, protocol):
 
 METHOD = Method("Dummy", "a test", Config, quantize, applies_always)
 '''
-PAGES = ("README.md", "METHODS.md", "COVERAGE.md", "cells.csv")
+PAGES = ("README.md", "METHODS.md", "COVERAGE.md", "FINDINGS.md", "cells.csv")
 
 
 def test_records_and_tables_come_from_the_cells(suite, run, generate, score):
