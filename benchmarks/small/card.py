@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.features import Evaluator, extract, load_evaluator
 from benchmarks.metrics._frechet import frechet_distance, moments
-from benchmarks.small import data, first_stage, kl_first_stage
+from benchmarks.small import data, first_stage
 from benchmarks.small.class_conditional import ClassEmbedding, class_indices
 from benchmarks.small.training import generator
 from tfmq import sampling
@@ -25,7 +25,7 @@ RECONSTRUCTED = 64
 SAMPLES = 64
 SAMPLING_STEPS = 20
 CLASS_SAMPLES = 64
-TRAININGS = ("first-stage", "diffusion", "class-diffusion", "kl-first-stage", "kl-diffusion")
+TRAININGS = ("first-stage", "diffusion", "class-diffusion")
 GUIDANCE_SCALE = 3.0
 
 
@@ -97,23 +97,6 @@ def measure_class_conditional(model: Path, reference: Reference, pictures: Path)
         "class_accuracy_of_samples": mean_accuracy(nearest(found, centroids), drawn),
         "class_accuracy_of_held_out": mean_accuracy(nearest(reference.features[tested], centroids), labels[tested]),
         "class_unet_parameters": parameter_count(unet) + parameter_count(embedding),
-    }
-
-
-def measure_kl(pipeline: LDMPipeline, images: Tensor, held_out: Tensor, pictures: Path) -> dict[str, float]:
-    """Reconstruct images [N, 3, 64, 64] with the first stage of emoji-ldm8, and draw held-out ones below `pictures`."""
-    vae = pipeline.vqvae
-    reconstructed = kl_first_stage.reconstruct(vae, images)
-    latents = kl_first_stage.encode(vae, images[~held_out]) * vae.config.scaling_factor
-    draw_pairs(images[held_out], reconstructed[held_out], pictures / "kl-reconstructions.png", scale=1)
-    quality = first_stage.psnr(reconstructed, images)
-    return {
-        "kl_held_out_psnr": quality[held_out].mean().item(),
-        "kl_held_out_psnr_of_mean_error": pooled_psnr(reconstructed[held_out], images[held_out]),
-        "kl_train_psnr": quality[~held_out].mean().item(),
-        "kl_latent_largest": latents.abs().max().item(),
-        "kl_first_stage_parameters": parameter_count(vae),
-        "kl_unet_parameters": parameter_count(pipeline.unet),
     }
 
 
@@ -205,12 +188,6 @@ def table(figures: dict[str, float], logs: Path, folder: Path) -> str:
         ("emoji-class: parameters of UNet and embedding", f"{figures['class_unet_parameters']:,}"),
         ("Samples put into their own class, of nine", f"{figures['class_accuracy_of_samples']:.1%}"),
         ("Held-out images put into their own class", f"{figures['class_accuracy_of_held_out']:.1%}"),
-        ("emoji-ldm8: parameters of the first stage", f"{figures['kl_first_stage_parameters']:,}"),
-        ("Parameters of the UNet", f"{figures['kl_unet_parameters']:,}"),
-        ("PSNR of held-out images, mean", f"{figures['kl_held_out_psnr']:.2f} dB"),
-        ("PSNR of held-out images, of the mean squared error", f"{figures['kl_held_out_psnr_of_mean_error']:.2f} dB"),
-        ("PSNR of training images, mean", f"{figures['kl_train_psnr']:.2f} dB"),
-        ("Largest scaled latent of the training images", f"{figures['kl_latent_largest']:.2f}"),
     ]
     lines = ["| Figure | Value |", "|---|---:|", *(f"| {name} | {value} |" for name, value in quality), ""]
     lines += ["| Training | Iterations | Minutes |", "|---|---:|---:|"]

@@ -283,9 +283,8 @@ def test_the_table_gives_figures_cost_and_hashes(tmp_path):
     names = (
         *("held_out_psnr", "held_out_psnr_of_mean_error", "held_out_psnr_unquantized", "train_psnr"),
         *("reconstruction_fd", "vendor_fd", "latent_mean", "latent_deviation", "latent_largest"),
-        *("kl_held_out_psnr", "kl_held_out_psnr_of_mean_error", "kl_train_psnr", "kl_latent_largest"),
     )
-    counts = ("first_stage", "unet", "class_unet", "kl_first_stage", "kl_unet")
+    counts = ("first_stage", "unet", "class_unet")
     figures = dict.fromkeys(names, 24.125) | {f"{name}_parameters": 1234 for name in counts}
     figures |= {"class_accuracy_of_samples": 0.5, "class_accuracy_of_held_out": 0.625}
     text = card.table(figures, logs, folder)
