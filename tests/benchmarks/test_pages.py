@@ -1,9 +1,20 @@
 """The generated pages on methods and coverage."""
 
+import pandas as pd
 import pytest
 import yaml
 
 from benchmarks import pages, params
+
+REPORTED = pd.DataFrame(
+    [
+        ("ffhq", "tfmq", "w8a8", "fid", "9.46", "", "a poster"),
+        ("ffhq", "tfmq", "w8a8", "sfid", "8.7", "", "a poster"),
+        ("ffhq", "tfmq", "w4a8", "fid", "9.97", "*", "a poster"),
+        ("ffhq", "full_precision", "w32a32", "fid", "9.36", "", "a poster"),
+    ],
+    columns=["task", "method", "precision", "metric", "value", "marker", "source"],
+)
 
 
 @pytest.fixture
@@ -27,12 +38,17 @@ def suite(task_settings):
 
 
 def test_every_row_has_its_text_its_places_and_its_settings(suite):
-    text = pages.methods(suite)
+    text = pages.methods(suite, REPORTED)
     assert [line for line in text.splitlines() if line.startswith("## ")][:2] == ["## Round-to-nearest", "## TFMQ-DM"]
     assert "`baselines/tfmq.py` · arXiv 2311.16503 · in leaderboard, ablation, published" in text
     assert "Huang et al., CVPR 2024" in text
     assert "Settings here: `images` 8 (default 64)." in text
     assert text.count("Settings here: the defaults.") == 2
+    shown = text.split("## TFMQ-DM")[1]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("|")]
+    assert cells[0] == ["task", "precision", "fid", "sfid", "source"]
+    assert cells[2:] == [["ffhq", "w4a8", "9.97\\*", "–", "a poster"], ["ffhq", "w8a8", "9.46", "8.7", "a poster"]]
+    assert text.count("Reported:") == 1
 
 
 def test_rows_of_equal_coverage_share_a_line(make_record):
@@ -57,5 +73,5 @@ def test_rows_of_equal_coverage_share_a_line(make_record):
 
 def test_every_row_of_this_repository_has_a_page(root):
     suite = params.parse(yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")))
-    text = pages.methods(suite)
+    text = pages.methods(suite, pd.read_csv(root / "baselines/reported.csv", dtype=str, keep_default_na=False))
     assert all(f"`baselines/{name}.py`" in text for table in suite.tables.values() for name in table.methods)
