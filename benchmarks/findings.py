@@ -134,5 +134,6 @@ def _label(row: str) -> str:
 
 
 def _value(value: Value) -> str:
-    text = f"{value.value:.3g}"
-    return text if value.low == value.high else f"{text} [{value.low:.3g}, {value.high:.3g}]"
+    # An error of rounding alone is none.
+    text, low, high = (f"{0 if abs(end) < 1e-12 else end:.3g}" for end in (value.value, value.low, value.high))
+    return text if low == high else f"{text} [{low}, {high}]"
