@@ -52,6 +52,14 @@ CLAIMS = (
         "Exact temporal features improve the base: there is something to gain", ASKED, "full_precision_temporal", "prev"
     ),
     Claim("Exact temporal features would improve TFMQ-DM further", ASKED, "full_precision_temporal", "tfmq"),
+    Claim("Scales per step everywhere, as in the code, improve TFMQ-DM", ASKED, "tfmq_per_step", "tfmq"),
+    Claim("Scales per step everywhere improve Q-Diffusion", ASKED, "qdiffusion_per_step", "qdiffusion"),
+    Claim(
+        "With scales per step everywhere, TFMQ-DM still beats Q-Diffusion",
+        ASKED,
+        "tfmq_per_step",
+        "qdiffusion_per_step",
+    ),
     Claim("Finite-set calibration improves Q-Diffusion", ASKED, "qdiffusion_temporal", "qdiffusion"),
     Claim("Cache and selection improve TFMQ-DM", JOURNAL, "temporal_feature_matters", "tfmq"),
     Claim("They lower the temporal-feature error", JOURNAL, "temporal_feature_matters", "tfmq", "temporal_error"),
