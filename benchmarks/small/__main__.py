@@ -9,7 +9,15 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, LDMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    LDMPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.small import (
@@ -22,6 +30,7 @@ from benchmarks.small import (
     export,
     first_stage,
     kl_first_stage,
+    measure,
     perceptual,
 )
 from benchmarks.small.class_conditional import ClassConditional, ClassEmbedding
@@ -32,7 +41,8 @@ BUILD = ROOM / "build"
 LOGS = ROOM / "logs"
 FIGURES = ROOM / "figures"
 PUBLISHED = ROOM.parent.parent / "data"
-PARTS = ("emoji", "emoji-ldm4", "emoji-class", "efficientnet-lite0")
+PROMPTS = ROOM.parent / "prompts" / "emoji-text"
+PARTS = ("emoji", "emoji-ldm4", "emoji-class", "emoji-ldm8", "emoji-text", "emoji-clip", "efficientnet-lite0")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -228,18 +238,27 @@ def run_publish(settings: Settings) -> None:
 
 
 def run_measure(settings: Settings) -> None:
-    """Measure the published models, and draw reconstructions and samples of classes: the figures of the data card."""
-    reference = card.load_reference(PUBLISHED)
-    pipeline = LDMPipeline.from_pretrained(PUBLISHED / "emoji-ldm4", low_cpu_mem_usage=False)
-    figures = card.measure(pipeline, reference, FIGURES)
-    figures |= card.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
+    """Measure the published models, and draw reconstructions and samples: the figures of the data card."""
+    reference = measure.load_reference(PUBLISHED)
+    images = data.load_images(PUBLISHED / "emoji", data.TILE)
+    prompts = (PROMPTS / "evaluation.txt").read_text(encoding="utf-8").splitlines()
+    unconditional = {name: load_pipeline(LDMPipeline, name) for name in ("emoji-ldm4", "emoji-ldm8")}
+    figures = measure.measure_first_stage(unconditional["emoji-ldm4"], reference, FIGURES)
+    figures |= measure.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
+    figures |= measure.measure_kl(unconditional["emoji-ldm8"], images, reference.held_out, FIGURES)
+    text = load_pipeline(StableDiffusionPipeline, "emoji-text")
+    figures |= measure.measure_text_to_image(text, PUBLISHED / "emoji-clip", images, reference.rows, prompts, FIGURES)
     export.write_json(figures, LOGS / "figures.json")
+    for name, pipeline in unconditional.items():
+        samples = measure.sample(pipeline, measure.SAMPLES, seed=0)
+        card.draw(samples, FIGURES / f"{name}-samples.png", scale=64 // samples.shape[-1])
 
 
-def run_sample(settings: Settings) -> None:
-    """Draw samples of the published unconditional model."""
-    pipeline = LDMPipeline.from_pretrained(PUBLISHED / "emoji-ldm4", low_cpu_mem_usage=False)
-    card.draw(card.sample(pipeline, card.SAMPLES, seed=0), FIGURES / "samples.png")
+def load_pipeline(kind: type[DiffusionPipeline], name: str) -> DiffusionPipeline:
+    """A published model as the stock pipeline runs it."""
+    pipeline = kind.from_pretrained(PUBLISHED / name, low_cpu_mem_usage=False, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def run_card(settings: Settings) -> None:
@@ -262,7 +281,6 @@ STEPS = {
     "evaluator": run_evaluator,
     "publish": run_publish,
     "measure": run_measure,
-    "sample": run_sample,
     "card": run_card,
 }
 
