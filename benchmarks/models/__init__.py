@@ -5,7 +5,7 @@ A file holds ``FAMILY``, and with that is in the suite.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +27,15 @@ class Model:
     Attributes:
         latent_shape: (C, H, W) of the noise that sampling starts from.
         decode: latents (B, C, H, W) -> images uint8 (B, 3, height, width).
-        conditioning: image indices -> what these images are conditioned on; None for an unconditional model.
+        conditioning: prompts, one an image -> what these images are conditioned on; None for an unconditional model.
+            Raises ValueError for a prompt that the model does not know.
     """
 
     unet: UNet
     scheduler: SchedulerMixin
     latent_shape: tuple[int, int, int]
     decode: Callable[[Tensor], Tensor]
-    conditioning: Callable[[range], Conditioning] | None = None
+    conditioning: Callable[[Sequence[str]], Conditioning] | None = None
 
 
 @dataclass(frozen=True)

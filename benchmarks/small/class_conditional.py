@@ -1,30 +1,17 @@
-"""What the class-conditional model has and the unconditional one has not: classes, their embedding, guided samples."""
+"""What training the class-conditional model takes that the unconditional one does not: classes, and their balance."""
 
 from collections.abc import Sequence
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
+from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from benchmarks.models.class_ldm import ClassEmbedding
 from benchmarks.small.data import Emoji
 
 # Its ten images, the skin tones by themselves, are in no class.
 UNCLASSED = "Component"
-
-
-class ClassEmbedding(ModelMixin, ConfigMixin):
-    """What cross-attention sees of a class: one learned token for each of `classes`, then one that means none."""
-
-    @register_to_config
-    def __init__(self, classes: list[str], channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(len(classes) + 1, channels))
-
-    def forward(self, indices: Tensor) -> Tensor:
-        """The context [B, 1, channels] of class indices [B]."""
-        return self.weight[indices][:, None]
 
 
 class ClassConditional(nn.Module):
