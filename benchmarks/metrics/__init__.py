@@ -58,8 +58,9 @@ class Evidence:
     order, or None where the cell is itself full precision, and then `paired_features` and `perceptual_distance` [N]
     (see `benchmarks.features`) are None too. `reference_features` come from full-precision samples of other
     seeds, `reference_statistics` are theirs, and `data_statistics` those of the data set. `trajectory_error` [M, T] is
-    the relative L2 error of the predicted noise of each image at each step, and `temporal_error` [T, P] 1 - cosine
-    between full-precision and quantised outputs of each time projection at each step; None where not measured.
+    the relative L2 error of the predicted noise of each image at each of T evaluations, and `temporal_error` [T, P]
+    1 - cosine between full-precision and quantised outputs of each time projection; None where not measured.
+    `clip_cosines` [N] are those of each image and its prompt, None where the task names no CLIP.
 
     Raises ValueError for fewer than three images, counts that differ, or a value that is not finite, naming the field.
     """
@@ -74,6 +75,7 @@ class Evidence:
     perceptual_distance: Tensor | None = None
     trajectory_error: Tensor | None = None
     temporal_error: Tensor | None = None
+    clip_cosines: Tensor | None = None
 
     def __post_init__(self) -> None:
         images = [self.images] if self.paired is None else [self.images, self.paired]
@@ -87,7 +89,7 @@ class Evidence:
             raise ValueError(
                 f"Images of shape {tuple(images[0].shape)} cannot be paired with those of {tuple(images[1].shape)}."
             )
-        for name in ("features", "paired_features", "perceptual_distance"):
+        for name in ("features", "paired_features", "perceptual_distance", "clip_cosines"):
             part = getattr(self, name)
             if part is not None and len(part) != len(self.images):
                 raise ValueError(f"There are {len(self.images)} images, but {name} has {len(part)} rows.")
@@ -99,9 +101,11 @@ class Evidence:
 class Metric:
     """One column of the tables.
 
-    `position` orders the columns; the ranking one is first. `label` may hold `{distance}` and `{count}`, which `title`
-    fills in. `better` says which way is better, None for neither. `digits` is the number of decimals shown. `compute`
-    returns None where the metric does not apply: those that compare images in pairs do not apply to full precision.
+    `position` orders the columns; the ranking one is first. `label` may hold `{distance}`, `{count}` and `{clip}`,
+    which `title` fills in. `better` says which way is better, None for neither. `digits` is the number of decimals
+    shown. `compute` returns None where the metric does not apply: those that compare images in pairs do not apply to
+    full precision. `per_image` gives the values [N], float64, that the metric is the mean of, or None as `compute`
+    does; a metric that is no such mean has none.
     """
 
     name: str
@@ -110,11 +114,15 @@ class Metric:
     better: Literal["lower", "higher"] | None
     digits: int
     compute: Callable[[Evidence, torch.Generator], Value | None]
+    per_image: Callable[[Evidence], Tensor | None] | None = None
 
-    def title(self, distance_label: str, count: int) -> str:
-        """The column's heading, such as "FD512 to data" for the distance label "FD" and 512 images."""
+    def title(self, distance_label: str, count: int, clip: str = "none") -> str:
+        """The column's heading, such as "FD512 to data" for the distance label "FD" and 512 images.
+
+        ``clip`` is the identity of the CLIP that scores.
+        """
         short = f"{count // 1000}k" if count >= 10_000 and count % 1000 == 0 else str(count)
-        return self.label.format(distance=distance_label, count=short)
+        return self.label.format(distance=distance_label, count=short, clip=clip)
 
 
 def metrics() -> dict[str, Metric]:

@@ -1,9 +1,17 @@
 """95 % intervals of a cell's numbers over its images; everything that the images are compared with is held fixed."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from benchmarks.record import Value
+
+if TYPE_CHECKING:
+    from benchmarks.metrics import Evidence
 
 REPLICATES = 1000
 
@@ -42,3 +50,15 @@ def mean_with_interval(per_image: Tensor, generator: torch.Generator) -> Value:
     values = per_image.double()
     masks = kept_images(len(values), REPLICATES, generator)
     return with_interval(values.mean().item(), masks @ values / masks.sum(dim=1), len(values))
+
+
+def mean_of(
+    per_image: Callable[[Evidence], Tensor | None],
+) -> Callable[[Evidence, torch.Generator], Value | None]:
+    """The `compute` of a metric that is the mean over images of ``per_image``; None where that is None."""
+
+    def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
+        values = per_image(evidence)
+        return None if values is None else mean_with_interval(values, generator)
+
+    return compute

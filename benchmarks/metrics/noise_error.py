@@ -1,16 +1,22 @@
 """Error of the predicted noise along the sampling trajectory."""
 
-import torch
+from torch import Tensor
 
-from benchmarks.metrics import Evidence, Metric, Value
-from benchmarks.metrics._interval import mean_with_interval
-
-
-def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
-    """Relative L2 error of the predicted noise, mean over steps and images; None where not measured."""
-    if evidence.trajectory_error is None:
-        return None
-    return mean_with_interval(evidence.trajectory_error.double().mean(dim=1), generator)
+from benchmarks.metrics import Evidence, Metric
+from benchmarks.metrics._interval import mean_of
 
 
-METRIC = Metric(name="noise_error", position=90, label="Noise error", better="lower", digits=4, compute=compute)
+def per_image(evidence: Evidence) -> Tensor | None:
+    """Relative L2 error of the predicted noise, mean over steps; None where not measured."""
+    return None if evidence.trajectory_error is None else evidence.trajectory_error.double().mean(dim=1)
+
+
+METRIC = Metric(
+    name="noise_error",
+    position=90,
+    label="Noise error",
+    better="lower",
+    digits=4,
+    compute=mean_of(per_image),
+    per_image=per_image,
+)

@@ -4,17 +4,23 @@ LPIPS with the evaluator's network and without learned channel weights, so its v
 `benchmarks.features.perceptual_distance`.
 """
 
-import torch
+from torch import Tensor
 
-from benchmarks.metrics import Evidence, Metric, Value
-from benchmarks.metrics._interval import mean_with_interval
-
-
-def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
-    """Perceptual distance, mean over images; None for full precision."""
-    if evidence.perceptual_distance is None:
-        return None
-    return mean_with_interval(evidence.perceptual_distance, generator)
+from benchmarks.metrics import Evidence, Metric
+from benchmarks.metrics._interval import mean_of
 
 
-METRIC = Metric(name="perceptual", position=40, label="Perceptual distance", better="lower", digits=3, compute=compute)
+def per_image(evidence: Evidence) -> Tensor | None:
+    """Perceptual distance; None for full precision."""
+    return None if evidence.perceptual_distance is None else evidence.perceptual_distance.double()
+
+
+METRIC = Metric(
+    name="perceptual",
+    position=40,
+    label="Perceptual distance",
+    better="lower",
+    digits=3,
+    compute=mean_of(per_image),
+    per_image=per_image,
+)

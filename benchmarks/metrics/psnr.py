@@ -1,21 +1,30 @@
 """Peak signal-to-noise ratio of each image to the full-precision image of the same noise, in dB."""
 
 import torch
+from torch import Tensor
 
-from benchmarks.metrics import Evidence, Metric, Value
-from benchmarks.metrics._interval import mean_with_interval
+from benchmarks.metrics import Evidence, Metric
+from benchmarks.metrics._interval import mean_of
 
 # The mean squared error of rounding to 8 bits: images closer than this cannot be told apart, and the ratio stays finite
 # for equal images, at 58.92 dB.
 ROUNDING_ERROR = 1 / 12
 
 
-def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
-    """10 log10(255^2 / mean squared error) of each pair in dB, mean over images; None for full precision."""
+def per_image(evidence: Evidence) -> Tensor | None:
+    """10 log10(255^2 / mean squared error) of each pair in dB; None for full precision."""
     if evidence.paired is None:
         return None
     error = (evidence.images.double() - evidence.paired.double()).square().mean(dim=(1, 2, 3))
-    return mean_with_interval(10 * torch.log10(255**2 / error.clamp(min=ROUNDING_ERROR)), generator)
+    return 10 * torch.log10(255**2 / error.clamp(min=ROUNDING_ERROR))
 
 
-METRIC = Metric(name="psnr", position=50, label="PSNR (dB)", better="higher", digits=2, compute=compute)
+METRIC = Metric(
+    name="psnr",
+    position=50,
+    label="PSNR (dB)",
+    better="higher",
+    digits=2,
+    compute=mean_of(per_image),
+    per_image=per_image,
+)

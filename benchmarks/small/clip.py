@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
+from benchmarks.clip import embed_images, embed_prompts, pixels, tokenize
 from benchmarks.small import training
-from benchmarks.small.first_stage import to_signed
 from benchmarks.small.training import TrainingConfig, batch_indices, generator
+
+SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,6 @@ def build_tokenizer(names: Sequence[str], config: ContrastiveConfig) -> CLIPToke
     return empty.train_new_from_iterator(sorted(set(names)), config.vocabulary, show_progress=False)
 
 
-def tokenize(tokenizer: CLIPTokenizer, names: Sequence[str]) -> Tensor:
-    """Token indices [N, length], padded as Stable Diffusion pads prompts."""
-    return tokenizer(list(names), padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
 def build(config: ContrastiveConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
     """The untrained towers, for images of 64x64 pixels."""
     tower = {
@@ -58,7 +55,7 @@ def build(config: ContrastiveConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    vision = CLIPVisionConfig(**tower, image_size=64, patch_size=config.patch)
+    vision = CLIPVisionConfig(**tower, image_size=SIZE, patch_size=config.patch)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
 
 
@@ -92,7 +89,7 @@ def train(
         picked = [indices[int(lot * len(indices))] for indices, lot in zip(candidates, lots, strict=True)]
         offsets = torch.randint(2 * config.shift + 1, (len(chosen), 2), generator=source)
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(tokens[chosen], move(to_signed(images[picked]), offsets, config.shift))
+            output = model(tokens[chosen], move(pixels(images[picked], SIZE), offsets, config.shift))
         logits = output.logits_per_text.float()
         targets = torch.arange(len(chosen))
         return {"loss": (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2}
@@ -122,11 +119,7 @@ def scores(model: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, names: Se
     """
     distinct = sorted(set(names))
     own = torch.tensor([distinct.index(name) for name in names])
-    texts = F.normalize(model.get_text_features(tokenize(tokenizer, distinct)).pooler_output, dim=1)
-    pictures = [
-        F.normalize(model.get_image_features(to_signed(part)).pooler_output, dim=1) for part in images.split(64)
-    ]
-    cosines = 100 * torch.cat(pictures) @ texts.T
+    cosines = 100 * embed_images(model, images) @ embed_prompts(model, tokenizer, distinct).T
     matching = cosines.gather(1, own[:, None]).squeeze(1)
     others = (cosines.sum(dim=1) - matching) / (len(distinct) - 1)
     return {

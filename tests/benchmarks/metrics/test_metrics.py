@@ -40,6 +40,7 @@ def evidence():
         data_statistics=reference_statistics(features(50, 4)),
         trajectory_error=torch.rand(COUNT, 5, generator=generator),
         temporal_error=torch.rand(5, 3, generator=generator),
+        clip_cosines=torch.rand(COUNT, generator=generator) - 0.5,
     )
 
 
@@ -81,7 +82,7 @@ def test_full_precision_has_all_but_paired_metrics(name, evidence):
 
 @pytest.mark.parametrize("name", list(metrics()))
 def test_titles(name):
-    title = metrics()[name].title("FD", 512)
+    title = metrics()[name].title("FD", 512, "toy-clip 57934424")
     assert title and "{" not in title
     assert "FID" not in title
 
@@ -92,6 +93,7 @@ def test_titles_carry_the_distance_and_the_count():
     assert metrics()["fd_fp"].title("FID", 2048) == "FID2048 to FP"
     assert metrics()["kid_fp"].title("FD", 512) == "KID to FP"
     assert metrics()["is_score"].title("FD", 512) == "IS512"
+    assert metrics()["clip_score"].title("FD", 512, "toy-clip 57934424") == "CLIP score (toy-clip 57934424)"
 
 
 def test_identical_pairs(evidence):
@@ -141,6 +143,18 @@ def test_means(evidence):
     assert score("noise_error", evidence).value == pytest.approx(evidence.trajectory_error.mean().item())
     assert score("temporal_error", evidence).value == pytest.approx(evidence.temporal_error.mean().item())
     assert score("perceptual", evidence).value == pytest.approx(evidence.perceptual_distance.mean().item())
+    assert score("clip_score", evidence).value == pytest.approx(100 * evidence.clip_cosines.mean().item())
+
+
+@pytest.mark.parametrize("name", [name for name, metric in metrics().items() if metric.per_image])
+def test_values_of_images_have_the_metric_as_their_mean(name, evidence):
+    values = metrics()[name].per_image(evidence)
+    assert values.shape == (COUNT,) and values.dtype == torch.float64
+    assert values.mean().item() == pytest.approx(score(name, evidence).value, rel=1e-12)
+
+
+def test_images_without_prompts_have_no_clip_score(evidence):
+    assert score("clip_score", replace(evidence, clip_cosines=None)) is None
 
 
 def test_distances_grow_with_a_shift(evidence):
@@ -165,7 +179,7 @@ def test_features_that_are_not_finite_are_named(evidence, field, part):
         replace(evidence, **{field: replace(broken, **{part: tensor})})
 
 
-@pytest.mark.parametrize("field", ["perceptual_distance", "trajectory_error", "temporal_error"])
+@pytest.mark.parametrize("field", ["perceptual_distance", "trajectory_error", "temporal_error", "clip_cosines"])
 def test_errors_that_are_not_finite_are_named(evidence, field):
     tensor = getattr(evidence, field).clone()
     tensor[1] = math.inf
@@ -187,6 +201,7 @@ def test_statistics_that_are_not_finite_are_named(evidence):
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "paired": None}, "three or more"),
         ({"paired": torch.zeros(COUNT, 3, 4, 4, dtype=torch.uint8)}, "cannot be paired"),
         ({"features": features(5, 0)}, "features has 5 rows"),
+        ({"clip_cosines": torch.rand(5)}, "clip_cosines has 5 rows"),
     ],
 )
 def test_evidence_must_fit_together(evidence, change, message):
@@ -215,5 +230,6 @@ def test_three_images_are_enough(name, evidence):
         perceptual_distance=evidence.perceptual_distance[:3],
         trajectory_error=evidence.trajectory_error[:3],
         temporal_error=evidence.temporal_error,
+        clip_cosines=evidence.clip_cosines[:3],
     )
     assert math.isfinite(score(name, few).high)
