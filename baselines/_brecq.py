@@ -37,7 +37,8 @@ class Config:
         temporal_iterations: of the joint reconstruction.
         activation_scales: ``shared``, ``temporal`` (finite-set calibration) or ``per_step``.
         activation_range: ``minmax``, ``search`` (the best of 80) or ``thresholds`` (PTQ4DM's) in each batch.
-        momentum: of the running activation ranges, over batches of ``range_batch`` shuffled rows.
+        momentum: of the running activation ranges, over batches of ``range_batch`` shuffled rows, which are of one time
+            step where scales are ``per_step``.
         split_shortcuts: own ranges for the two halves of concatenated shortcuts.
         activation_iterations, activation_learning_rate: of the step sizes of each block; 0 iterations learn none.
         caching: which temporal features are looked up in a table: ``all``, or by selection for each ``projection`` or

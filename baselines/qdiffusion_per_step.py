@@ -1,7 +1,8 @@
 """Q-Diffusion with an activation range for each step at every layer, as in TFMQ-DM's released code.
 
-Step sizes are not learned, since tables are calibrated instead. Beside `tfmq_per_step` it separates what the tables
-give from what the temporal treatment gives.
+Step sizes are not learned, since tables are calibrated instead, and they are calibrated as in that code: the running
+average over batches of 16 rows of a step. Beside `tfmq_per_step`, with the same tables, it separates what these give
+from what the temporal treatment gives.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from tfmq.quantization import ActivationScales
 class Config(_brecq.Config):
     """See `_brecq.Config`."""
 
-    range_steps: int | None = None
-    range_batch: int = 64
     split_shortcuts: bool = True
     activation_scales: ActivationScales = "per_step"
 

@@ -1,7 +1,8 @@
 """TFMQ-DM as its released code runs it: every activation of the network has a range for each step.
 
-The paper gives tables only to the temporal information block (row `tfmq`). Compared with `qdiffusion_per_step`, which
-has the same tables and no temporal treatment, it says how much of the code's gain comes from the tables alone.
+A step's range is the running average over batches of 16 rows of that step, of 256, as released. The paper gives tables
+only to the temporal information block (row `tfmq`). Compared with `qdiffusion_per_step`, which has the same tables and
+no temporal treatment, it says how much of the code's gain comes from the tables alone.
 """
 
 from __future__ import annotations

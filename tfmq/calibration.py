@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,15 @@ class CalibrationRows:
 
     def shuffled(self, generator: torch.Generator) -> CalibrationRows:
         return self[torch.randperm(len(self), generator=generator)]
+
+    def batches(self, size: int) -> Iterator[CalibrationRows]:
+        """The rows in their order, ``size`` at a time."""
+        return (self[slice(start, start + size)] for start in range(0, len(self), size))
+
+    def batches_of_steps(self, size: int) -> Iterator[CalibrationRows]:
+        """At most ``size`` rows at a time, all of one time step: one step after another, each in the rows' order."""
+        for timestep in self.timesteps.unique():
+            yield from self[(self.timesteps == timestep).nonzero().flatten()].batches(size)
 
 
 @dataclass(frozen=True)

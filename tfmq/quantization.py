@@ -54,7 +54,8 @@ class QuantizationConfig:
             sizes below do not apply.
         activation_range: ``minmax``; ``search`` or ``thresholds`` for the searches of weight_range in each batch.
         activation_momentum: running average of ranges over batches; None keeps the widest range.
-        activation_batch: rows in one batch of range calibration.
+        activation_batch: most rows in one batch of range calibration, which are of one time step where scales are
+            ``per_step``.
         activation_scales: ``shared``: one scale for all steps; ``temporal``: a table over steps in the temporal
             information block (finite-set calibration); ``per_step``: tables everywhere.
         step_sizes: learn activation step sizes block by block, or None.
@@ -112,7 +113,8 @@ def quantize_(
 
     Args:
         rows: calibration rows for learning roundings and step sizes.
-        activation_rows: calibration rows for activation ranges, in the order in which they are observed.
+        activation_rows: calibration rows for activation ranges, in the order in which they are observed; where scales
+            are ``per_step``, those of each time step among themselves.
         timesteps: int64 (T,), the steps of the schedule the network will be sampled with.
         generator: draws the batches; the same state gives the same network.
         protocol: which layers are quantised.
@@ -187,17 +189,18 @@ def quantize_(
 def calibrate_activations(unet: UNet, layout: UNetLayout, rows: CalibrationRows, config: QuantizationConfig) -> None:
     """Observe ``rows`` in batches and freeze every activation quantiser.
 
+    Scales per step take batches of one time step, so that a step's running range averages batches and not single rows.
     Inputs pass the observers unquantised; the tables of finite-set calibration come first and quantise already.
     """
     quantizers = activation_quantizers(unet)
     if config.activation_scales == "temporal":
         calibrate_finite_set(unet, layout)
         quantizers = {path: quantizer for path, quantizer in quantizers.items() if not quantizer.enabled}
+    per_step = config.activation_scales == "per_step"
     for quantizer in quantizers.values():
-        quantizer.observe(config.activation_momentum, config.activation_scales == "per_step", config.activation_range)
-    starts = range(0, len(rows), config.activation_batch)
-    for start in tqdm(starts, desc="activation ranges", disable=None):
-        batch = rows[slice(start, start + config.activation_batch)]
+        quantizer.observe(config.activation_momentum, per_step, config.activation_range)
+    batches = (rows.batches_of_steps if per_step else rows.batches)(config.activation_batch)
+    for batch in tqdm(batches, desc="activation ranges", disable=None):
         context = () if batch.context is None else (batch.context,)
         unet(batch.latents, batch.timesteps.to(unet.device), *context)
     for quantizer in quantizers.values():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
 from tfmq.calibration import CalibrationSet, collect_calibration
-from tfmq.sampling import SamplingSettings
+from tfmq.correction import correction_of
+from tfmq.sampling import Conditioning, SamplingSettings, sample
 from tfmq.unet import UNet
 
 SETTINGS = SamplingSettings(steps=5)
@@ -54,12 +58,53 @@ def scheduler() -> DDIMScheduler:
     )
 
 
+def pndm() -> PNDMScheduler:
+    """As Stable Diffusion's: of N steps the second noisiest is evaluated twice."""
+    return PNDMScheduler.from_config(scheduler().config, skip_prk_steps=True)
+
+
 def noise(images: int = 4, seed: int = 1) -> torch.Tensor:
     return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def pool(unet: UNet, images: int = 4) -> CalibrationSet:
     return collect_calibration(unet, scheduler(), noise(images), SETTINGS, batch=images)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model: its network, how it is sampled, and the tokens of its context (0: it has none)."""
+
+    build: Callable[[], UNet]
+    scheduler: Callable[[], SchedulerMixin]
+    settings: SamplingSettings
+    tokens: int
+
+    def conditioning(self, images: int) -> Conditioning | None:
+        """A context for each image, and one unconditional context for all."""
+        if not self.tokens:
+            return None
+        context = torch.randn(images + 1, self.tokens, 12, generator=torch.Generator().manual_seed(2))
+        return Conditioning(context[1:], context[:1].expand(images, -1, -1))
+
+    def pool(self, unet: UNet, images: int = 4) -> CalibrationSet:
+        return collect_calibration(
+            unet, self.scheduler(), noise(images), self.settings, batch=images, conditioning=self.conditioning(images)
+        )
+
+    def draw(self, unet: UNet, images: int = 2) -> torch.Tensor:
+        """Samples with the network's correction, as the suite draws them."""
+        conditioning, correction = self.conditioning(images), correction_of(unet)
+        return sample(
+            unet, self.scheduler(), noise(images), self.settings, conditioning=conditioning, correction=correction
+        )
+
+
+KINDS = {
+    "unconditional": Kind(unconditional, scheduler, SETTINGS, tokens=0),
+    "class": Kind(conditional, scheduler, SamplingSettings(steps=5, guidance_scale=3.0), tokens=1),
+    "text": Kind(conditional, pndm, SamplingSettings(steps=5, guidance_scale=7.5), tokens=5),
+}
 
 
 def generator() -> torch.Generator:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -31,6 +33,21 @@ def test_rows_of_a_guided_pool_hold_both_halves():
     assert rows.latents[:, 0, 0, 0].tolist() == [301, 2, 301, 2]
     assert rows.timesteps.tolist() == [1, 151, 1, 151]
     assert rows.context[:, 0, 0].tolist() == [2, 3, -2, -3]
+
+
+def test_batches_of_steps_are_of_one_step_each_and_in_order():
+    pool = numbered_pool(4, 5, guided=True)
+    pool = dataclasses.replace(pool, timesteps=torch.tensor([151, 101, 101, 1]))  # as PNDM repeats one
+    rows = pool.spaced(4, 5).shuffled(networks.generator())
+    batches = list(rows.batches_of_steps(4))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 4, 4, 4, 4, 4, 2]
+    for timestep in (1, 101, 151):
+        own = [batch for batch in batches if timestep in batch.timesteps]
+        assert all((batch.timesteps == timestep).all() for batch in own)
+        for name in ("latents", "context"):
+            kept = torch.cat([getattr(batch, name) for batch in own])
+            assert torch.equal(kept, getattr(rows, name)[rows.timesteps == timestep])
+    assert torch.equal(torch.cat([batch.latents for batch in rows.batches(7)]), rows.latents)
 
 
 @each(DRAW, r"T(?P<steps>\d+)\.(?P<kind>\w+)\.small\.t")
