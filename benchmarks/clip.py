@@ -70,7 +70,9 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
     """Unit vectors [N, D] of uint8 images [N, 3, H, W], on the CPU."""
     size = model.config.vision_config.image_size
-    parts = [model.get_image_features(pixels(part, size).to(model.device)).pooler_output for part in images.split(BATCH)]
+    parts = [
+        model.get_image_features(pixels(part, size).to(model.device)).pooler_output for part in images.split(BATCH)
+    ]
     return functional.normalize(torch.cat(parts), dim=1).cpu()
 
 

@@ -1,10 +1,11 @@
+import dataclasses
 import io
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import figures, tables
+from benchmarks import tables
 from benchmarks.metrics import metrics
 from benchmarks.record import Cost, Value
 
@@ -68,7 +69,7 @@ def test_the_ablation_keeps_the_order_it_is_given(records, make_record):
     text = tables.ablation([*records, better], COLUMNS)
     names = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| w4a8")]
     assert names == ["Round-to-nearest", "Q-Diffusion", "TFMQ-DM", tables.label("prev")]
-    assert "PSNR (dB) ↑" in text and "Noise error ↓" in text and "Quantisation time" in text
+    assert "KID to FP ↓" in text and "PSNR" not in text and "Quantisation time" in text
 
 
 def test_protocols_stand_side_by_side(make_record):
@@ -117,10 +118,49 @@ def test_what_was_not_measured_stays_visible(records, make_record, status):
     assert ("2.0 h" in line) == unverified
 
 
-def test_seeds_have_rows_of_their_own(make_record):
-    text = tables.leaderboard([make_record(), make_record(seed=1)], COLUMNS)
-    assert "Seed" in text
-    assert text.count("| Round-to-nearest") == 2
+def test_seeds_are_a_column(make_record):
+    def cell(method, seed, distance, **changes):
+        measured = {"feature_distance": Value(distance, distance / 2, distance * 2, 512)}
+        return make_record(method=method, seed=seed, metrics=measured, **changes)
+
+    cells = [cell("tfmq", seed, distance) for seed, distance in enumerate((0.04, 0.05, 0.06))]
+    cells += [cell("nearest", 0, 0.1), cell("nearest", 1, 0.3), cell("tfmq", 0, 0.01, precision="w8a8")]
+    for text in (tables.leaderboard(cells, COLUMNS), tables.ablation(cells, COLUMNS)):
+        rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+        found = {(row[0], row[1]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+        assert len(found) == len(rows) - 2 == 3
+        assert found["w4a8", "TFMQ-DM"]["Over 3 seeds"] == "0.0500 ± 0.0100"
+        assert found["w4a8", "TFMQ-DM"]["Feature distance ↓"].startswith("0.0400")
+        assert found["w4a8", "Round-to-nearest"]["Over 2 seeds"] == "0.2000 ± 0.1414"
+        assert found["w4a8", "Round-to-nearest"]["Over 3 seeds"] == "–"
+        assert found["w8a8", "TFMQ-DM"]["Over 3 seeds"] == "–"
+        assert "standard deviation of the feature distance over calibration seeds" in text
+    table = tables.frame({"leaderboard": cells}, COLUMNS)
+    assert len(table) == 6 and table["seed"].max() == 2
+    alone = tables.leaderboard(cells[:1], COLUMNS)
+    assert "Over" not in alone and "calibration seeds" not in alone
+
+
+def test_ranks_are_those_within_a_seed(make_record):
+    cells = [
+        make_record(method="tfmq", kid=(0.1, 0.1, 0.1)),
+        make_record(method="nearest", kid=(0.2, 0.2, 0.2)),
+        make_record(method="nearest", seed=1, kid=(0.3, 0.3, 0.3)),
+    ]
+    assert list(tables.ranking(cells).values()) == [1, 2, 1]
+
+
+def test_a_clip_score_names_its_clip_and_is_left_out_where_there_is_none(make_record, task_settings):
+    scored = {"task": task_settings | {"clip": "data/toy-clip"}, "method": {}, "clip": "toy-clip 57934424"}
+    text = tables.leaderboard(
+        [
+            make_record(method="tfmq", settings=scored, metrics={"clip_score": Value(21.5, 21.0, 22.0, 512)}),
+            make_record(settings=scored | {"clip": None}, status="failed", reason="x", metrics={}, cost=None),
+        ],
+        COLUMNS,
+    )
+    assert "CLIP score (toy-clip 57934424) ↑" in text and "21.50" in text and "100 x the cosine" in text
+    assert "CLIP" not in tables.leaderboard([make_record()], COLUMNS)
 
 
 def test_records_that_cannot_be_compared_are_refused(make_record, task_settings):
@@ -140,6 +180,8 @@ def test_records_that_cannot_be_compared_are_refused(make_record, task_settings)
 
 
 def test_the_report_has_every_table_and_metric_and_the_figures(records):
+    every = {name: Value(1.0, 0.5, 1.5, 9) for name in COLUMNS}
+    records = [dataclasses.replace(record, metrics=every) for record in records]
     shown = {"leaderboard": records, "ablation": records}
     text = tables.report(shown, COLUMNS, [("Same noise", "figures/grid.png")])
     assert "## Leaderboard" in text and "## Ablation" in text and tables.leaderboard(records, COLUMNS).strip() in text
@@ -158,45 +200,6 @@ def test_only_the_marked_region_changes():
     for broken in ("nothing", tables.START, tables.END + tables.START, text + text):
         with pytest.raises(ValueError, match="needs one"):
             tables.replace_region(broken, "new")
-
-
-def test_figures_are_the_same_bytes_each_time():
-    curves = {"nearest": np.array([0.1, 0.2, 0.3]), "tfmq": np.array([0.01, 0.02, 0.0])}
-    images = {name: np.full((3, 3, 8, 8), index, dtype=np.uint8) for index, name in enumerate(curves)}
-    for draw in (
-        lambda: figures.temporal_error(curves, np.array([900, 500, 1]), "emoji-ldm4 w4a8"),
-        lambda: figures.sample_grid(images, columns=3),
-        lambda: figures.intervals({"w4a8": {"tfmq": Value(0.2, 0.1, 0.3, 9)}, "w8a8": {}}, "emoji-ldm4", "Distance"),
-        lambda: figures.selection(np.array([[True, False], [True, True]]), ["a", "b"], [1, 900], "tfmq"),
-    ):
-        first = figures.png(draw())
-        assert first.startswith(b"\x89PNG")
-        assert first == figures.png(draw())
-        assert b"Software" not in first and b"tIME" not in first
-
-
-def test_a_grid_needs_enough_images():
-    with pytest.raises(ValueError, match="tfmq has 2 images: the grid shows 8"):
-        figures.sample_grid({"tfmq": np.zeros((2, 3, 8, 8), dtype=np.uint8)})
-
-
-def test_a_sample_grid_is_filled_by_its_images():
-    images = {f"row {index}": np.full((10, 3, 32, 32), index, dtype=np.uint8) for index in range(12)}
-    figure = figures.sample_grid(images, columns=10)
-    (axes,) = figure.axes
-    box = axes.get_position()
-    assert box.x1 == pytest.approx(1) and (box.y0, box.y1) == (0, 1)
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(images)
-
-
-def test_curves_are_told_apart_and_named_in_the_order_of_their_ends():
-    curves = {f"row {index}": np.full(4, 10.0**-index) for index in range(15)}
-    figure = figures.temporal_error(curves, np.array([900, 600, 300, 1]), "emoji-ldm4")
-    lines = figure.axes[0].get_lines()
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 15
-    named = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert named[:3] == ["row 0", "row 1", "row 2"]
-    assert min(line.get_ydata().min() for line in lines) == figures.SMALLEST_ERROR
 
 
 def test_a_full_precision_row_outside_its_gate_marks_the_whole_task(make_record):
