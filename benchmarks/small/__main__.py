@@ -20,6 +20,7 @@ from diffusers import (
 )
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.models.class_ldm import ClassEmbedding
 from benchmarks.small import (
     card,
     class_conditional,
@@ -32,8 +33,9 @@ from benchmarks.small import (
     kl_first_stage,
     measure,
     perceptual,
+    prompts,
 )
-from benchmarks.small.class_conditional import ClassConditional, ClassEmbedding
+from benchmarks.small.class_conditional import ClassConditional
 from benchmarks.small.settings import Settings, load
 
 ROOM = Path(__file__).parent
@@ -41,7 +43,7 @@ BUILD = ROOM / "build"
 LOGS = ROOM / "logs"
 FIGURES = ROOM / "figures"
 PUBLISHED = ROOM.parent.parent / "data"
-PROMPTS = ROOM.parent / "prompts" / "emoji-text"
+PROMPTS = ROOM.parent / "prompts"
 PARTS = ("emoji", "emoji-ldm4", "emoji-class", "emoji-ldm8", "emoji-text", "emoji-clip", "efficientnet-lite0")
 
 
@@ -237,17 +239,25 @@ def run_publish(settings: Settings) -> None:
         export.publish(BUILD / part, PUBLISHED / part)
 
 
+def run_prompts(settings: Settings) -> None:
+    """Write the prompts of the class-conditional and the text-to-image task, from the published table."""
+    rows = data.load_table(PUBLISHED / "emoji")
+    classes = class_conditional.class_names(rows)
+    prompts.write(PROMPTS / "emoji-class", classes, classes)
+    prompts.write(PROMPTS / "emoji-text", *prompts.draw_names(rows))
+
+
 def run_measure(settings: Settings) -> None:
     """Measure the published models, and draw reconstructions and samples: the figures of the data card."""
     reference = measure.load_reference(PUBLISHED)
     images = data.load_images(PUBLISHED / "emoji", data.TILE)
-    prompts = (PROMPTS / "evaluation.txt").read_text(encoding="utf-8").splitlines()
+    names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
     unconditional = {name: load_pipeline(LDMPipeline, name) for name in ("emoji-ldm4", "emoji-ldm8")}
     figures = measure.measure_first_stage(unconditional["emoji-ldm4"], reference, FIGURES)
     figures |= measure.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
     figures |= measure.measure_kl(unconditional["emoji-ldm8"], images, reference.held_out, FIGURES)
     text = load_pipeline(StableDiffusionPipeline, "emoji-text")
-    figures |= measure.measure_text_to_image(text, PUBLISHED / "emoji-clip", images, reference.rows, prompts, FIGURES)
+    figures |= measure.measure_text_to_image(text, PUBLISHED / "emoji-clip", images, reference.rows, names, FIGURES)
     export.write_json(figures, LOGS / "figures.json")
     for name, pipeline in unconditional.items():
         samples = measure.sample(pipeline, measure.SAMPLES, seed=0)
@@ -280,6 +290,7 @@ STEPS = {
     "text-diffusion": run_text_diffusion,
     "evaluator": run_evaluator,
     "publish": run_publish,
+    "prompts": run_prompts,
     "measure": run_measure,
     "card": run_card,
 }
