@@ -31,11 +31,21 @@ def parser() -> argparse.ArgumentParser:
             )
         return command
 
+    def add_shards(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--shards", type=int, help="processes that share the work (default: one a core, one on a GPU)"
+        )
+
     for name, text in (
-        ("calibrate", "Record the calibration pool of a task in one full-precision sampling pass."),
+        (
+            "calibrate",
+            "Record the calibration pools of a task, one a calibration seed, in a full-precision sampling pass each.",
+        ),
         ("reference", "Extract what a task's cells are compared with: full-precision samples and the data set."),
     ):
-        stage(name, text).add_argument("--task", required=True, help="a task of params.yaml")
+        command = stage(name, text)
+        command.add_argument("--task", required=True, help="a task of params.yaml")
+        add_shards(command)
     for name, text in (
         (
             "generate",
@@ -52,11 +62,9 @@ def parser() -> argparse.ArgumentParser:
             "--precision", nargs="+", default=[], help="such as w4a8 (default: all precisions of the table)"
         )
         command.add_argument(
-            "--seed", type=int, default=0, help="seed of noise and quantisation (default: %(default)s)"
+            "--seed", type=int, help="calibration seed (default: all that the table has for each precision)"
         )
-        command.add_argument(
-            "--shards", type=int, help="processes that share the work (default: one a core, one on a GPU)"
-        )
+        add_shards(command)
     stage("tables", "Regenerate all tables, pages, figures and the README's table from all records.", device=False)
     return top
 
@@ -71,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "tables":
             print(module.run(suite))
         elif options.command in ("calibrate", "reference"):
-            module.run(suite, options.task, options.device)
+            module.run(suite, options.task, options.device, _shards(options))
         else:
             _run_cells(module, suite, options)
     except* (ValueError, OSError) as group:
@@ -82,11 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_cells(module: object, suite: params.Suite, options: argparse.Namespace) -> None:
-    from benchmarks.stages import setup, workers
+    from benchmarks.stages import setup
 
     named = (options.table, options.task, options.method, options.precision, options.seed)
-    shards = options.shards or workers.default_shards(setup.device_of(options.device))
-    module.run(suite, setup.cells_of(suite, *named), options.device, shards)
+    module.run(suite, setup.cells_of(suite, *named), options.device, _shards(options))
+
+
+def _shards(options: argparse.Namespace) -> int:
+    from benchmarks.stages import setup, workers
+
+    return options.shards or workers.default_shards(setup.device_of(options.device))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from benchmarks.record import FULL_PRECISION, PROTOCOLS, SHARED, Cell
 from tfmq.precision import Precision
 
 TABLES = ("leaderboard", "ablation", "published")
-SCHEDULERS = ("ddim",)
+SCHEDULERS = ("ddim", "pndm")
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,14 @@ class Task:
     """A checkpoint, how to sample from it, and how the samples are scored.
 
     ``version`` goes up with every change that moves numbers; results of different versions are never compared.
-    ``checkpoint`` and ``data`` are paths from the repository's root. ``steps`` is the count of denoising steps, ``eta``
-    the share of noise that the DDIM step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored
-    per cell, sampled ``batch`` at a time (rounding differs between batch sizes, so the batch is part of the task);
-    ``calibration_images`` give the calibration pool, ``reference_images`` the full-precision distribution, and the
-    first ``data_images`` of the data set (None: all) the data's.
+    ``checkpoint``, ``data``, ``prompts`` and ``clip`` are paths from the repository's root. ``steps`` is the count of
+    denoising steps (``pndm`` evaluates the UNet once more, twice at the second time step), ``eta`` the share of noise
+    that the DDIM step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored per cell, sampled
+    ``batch`` at a time (rounding differs between batch sizes, so the batch is part of the task);
+    ``calibration_images`` give a calibration pool, ``reference_images`` the full-precision distribution, and the
+    first ``data_images`` of the data set (None: all) the data's. ``prompts`` is a folder with what images are made
+    from, a prompt a line in ``calibration.txt`` and ``evaluation.txt``, and ``clip`` one with the CLIP that scores how
+    well they match; an unconditional task has neither.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Task:
     reference_images: int
     evaluator: str
     data_images: int | None = None
+    prompts: str | None = None
+    clip: str | None = None
 
     def __post_init__(self) -> None:
         counts = ("images", "batch", "calibration_images", "reference_images", "data_images")
@@ -56,6 +61,15 @@ class Task:
             raise ValueError(f"task {self.name}: eta is {self.eta}, but must be from 0 (deterministic) to 1")
         if self.scheduler not in SCHEDULERS:
             raise discover.unknown(f"scheduler of task {self.name}", self.scheduler, SCHEDULERS, "Choose one of them.")
+        if self.eta > 0 and self.scheduler != "ddim":
+            raise ValueError(f"task {self.name}: eta is {self.eta}, but {self.scheduler} adds no noise: give 0")
+        if self.prompts is None:
+            if self.clip is not None:
+                raise ValueError(f"task {self.name}: clip scores how images match prompts, but there are no prompts")
+            if self.guidance_scale != 1:
+                raise ValueError(
+                    f"task {self.name}: guidance_scale is {self.guidance_scale}, but without prompts only 1"
+                )
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,8 @@ class Table:
     """Cells that are measured and shown together: every task with every method at every precision.
 
     ``protocol`` says which layers are quantised. ``beside`` are methods that another table measures, under the shared
-    protocol; this one shows them too. The full-precision row is always there.
+    protocol; this one shows them too. The full-precision row is always there. ``seeds`` maps a precision to how many
+    calibration seeds its cells are measured with; the others have one, seed 0.
     """
 
     protocol: str
@@ -71,6 +86,7 @@ class Table:
     precisions: tuple[str, ...]
     methods: tuple[str, ...]
     beside: tuple[str, ...] = ()
+    seeds: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -82,29 +98,35 @@ class Table:
         for precision in self.precisions:
             if Precision.parse(precision).is_full:
                 raise ValueError(f"precisions has {precision}: the full-precision row is always there, remove it")
+        for precision, count in self.seeds.items():
+            if precision not in self.precisions:
+                raise discover.unknown(
+                    "precision in seeds", precision, self.precisions, "Those of the table are meant."
+                )
+            if count < 1:
+                raise ValueError(f"seeds of {precision} is {count}, but must be at least 1")
+
+    def seeds_of(self, precision: str) -> range:
+        """The calibration seeds of the cells at a precision."""
+        return range(self.seeds.get(precision, 1))
 
 
 @dataclass(frozen=True)
 class Suite:
     """All cells of a benchmark: those of its tables and one full-precision cell a task.
 
-    ``methods`` maps each method's name to the settings that differ from its defaults. ``threads`` is the count of CPU
-    threads of the stages that come before the cells; of these each takes one. ``gates`` bounds metrics of a task's
-    full-precision row, ``{task: {fd_data: [low, high]}}``: where it is outside, all cells of the task are shown as
-    unverified.
+    ``methods`` maps each method's name to the settings that differ from its defaults. ``gates`` bounds metrics of a
+    task's full-precision row, ``{task: {fd_data: [low, high]}}``: where it is outside, all cells of the task are shown
+    as unverified.
     """
 
     name: str
-    threads: int
     tasks: dict[str, Task]
     tables: dict[str, Table]
     methods: dict[str, dict[str, object]]
-    seeds: tuple[int, ...]
     gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, but must be at least 1")
         if FULL_PRECISION in self.methods:
             raise ValueError(f"methods has {FULL_PRECISION}: the full-precision row is always there, remove it")
         for task, bounds in self.gates.items():
@@ -113,8 +135,6 @@ class Suite:
             for metric, ends in bounds.items():
                 if len(ends) != 2 or ends[0] > ends[1]:
                     raise ValueError(f"gates.{task}.{metric} is {list(ends)}, but must be [low, high]")
-        if self.seeds != (0,):
-            raise ValueError(f"seeds is {list(self.seeds)}: dvc.yaml has stages for seed 0 alone, so give [0]")
         for name, table in self.tables.items():
             if name not in TABLES:
                 raise discover.unknown("table", name, TABLES, "Choose among them.")
@@ -134,9 +154,14 @@ class Suite:
                 if cell not in cells:
                     raise ValueError(f"tables.{name} shows {cell.name} beside its own, but no table measures it")
 
+    @property
+    def pools(self) -> int:
+        """Calibration pools of each task: as many as any table has calibration seeds."""
+        return max((count for table in self.tables.values() for count in table.seeds.values()), default=1)
+
     def cells(self) -> list[Cell]:
         """Every cell: the full-precision ones, then table by table."""
-        full = [Cell(task, FULL_PRECISION, "w32a32", seed) for task, seed in product(self.tasks, self.seeds)]
+        full = [Cell(task, FULL_PRECISION, "w32a32") for task in self.tasks]
         return full + [cell for name in self.tables for cell in self.measured(name)]
 
     def measured(self, table: str) -> list[Cell]:
@@ -148,8 +173,12 @@ class Suite:
         return self._cells(table, self.tables[table].beside, SHARED)
 
     def _cells(self, table: str, methods: tuple[str, ...], protocol: str) -> list[Cell]:
-        axes = (self.tables[table].tasks, methods, self.tables[table].precisions, self.seeds)
-        return [Cell(*axis, protocol) for axis in product(*axes)]
+        found = self.tables[table]
+        return [
+            Cell(task, method, precision, seed, protocol)
+            for task, method, precision in product(found.tasks, methods, found.precisions)
+            for seed in found.seeds_of(precision)
+        ]
 
 
 def parse(document: object) -> Suite:

@@ -18,8 +18,10 @@ SHARED, PUBLISHED = PROTOCOLS = ("shared", "published")
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a task, a method, a precision such as ``w4a8``, the seed of the initial noise, and a protocol.
+    """One measurement: a task, a method, a precision such as ``w4a8``, a calibration seed, and a protocol.
 
+    A seed means calibration images of its own and the quantiser's random numbers; all seeds are scored on images from
+    the same noise, so full precision has seed 0 alone.
     The protocol says which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
     method's own code or paper.
     """

@@ -29,10 +29,15 @@ def test_a_row_depends_on_the_settings_and_cells_of_its_own_table(stages, table)
         assert f"--table {table} " in entry["cmd"] and entry["cmd"].startswith(f"python -m benchmarks {stage} ")
         assert entry["matrix"] == {"task": f"${{tables.{table}.tasks}}", "method": f"${{tables.{table}.methods}}"}
         used = {name for name in entry["params"] if name.startswith("tables.")}
-        assert used == {f"tables.{table}.precisions", f"tables.{table}.protocol"}
+        assert used == {f"tables.{table}.{name}" for name in ("precisions", "protocol", "seeds")}
     (cells,) = stages[f"generate_{table}"]["outs"][0]
     assert cells in stages[f"score_{table}"]["deps"]
     assert cells.endswith("-published") == (table == "published")
+
+
+def test_pools_depend_on_the_seeds_of_all_tables(stages):
+    used = stages["calibrate"]["do"]["params"]
+    assert {f"tables.{table}.seeds" for table in params.TABLES} == {name for name in used if name.startswith("tables.")}
 
 
 def test_other_dependencies_exist(root, stages):

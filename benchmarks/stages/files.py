@@ -30,14 +30,18 @@ ERRORS = "errors.safetensors"
 TRAJECTORY = "trajectory.safetensors"
 QUANTIZED = "quantized.safetensors"
 OUTCOME = "outcome.json"
-# Files of a task's calibration pool: its tensors, and what recording it cost.
-POOL = "pool.safetensors"
+# What recording one calibration pool cost; beside the pools.
 COST = "cost.json"
 
 
 def calibration(task: str) -> Path:
-    """Folder of a task's calibration pool."""
+    """Folder of a task's calibration pools."""
     return WORK / "calibration" / task
+
+
+def pool(seed: int) -> str:
+    """Name of the file of a calibration seed's pool."""
+    return "pool.safetensors" if seed == 0 else f"pool-s{seed}.safetensors"
 
 
 def reference(task: str) -> Path:
@@ -57,7 +61,12 @@ def cell_folder(cell: Cell) -> Path:
 
 def full_precision_cell(cell: Cell) -> Cell:
     """The full-precision cell that ``cell`` is compared with: same task, same noise."""
-    return Cell(cell.task, FULL_PRECISION, "w32a32", cell.seed)
+    return Cell(cell.task, FULL_PRECISION, "w32a32")
+
+
+def scores(cell: Cell) -> Path:
+    """The values of a cell's images by metric; without tensors where it was not measured."""
+    return WORK / "scores" / f"{cell.name}.safetensors"
 
 
 def record_file(cell: Cell) -> Path:

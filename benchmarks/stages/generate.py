@@ -36,6 +36,7 @@ from benchmarks.stages.setup import (
     device_of,
     draw_noise,
     load_model,
+    prompt_file,
     sampling_settings,
     seed_of,
     task_of,
@@ -50,6 +51,7 @@ from tfmq.temporal import temporal_feature_error
 from tfmq.unet import UNet, UNetLayout
 
 MIB = 2**20
+PURPOSE = "sample"
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,11 @@ def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
             with files.new_folder(files.cell_folder(cell)) as folder:
                 files.write_json(folder / OUTCOME, {"status": "not applicable", "reason": objection})
             return None
-        inputs["calibration"] = files.sha256(files.calibration(task.name) / files.POOL)
+        inputs["calibration"] = files.sha256(files.calibration(task.name) / files.pool(cell.seed))
         inputs["trajectory"] = files.sha256(files.cell_folder(files.full_precision_cell(cell)) / TRAJECTORY)
     inputs["checkpoint"] = manifest.verify(Path(task.checkpoint))
+    if task.prompts is not None:
+        inputs["prompts"] = files.sha256(prompt_file(task, PURPOSE))
     key = files.fingerprint(asdict(task), asdict(cell), settings, inputs, str(device), _code())
     resume = files.RESUME / cell.name
     work = Work(task, cell, str(device), resume.with_name(f"{resume.name}-{key}"), overrides, settings, inputs)
@@ -166,7 +170,7 @@ def _quantize(work: Work) -> None:
     model = load_model(work.task, device)
     method = discover.method(work.cell.method)
     config = _config(method, work.cell, work.overrides)
-    pool = calibrate.read_pool(work.task, device)
+    pool = calibrate.read_pool(work.task, work.cell.seed, device)
     generator = torch.Generator().manual_seed(seed_of(work.task.name, work.task.version, "quantize", work.cell.seed))
     full_bytes = full_precision_bytes(model.unet)
     precision = Precision.parse(work.cell.precision)
@@ -231,7 +235,7 @@ def _sample_batch(work: Work, name: str) -> None:
     index = int(name[len("part-") :].split(".")[0])
     images = batches(work.task.images, work.task.batch)[index]
     model, unet = _networks(work)
-    noise, step_noise = draw_noise(work.task, "sample", work.cell.seed, images, model.latent_shape)
+    noise, step_noise = draw_noise(work.task, PURPOSE, 0, images, model.latent_shape)
     steps: list[Step] = []
     start = time.perf_counter()
     latents = sample(
@@ -239,7 +243,7 @@ def _sample_batch(work: Work, name: str) -> None:
         model.scheduler,
         noise.to(work.device),
         sampling_settings(work.task),
-        conditioning=conditioning_of(model, images),
+        conditioning=conditioning_of(model, work.task, PURPOSE, images),
         step_noise=step_noise.to(work.device),
         callback=steps.append if index == 0 and not work.quantized else None,
         correction=correction_of(unet),
@@ -261,7 +265,7 @@ def _measure_errors(work: Work) -> None:
     correction = correction_of(unet)
     path = files.cell_folder(files.full_precision_cell(work.cell)) / TRAJECTORY
     trajectory = {name: tensor.to(work.device) for name, tensor in files.read_tensors(path).items()}
-    conditioning = conditioning_of(model, range(trajectory["latents"].shape[1]))
+    conditioning = conditioning_of(model, work.task, PURPOSE, range(trajectory["latents"].shape[1]))
     errors = []
     for latents, noise, timestep in zip(*(trajectory[k] for k in ("latents", "noise", "timesteps")), strict=True):
         predicted = predict_noise(unet, latents, timestep, conditioning, work.task.guidance_scale)

@@ -5,14 +5,17 @@ Those of the data set, and of a large fixed set of full-precision samples from o
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from benchmarks import manifest
-from benchmarks.features import Evaluator, Features, extract, load_evaluator
+from benchmarks.features import Evaluator, Features, concatenate, extract, load_evaluator
 from benchmarks.metrics import ReferenceStatistics, reference_statistics
+from benchmarks.models import Model
 from benchmarks.params import Suite, Task
 from benchmarks.small.data import load_images
 from benchmarks.stages import files
@@ -25,22 +28,33 @@ from benchmarks.stages.setup import (
     sampling_settings,
     task_of,
 )
+from benchmarks.stages.workers import run_all
 
 FEATURES = "features.safetensors"
 STATISTICS = "statistics.safetensors"
 DATA_STATISTICS = "data_statistics.safetensors"
 EVALUATOR = "evaluator.json"
 EVALUATORS = Path("data")
+PURPOSE = "reference"
+SAMPLES, DATA = "samples", "data"
 
 
-def run(suite: Suite, task_name: str, device_name: str) -> None:
-    """Write the features of the full-precision samples, and the moments of these and of the data set."""
+def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
+    """Write the features of the full-precision samples, and the moments of these and of the data set.
+
+    ``shards`` processes share the generation batches and as large parts of the data set.
+    """
     task = task_of(suite, task_name)
     device = device_of(device_name)
-    torch.set_num_threads(suite.threads)
-    evaluator = evaluator_of(task, device)
-    features = extract(evaluator, _sample_reference(task, device))
-    data = extract(evaluator, load_images(Path(task.data), task.resolution)[: task.data_images])
+    torch.set_num_threads(1)
+    evaluator = evaluator_of(task, device)  # before there are workers, which then have it too
+    counts = {SAMPLES: task.reference_images, DATA: len(_data(task))}
+    units = [(kind, images) for kind, count in counts.items() for images in batches(count, task.batch)]
+    with TemporaryDirectory() as parts:
+        run_all(units, partial(_extract, task, device, Path(parts)), shards, device)
+        features, data = (_together(Path(parts), kind) for kind in counts)
+    for cached in (evaluator_of, _data, _model):
+        cached.cache_clear()
     with files.new_folder(files.reference(task.name)) as folder:
         files.write_json(folder / EVALUATOR, {"identity": evaluator.identity})
         files.write_tensors(folder / FEATURES, vars(features))
@@ -48,8 +62,9 @@ def run(suite: Suite, task_name: str, device_name: str) -> None:
         files.write_tensors(folder / DATA_STATISTICS, reference_statistics(data).to_tensors())
 
 
+@lru_cache(maxsize=1)
 def evaluator_of(task: Task, device: torch.device) -> Evaluator:
-    """The task's evaluator with the weights that data.dvc brings."""
+    """The task's evaluator with the weights that data.dvc brings; the last one stays loaded."""
     folder = EVALUATORS / task.evaluator.replace("_", "-")
     manifest.verify(folder)
     return load_evaluator(task.evaluator, folder / "model.safetensors", device)
@@ -70,20 +85,39 @@ def read(task: Task, evaluator: Evaluator) -> tuple[Features, ReferenceStatistic
     return features, own, data
 
 
-def _sample_reference(task: Task, device: torch.device) -> torch.Tensor:
+@lru_cache(maxsize=1)
+def _data(task: Task) -> Tensor:
+    return load_images(Path(task.data), task.resolution)[: task.data_images]
+
+
+@lru_cache(maxsize=1)
+def _model(task: Task, device: torch.device) -> Model:
+    return load_model(task, device)
+
+
+def _extract(task: Task, device: torch.device, folder: Path, unit: tuple[str, range]) -> None:
+    """Write the features of some full-precision samples or images of the data set."""
+    kind, images = unit
+    pixels = _sample(task, device, images) if kind == SAMPLES else _data(task)[images.start : images.stop]
+    features = extract(evaluator_of(task, device), pixels)
+    files.write_tensors(folder / f"{kind}-{images.start:08d}.safetensors", vars(features))
+
+
+def _sample(task: Task, device: torch.device, images: range) -> Tensor:
     from tfmq.sampling import sample
 
-    model = load_model(task, device)
-    images = []
-    for batch in tqdm(batches(task.reference_images, task.batch), desc="reference samples", disable=None):
-        noise, step_noise = draw_noise(task, "reference", 0, batch, model.latent_shape)
-        latents = sample(
-            model.unet,
-            model.scheduler,
-            noise.to(device),
-            sampling_settings(task),
-            conditioning=conditioning_of(model, batch),
-            step_noise=step_noise.to(device),
-        )
-        images.append(model.decode(latents))
-    return torch.cat(images)
+    model = _model(task, device)
+    noise, step_noise = draw_noise(task, PURPOSE, 0, images, model.latent_shape)
+    latents = sample(
+        model.unet,
+        model.scheduler,
+        noise.to(device),
+        sampling_settings(task),
+        conditioning=conditioning_of(model, task, PURPOSE, images),
+        step_noise=step_noise.to(device),
+    )
+    return model.decode(latents)
+
+
+def _together(folder: Path, kind: str) -> Features:
+    return concatenate([Features(**files.read_tensors(path)) for path in sorted(folder.glob(f"{kind}-*"))])

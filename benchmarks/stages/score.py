@@ -1,21 +1,27 @@
-"""score: one pass of the evaluator over the images of each of a row's cells gives their records."""
+"""score: one pass of the evaluator over the images of each of a row's cells gives their records.
+
+The values of images that a metric is the mean of are kept beside, for comparing two cells image by image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from benchmarks import manifest
+from benchmarks.clip import ClipScorer, load_clip
 from benchmarks.features import Evaluator, Features, compare, extract_with_maps
 from benchmarks.metrics import Evidence, metrics
 from benchmarks.params import Suite, Task
 from benchmarks.record import FULL_PRECISION, Cell, Cost, Record, Value
 from benchmarks.stages import files, reference
-from benchmarks.stages.setup import device_of, seed_of, task_of
+from benchmarks.stages.reference import evaluator_of
+from benchmarks.stages.setup import device_of, prompts_of, seed_of, task_of
 from benchmarks.stages.workers import run_units
 
 FEATURES = "features.safetensors"
@@ -23,7 +29,7 @@ MAPS = "maps.safetensors"
 
 
 def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> None:
-    """Write the records of some cells, ``shards`` processes sharing them.
+    """Write the records and the values of images of some cells, ``shards`` processes sharing them.
 
     A cell that its method does not apply to gets a record that says so. The full-precision cell leaves its features and
     feature maps for the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, when the others
@@ -32,9 +38,10 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     device = device_of(device_name)
     torch.set_num_threads(1)
     for cell in cells:
-        _evaluator(task_of(suite, cell.task), str(device))  # before there are workers, which then have it too
-    failures = run_units(cells, partial(_score, suite, str(device)), shards, device)
-    _evaluator.cache_clear()
+        evaluator_of(task_of(suite, cell.task), device)  # before there are workers, which then have it too
+    failures = run_units(cells, partial(_score, suite, device), shards, device)
+    evaluator_of.cache_clear()
+    _scorer.cache_clear()
     for cell, error in failures:
         error.add_note(cell.name)
     if failures:
@@ -42,16 +49,18 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
 
 
 @lru_cache(maxsize=1)
-def _evaluator(task: Task, device: str) -> Evaluator:
-    return reference.evaluator_of(task, torch.device(device))
+def _scorer(folder: Path, device: torch.device) -> ClipScorer:
+    return load_clip(folder, device)
 
 
-def _score(suite: Suite, device: str, cell: Cell) -> None:
+def _score(suite: Suite, device: torch.device, cell: Cell) -> None:
     task = task_of(suite, cell.task)
     folder = files.cell_folder(cell)
     outcome = files.read_json(folder / files.OUTCOME)
     measured = outcome["status"] == "measured"
-    evaluator = _evaluator(task, device)
+    evaluator = evaluator_of(task, device)
+    scorer = None if task.clip is None else _scorer(Path(task.clip), device)
+    values, per_image = _measure(task, cell, evaluator, scorer) if measured else ({}, {})
     record = Record(
         task=task.name,
         task_version=task.version,
@@ -59,27 +68,38 @@ def _score(suite: Suite, device: str, cell: Cell) -> None:
         precision=cell.precision,
         seed=cell.seed,
         protocol=cell.protocol,
-        settings={"task": asdict(task), "method": outcome.get("settings", {}), "evaluator": evaluator.identity},
+        settings={
+            "task": asdict(task),
+            "method": outcome.get("settings", {}),
+            "evaluator": evaluator.identity,
+            "clip": None if scorer is None else scorer.identity,
+        },
         status=outcome["status"],
         reason=outcome["reason"],
-        metrics=_measure(task, cell, evaluator) if measured else {},
+        metrics=values,
         cost=_cost(cell, outcome) if measured else None,
         coverage=_coverage(outcome.get("coverage", [])),
         details=outcome.get("details", {}),
         inputs=outcome.get("inputs", {}) | ({"images": manifest.sha256(folder / files.IMAGES)} if measured else {}),
         environment=outcome.get("environment", {}),
     )
+    files.write_tensors(files.scores(cell), per_image)
     files.write_text(files.record_file(cell), record.to_json())
 
 
-def _measure(task: Task, cell: Cell, evaluator: Evaluator) -> dict[str, Value]:
+def _measure(
+    task: Task, cell: Cell, evaluator: Evaluator, scorer: ClipScorer | None
+) -> tuple[dict[str, Value], dict[str, torch.Tensor]]:
+    """All metrics, and the values of images [N] of those that are a mean over images."""
     images = _images(cell)
+    prompts = [] if scorer is None else prompts_of(task, "sample", range(len(images)))
     reference_features, reference_statistics, data_statistics = reference.read(task, evaluator)
     common = {
         "images": images,
         "reference_features": reference_features,
         "reference_statistics": reference_statistics,
         "data_statistics": data_statistics,
+        "clip_cosines": None if scorer is None else scorer.cosines(images, prompts),
     }
     if cell.method == FULL_PRECISION:
         features, maps = extract_with_maps(evaluator, images)
@@ -102,13 +122,15 @@ def _measure(task: Task, cell: Cell, evaluator: Evaluator) -> dict[str, Value]:
             temporal_error=errors["temporal"],
             **common,
         )
-    values = {}
+    values, per_image = {}, {}
     for name, metric in metrics().items():
         generator = torch.Generator().manual_seed(seed_of("score", name))
         value = metric.compute(evidence, generator)
         if value is not None:
             values[name] = value
-    return values
+            if metric.per_image is not None:
+                per_image[name] = metric.per_image(evidence)
+    return values, per_image
 
 
 def _images(cell: Cell) -> torch.Tensor:

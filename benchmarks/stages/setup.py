@@ -1,4 +1,4 @@
-"""What several stages begin with: the task's model, the noise of its images, the threads and the device."""
+"""What several stages begin with: the task's model, the noise and prompts of its images, and the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing diffusers takes seconds, and not all stages need 
 
 DEVICES = ("auto", "cpu", "cuda")
 # Classes of diffusers; the names are checked by `benchmarks.params`.
-SCHEDULERS = {"ddim": "DDIMScheduler"}
+SCHEDULERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler"}
 
 
 def task_of(suite: Suite, name: str) -> Task:
@@ -32,15 +32,18 @@ def task_of(suite: Suite, name: str) -> Task:
 
 
 def cells_of(
-    suite: Suite, table: str | None, task: str, method: str, precisions: Sequence[str] = (), seed: int = 0
+    suite: Suite, table: str | None, task: str, method: str, precisions: Sequence[str] = (), seed: int | None = None
 ) -> list[Cell]:
-    """The cells of one row of a table, all or those at ``precisions``; the full-precision row is in none.
+    """The cells of one row of a table, all or those at ``precisions`` or of a ``seed``; full precision is in none.
 
-    Raises ValueError with the nearest name for names that the suite or the table does not have.
+    Raises ValueError with the nearest name for names that the suite or the table does not have, and for a seed that
+    no precision has.
     """
     task_of(suite, task)
     if method == FULL_PRECISION:
-        return [Cell(task, FULL_PRECISION, "w32a32", seed)]
+        if seed not in (None, 0):
+            raise ValueError(f"seed {seed} is a calibration seed: full precision has 0 alone")
+        return [Cell(task, FULL_PRECISION, "w32a32")]
     if table not in suite.tables:
         raise discover.unknown("table", table, suite.tables, "Tables stand in params.yaml.")
     found = suite.tables[table]
@@ -51,7 +54,15 @@ def cells_of(
     for precision in precisions:
         if precision not in found.precisions:
             raise discover.unknown("precision", precision, found.precisions, f"Those of {table} are meant.")
-    return [Cell(task, method, precision, seed, found.protocol) for precision in precisions or found.precisions]
+    cells = [
+        Cell(task, method, precision, each, found.protocol)
+        for precision in precisions or found.precisions
+        for each in found.seeds_of(precision)
+        if seed in (None, each)
+    ]
+    if not cells:
+        raise ValueError(f"no cell has seed {seed}: `seeds` of table {table} says how many a precision has")
+    return cells
 
 
 def device_of(name: str) -> torch.device:
@@ -118,9 +129,38 @@ def draw_noise(
     return noise[0], noise[1:]
 
 
-def conditioning_of(model: Model, images: range) -> Conditioning | None:
-    """What ``images`` are conditioned on, or None."""
-    return None if model.conditioning is None else model.conditioning(images)
+def prompts_of(task: Task, purpose: str, images: range, seed: int = 0) -> list[str]:
+    """The prompts of some images of a conditional task: image i takes line i of its list, over and over.
+
+    Images of ``calibration`` have a list of their own, where those of a seed follow those of the seed before. Raises
+    ValueError if the list is missing or empty.
+    """
+    path = prompt_file(task, purpose)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not lines or not all(line.strip() for line in lines):
+        raise ValueError(f"{path} is missing, empty or has an empty line: write one prompt a line")
+    start = seed * task.calibration_images if purpose == "calibration" else 0
+    return [lines[(start + index) % len(lines)] for index in images]
+
+
+def prompt_file(task: Task, purpose: str) -> Path:
+    """The list of prompts of a conditional task's images."""
+    return Path(task.prompts) / ("calibration.txt" if purpose == "calibration" else "evaluation.txt")
+
+
+def conditioning_of(model: Model, task: Task, purpose: str, images: range, seed: int = 0) -> Conditioning | None:
+    """What ``images`` are conditioned on, or None; without guidance there is no unconditional half.
+
+    Raises ValueError if the model needs prompts and the task has none, or the other way round, and for prompts that are
+    missing or that the model does not know.
+    """
+    if (model.conditioning is None) != (task.prompts is None):
+        have, does = ("no prompts", "needs them") if task.prompts is None else ("prompts", "takes none")
+        raise ValueError(f"task {task.name} has {have}, but a model of family {task.family} {does}")
+    if model.conditioning is None:
+        return None
+    conditioning = model.conditioning(prompts_of(task, purpose, images, seed))
+    return conditioning if task.guidance_scale != 1 else dataclasses.replace(conditioning, unconditional=None)
 
 
 def batches(images: int, batch: int) -> list[range]:

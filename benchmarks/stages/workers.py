@@ -73,6 +73,12 @@ def run_units(
     return failures
 
 
+def run_all(units: Iterable[T], do: Callable[[T], object], shards: int, device: torch.device) -> None:
+    """`run_units` where all have to succeed: raises what the first failing one did."""
+    for _, error in run_units(units, do, shards, device):
+        raise error
+
+
 def _context(device: torch.device) -> multiprocessing.context.BaseContext:
     # A fork has all modules imported, which takes seconds otherwise. It is safe while this process has computed nothing
     # with more than one thread; CUDA does not survive it.

@@ -24,7 +24,6 @@ def suite(task_settings):
     return params.parse(
         {
             "name": "small",
-            "threads": 1,
             "tasks": {"emoji-ldm4": task_settings},
             "tables": {
                 "leaderboard": table,
@@ -32,7 +31,6 @@ def suite(task_settings):
                 "published": table | {"protocol": "published", "methods": ["tfmq"], "beside": ["tfmq"]},
             },
             "methods": {"nearest": {"images": 8}, "tfmq": {}, "prev": {}},
-            "seeds": [0],
         }
     )
 

@@ -23,7 +23,6 @@ def document(task_settings):
     del task_settings["name"]
     return {
         "name": "small",
-        "threads": 2,
         "tasks": {"emoji-ldm4": task_settings},
         "tables": {
             "leaderboard": {
@@ -48,7 +47,6 @@ def document(task_settings):
             },
         },
         "methods": {"nearest": {}, "tfmq": {"iterations": 1000}, "prev": {}},
-        "seeds": [0],
     }
 
 
@@ -78,10 +76,28 @@ def test_cells_are_those_of_full_precision_and_of_each_table_once(document):
         assert [cell.name for cell in suite.beside(table)] == ["emoji-ldm4/tfmq/w4a8"]
 
 
+def test_a_precision_may_have_several_calibration_seeds(document):
+    document["tables"]["leaderboard"] |= {"methods": ["tfmq"], "seeds": {"w4a8": 3}}
+    suite = parse(document)
+    assert suite.pools == 3
+    assert [cell.name for cell in suite.measured("leaderboard")] == [
+        "emoji-ldm4/tfmq/w8a8",
+        *(f"emoji-ldm4/tfmq/w4a8{seed}" for seed in ("", "-s1", "-s2")),
+    ]
+    assert [cell.name for cell in suite.beside("ablation")] == ["emoji-ldm4/tfmq/w4a8"]
+    assert [cell.seed for cell in suite.cells() if cell.method == "full_precision"] == [0]
+
+
+def test_only_ddim_adds_noise(document):
+    document["tasks"]["emoji-ldm4"] |= {"scheduler": "pndm", "eta": 0.5}
+    with pytest.raises(ValueError, match="eta is 0.5, but pndm adds no noise: give 0"):
+        parse(document)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("sead",), 1, "unknown key in params 'sead': did you mean 'seeds'"),
+        (("gate",), 1, "unknown key in params 'gate': did you mean 'gates'"),
         (("tasks", "emoji-ldm4", "step"), 1, "unknown key in params.tasks.emoji-ldm4 'step': did you mean 'steps'"),
         (("tasks", "emoji-ldm4", "steps"), "20", "params.tasks.emoji-ldm4.steps is '20': it must be a whole number"),
         (("tasks", "emoji-ldm4", "steps"), 0, "steps is 0, but must be at least 1"),
@@ -94,7 +110,6 @@ def test_cells_are_those_of_full_precision_and_of_each_table_once(document):
         (("methods", "tfqm"), {}, "unknown method 'tfqm': did you mean 'tfmq'.*baselines/tfqm.py"),
         (("methods", "nearest"), None, "params.methods.nearest is None: it must be a mapping"),
         (("methods", "full_precision"), {}, "full-precision row is always there"),
-        (("seeds",), [], "give"),
         (("tables", "leaderboard", "precisions"), ["4w8a"], "precision '4w8a' is not of the form"),
         (("tables", "leaderboard", "precisions"), ["w32a32"], "full-precision row is always there"),
         (("tables", "leaderboard", "precisions"), ["w4a8", "w4a8"], "each once"),
@@ -106,7 +121,15 @@ def test_cells_are_those_of_full_precision_and_of_each_table_once(document):
         (("tables", "ablation", "beside"), ["prev", "tfqm"], "did you mean 'tfmq'"),
         (("tables", "ablation", "precisions"), ["w4a32"], "shows emoji-ldm4/tfmq/w4a32 beside its own, but no table"),
         (("tables", "ablations"), {}, "params.tables.ablations lacks"),
-        (("threads",), 0, "at least 1"),
+        (("tables", "leaderboard", "seeds"), {"w4a9": 2}, "unknown precision in seeds 'w4a9': did you mean 'w4a8'"),
+        (("tables", "leaderboard", "seeds"), {"w4a8": 0}, "seeds of w4a8 is 0, but must be at least 1"),
+        (("tables", "ablation", "seeds"), {"w4a8": 2}, "shows emoji-ldm4/tfmq/w4a8-s1 beside its own, but no table"),
+        (("tasks", "emoji-ldm4", "guidance_scale"), 3.0, "guidance_scale is 3.0, but without prompts only 1"),
+        (
+            ("tasks", "emoji-ldm4", "clip"),
+            "data/clip",
+            "clip scores how images match prompts, but there are no prompts",
+        ),
     ],
 )
 def test_mistakes_are_named(document, path, value, message):
@@ -119,11 +142,11 @@ def test_mistakes_are_named(document, path, value, message):
 
 
 def test_missing_keys_are_named(document):
-    del document["seeds"], document["tasks"]["emoji-ldm4"]["eta"]
-    with pytest.raises(ValueError, match="params lacks seeds"):
+    del document["name"], document["tasks"]["emoji-ldm4"]["eta"]
+    with pytest.raises(ValueError, match="params lacks name"):
         parse(document)
     with pytest.raises(ValueError, match="params.tasks.emoji-ldm4 lacks eta"):
-        parse(document | {"seeds": [0]})
+        parse(document | {"name": "small"})
     with pytest.raises(ValueError, match="params is None"):
         parse(None)
 

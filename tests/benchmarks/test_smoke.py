@@ -14,14 +14,12 @@ def document(task_settings):
     table = {"protocol": "shared", "tasks": ["emoji-ldm4", "emoji-other"], "precisions": ["w8a8", "w4a8"]}
     return {
         "name": "small",
-        "threads": 2,
         "tasks": {"emoji-ldm4": task_settings, "emoji-other": task_settings | {"images": 2}},
         "tables": {
             "leaderboard": table | {"methods": METHODS},
             "published": table | {"protocol": "published", "methods": ["tfmq"], "tasks": ["emoji-other"]},
         },
         "methods": {name: {} for name in METHODS},
-        "seeds": [0],
     }
 
 

@@ -20,7 +20,6 @@ from benchmarks.small.data import Emoji, write_sheet, write_table
 
 PARAMS = {
     "name": "tiny",
-    "threads": 1,
     "tasks": {
         "toy": {
             "version": 1,
@@ -66,7 +65,6 @@ PARAMS = {
         "tfmq": {"iterations": 2, "temporal_iterations": 2},
         "temporal_feature_matters": {"iterations": 2, "temporal_iterations": 2},
     },
-    "seeds": [0],
 }
 
 
