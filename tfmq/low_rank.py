@@ -60,7 +60,9 @@ def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     matrix = matrix.double()
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     vectors = vectors[:, -rank:]
-    root = values[-rank:].clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)
+    # A singular value of 0 comes out as a rounding error of either sign.
+    limits = torch.finfo(values.dtype)
+    root = values[-rank:].clamp_min((values[-1] * limits.eps).clamp_min(limits.tiny)).pow(0.25)
     return vectors * root, (vectors / root).T @ matrix
 
 

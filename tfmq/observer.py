@@ -106,15 +106,17 @@ def _best_threshold(rows: Tensor, counts: Tensor | None, bits: int, side: Side) 
     """Threshold, scale and zero point (rows,) of the search; ``counts`` as in ``search``.
 
     It goes from the widest range to narrower ones, and stops where what is cut off alone costs more than the best range
-    in all: no narrower one can win.
+    in all: no narrower one can win. A two-sided grid has one code more on one side of 0, so that it reaches half a step
+    beyond the threshold there.
     """
     largest = rows.abs().amax(1)
+    reach = 1 + (side is Side.BOTH) / (2**bits - 1)
     best = [torch.full_like(largest, torch.inf), largest.clone(), side.scale(largest, bits), torch.zeros_like(largest)]
     chunk = _chunk(rows, 10)
     for first in range(THRESHOLDS, 0, -chunk):
         shares = torch.arange(first, max(first - chunk, 0), -1, device=rows.device)
         candidates = shares[:, None] * (largest / THRESHOLDS)
-        cut = (rows.abs() - candidates[0, :, None]).clamp_min_(0).pow_(SEARCH_NORM)
+        cut = (rows.abs() - reach * candidates[0, :, None]).clamp_min_(0).pow_(SEARCH_NORM)
         cut = cut.mean(-1) if counts is None else cut.mul_(counts).sum(-1) / counts.sum(-1)
         if (cut >= best[0]).all():
             break

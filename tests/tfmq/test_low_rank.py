@@ -55,9 +55,15 @@ def test_the_truncation_leaves_what_eckart_and_young_say(shape, rank):
     np.testing.assert_allclose(right.norm(dim=1).square().numpy()[::-1], values[:rank], rtol=1e-8)
 
 
-def test_a_matrix_of_lower_rank_has_finite_factors():
+def test_a_matrix_of_lower_rank_has_factors_that_fit_16_bits():
     left, right = truncate(torch.zeros(5, 8), 3)
     assert torch.equal(left @ right, torch.zeros(5, 8, dtype=torch.float64))
+    for seed in range(130, 150):  # in one of these an eigenvalue of 0 comes out negative
+        generator = torch.Generator().manual_seed(seed)
+        column = torch.randn(12, 2, generator=generator) @ torch.randn(2, 30, generator=generator)[:, :1]
+        matrix = column.expand(-1, 30)
+        left, right = (factor.half().double() for factor in truncate(matrix, 6))
+        torch.testing.assert_close(left @ right, matrix.double(), rtol=0, atol=1e-2)
 
 
 @torch.no_grad()

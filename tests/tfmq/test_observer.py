@@ -261,7 +261,7 @@ def test_threshold_search_keeps_a_zero_row():
     assert scale.isfinite().all()
 
 
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("sign", ["both", "positive", "negative"])
 def test_threshold_search_is_the_best_of_all_ranges(bits, sign):
     """Against a plain loop over all thresholds and zero points, without the early end."""
@@ -278,6 +278,18 @@ def test_threshold_search_is_the_best_of_all_ranges(bits, sign):
         for point in points:
             best = torch.minimum(best, criterion(rows, scale, torch.full((3,), float(point)), Grid.unsigned(bits)))
     torch.testing.assert_close(found, best, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_threshold_search_knows_how_far_a_two_sided_grid_reaches(bits):
+    """Half of the values lie where the odd code reaches and the threshold does not."""
+    row = torch.linspace(-0.3, 0.3, 1000)[None].clone()
+    row[:, ::2] = 1.0
+    found = criterion(row, *thresholds(row, bits), Grid.unsigned(bits))
+    last = 2**bits - 1
+    for c in range(1, 101):
+        candidate = torch.tensor([c / 100 * 2 / last]), torch.tensor([float(last // 2)])
+        assert found <= criterion(row, *candidate, Grid.unsigned(bits)) * (1 + 1e-5)
 
 
 @each(RUNNING_CASE, r"(?P<x>\w+)\.b(?P<bits>\d+)\.thr100\.ptq4dm\.last_out")
