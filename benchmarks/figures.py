@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,29 +21,34 @@ def temporal_error(curves: Mapping[str, np.ndarray], timesteps: np.ndarray, titl
     """Error of the quantised time-step features over the denoising steps, a line a method.
 
     ``curves`` maps a method to its error at each step, shape [T] (1 - cosine similarity to full precision, averaged
-    over projections); ``timesteps`` [T] are the scheduler's values, largest first, and run from left to right. The
-    legend has the order of the curves at their end.
+    over projections); ``timesteps`` [T] are the scheduler's values, and run from left to right, the largest first. A
+    time step that the scheduler repeats has one point, at the mean. The legend has the order of the curves at their
+    end.
     """
+    steps, step = np.unique(timesteps, return_inverse=True)
+    means = {name: np.bincount(step, curve) / np.bincount(step) for name, curve in curves.items()}
     figure = Figure(figsize=(9, max(3.6, 0.24 * len(curves) + 0.8)), layout="constrained")
     axes = figure.add_subplot()
     colours = colormaps["tab10"].colors
     lines = []
-    for index, (name, curve) in enumerate(curves.items()):
+    for index, (name, curve) in enumerate(means.items()):
         style = STYLES[index // len(colours) % len(STYLES)]
         shown = np.maximum(curve, SMALLEST_ERROR)
-        lines += axes.plot(timesteps, shown, style, marker=".", color=colours[index % len(colours)], label=name)
+        lines += axes.plot(steps, shown, style, marker=".", color=colours[index % len(colours)], label=name)
     axes.invert_xaxis()
     axes.set_yscale("log")
-    axes.set(title=title, xlabel="time step (noise to image)", ylabel="1 - cosine to full precision")
-    ordered = sorted(lines, key=lambda line: -line.get_ydata()[-1])
+    floor = f"\n(below {SMALLEST_ERROR:g} drawn there)" if min(map(np.min, means.values())) < SMALLEST_ERROR else ""
+    axes.set(title=title, xlabel="time step (noise to image)", ylabel=f"1 - cosine to full precision{floor}")
+    ordered = sorted(lines, key=lambda line: -line.get_ydata()[0])
     figure.legend(handles=ordered, loc="outside right upper", fontsize="small")
     return figure
 
 
-def sample_grid(images: Mapping[str, np.ndarray], columns: int = 8) -> Figure:
+def sample_grid(images: Mapping[str, np.ndarray], columns: int = 8, titles: Sequence[str] = ()) -> Figure:
     """The first ``columns`` images of each method, a row a method: a column shows the same initial noise.
 
-    ``images`` maps the row's label to uint8 images [N, 3, H, W]. Raises ValueError where a row has too few images.
+    ``images`` maps the row's label to uint8 images [N, 3, H, W]; ``titles`` stand above the columns. Raises ValueError
+    where a row has too few images.
     """
     short = [name for name, row in images.items() if len(row) < columns]
     if short:
@@ -51,17 +57,24 @@ def sample_grid(images: Mapping[str, np.ndarray], columns: int = 8) -> Figure:
     gap = max(1, strips[0].shape[0] // 16)
     strips = [np.pad(strip, ((0, gap), (0, 0), (0, 0)), constant_values=255) for strip in strips]
     whole = np.concatenate(strips)[:-gap]
+    above = [_short(title) for title in titles[:columns]]
     side, text = 0.62, 0.085 * max(len(name) for name in images) + 0.15
+    top = 0.08 * (1 + max(title.count("\n") for title in above)) + 0.08 if above else 0.0
     width, height = side * columns, side * columns * whole.shape[0] / whole.shape[1]
-    figure = Figure(figsize=(text + width, height))
-    axes = figure.add_axes((text / (text + width), 0, width / (text + width), 1))
+    figure = Figure(figsize=(text + width, height + top))
+    axes = figure.add_axes((text / (text + width), 0, width / (text + width), height / (height + top)))
     axes.imshow(whole, interpolation="nearest", aspect="auto")
     centres = [(index + 0.5) * strips[0].shape[0] - gap / 2 for index in range(len(strips))]
     axes.set_yticks(centres, images, fontsize=9)
-    axes.set_xticks([])
-    axes.tick_params(length=0)
+    axes.set_xticks([(index + 0.5) * whole.shape[1] / columns for index in range(len(above))], above, fontsize=5)
+    axes.tick_params(length=0, labelbottom=False, labeltop=True)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def _short(text: str) -> str:
+    """A text in up to three lines that fit above an image."""
+    return "\n".join(textwrap.wrap(text, 15, max_lines=3, placeholder=" …"))
 
 
 def intervals(values: Mapping[str, Mapping[str, Value]], title: str, label: str) -> Figure:
@@ -87,13 +100,17 @@ def intervals(values: Mapping[str, Mapping[str, Value]], title: str, label: str)
 
 
 def selection(cached: np.ndarray, projections: Sequence[str], timesteps: Sequence[int], title: str) -> Figure:
-    """Which temporal features are looked up in the cache and which computed: booleans [P, T], projections x steps."""
-    figure = Figure(figsize=(0.26 * len(timesteps) + 3.6, 0.2 * len(projections) + 1.2), layout="constrained")
+    """Which temporal features are looked up in the cache and which computed: booleans [P, T], projections x steps.
+
+    A time step that the scheduler repeats has one column: the features depend on nothing else.
+    """
+    steps, first = np.unique(timesteps, return_index=True)
+    cached, steps = cached[:, first[::-1]], steps[::-1]
+    figure = Figure(figsize=(0.26 * len(steps) + 3.6, 0.2 * len(projections) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    order = np.argsort(timesteps)[::-1]
-    axes.pcolormesh(cached[:, order].astype(float), cmap="Blues", vmin=0, vmax=1.4, edgecolors="white", linewidth=0.5)
+    axes.pcolormesh(cached.astype(float), cmap="Blues", vmin=0, vmax=1.4, edgecolors="white", linewidth=0.5)
     axes.set_yticks(np.arange(len(projections)) + 0.5, projections, fontsize=7)
-    axes.set_xticks(np.arange(len(timesteps)) + 0.5, np.asarray(timesteps)[order], fontsize=7, rotation=90)
+    axes.set_xticks(np.arange(len(steps)) + 0.5, steps, fontsize=7, rotation=90)
     axes.invert_yaxis()
     axes.set_title(f"{title}: dark is cached, {cached.mean():.0%} of all", fontsize=9)
     axes.set_xlabel("time step (noise to image)", fontsize=8)

@@ -33,6 +33,9 @@ def test_a_row_depends_on_the_settings_and_cells_of_its_own_table(stages, table)
     (cells,) = stages[f"generate_{table}"]["outs"][0]
     assert cells in stages[f"score_{table}"]["deps"]
     assert cells.endswith("-published") == (table == "published")
+    row = cells.removeprefix("work/cells/")
+    outs = {name for out in stages[f"score_{table}"]["outs"] for name in out}
+    assert outs == {f"results/records/{row}", f"work/scores/{row}"}
 
 
 def test_pools_depend_on_the_seeds_of_all_tables(stages):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,15 +11,18 @@ import pandas as pd
 
 import baselines
 from benchmarks import figures, findings, pages, tables
-from benchmarks.metrics import metrics
-from benchmarks.params import Suite
-from benchmarks.record import FULL_PRECISION, SHARED, Cell, Record
+from benchmarks.metrics import Metric, metrics
+from benchmarks.params import Suite, Task
+from benchmarks.record import FULL_PRECISION, SHARED, Cell, Record, Value
 from benchmarks.stages import files
+from benchmarks.stages.setup import prompts_of
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")
 GRID_COLUMNS = 10
-SHOWN_METRIC = "feature_distance"
+LEADERBOARD = "leaderboard"
+
+Draw = Callable[[str, str, figures.Figure], None]
 
 
 def run(suite: Suite) -> str:
@@ -44,12 +47,13 @@ def run(suite: Suite) -> str:
     }
     first = next(iter(shown))
     table = tables.RENDERERS[first](shown[first], known)
-    drawn = _figures(shown, known)
+    drawn = _figures(suite, shown, known)
     reported = pd.read_csv(REPORTED, dtype=str, keep_default_na=False)
     files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn))
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
-    files.write_text(files.RESULTS / "FINDINGS.md", findings.page(list(records.values()), known))
+    images = {cell: _image_values(cell) for cell, record in records.items() if record.metrics}
+    files.write_text(files.RESULTS / "FINDINGS.md", findings.page(list(records.values()), images, known))
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), table))
     return table
@@ -61,9 +65,10 @@ def _read(suite: Suite, cell: Cell) -> Record:
     if path.is_file():
         record = Record.from_json(path.read_text(encoding="utf-8"))
         images = files.cell_folder(cell) / files.IMAGES
-        if not record.metrics or (images.is_file() and files.sha256(images) == record.inputs["images"]):
+        there = images.is_file() and files.scores(cell).is_file()
+        if not record.metrics or (there and files.sha256(images) == record.inputs["images"]):
             return record
-        reason = "its images are missing or newer than its record; run `dvc repro`"
+        reason = "its images or their scores are missing or newer than its record; run `dvc repro`"
     task = suite.tasks[cell.task]
     return Record(
         task=task.name,
@@ -84,23 +89,31 @@ def _read(suite: Suite, cell: Cell) -> Record:
     )
 
 
-def _figures(shown: dict[str, list[Record]], known: dict) -> list[tuple[str, str]]:
-    """Write the figures; returns a caption and the path from the results page of each."""
+def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metric]) -> list[tuple[str, str]]:
+    """Write the figures, of seed 0; returns a caption and the path from the results page of each."""
     drawn = []
 
     def draw(name: str, text: str, figure: figures.Figure) -> None:
         files.write_bytes(files.RESULTS / "figures" / f"{name}.png", figures.png(figure))
         drawn.append((text, f"figures/{name}.png"))
 
+    shown = {name: [record for record in records if record.seed == 0] for name, records in shown.items()}
+    ranks = {
+        precision: {tables.label(method): value for method, value in row.items()}
+        for precision, row in tables.mean_ranks(shown.get(LEADERBOARD, [])).items()
+    }
+    if ranks:
+        text = "Mean rank over tasks by feature distance, 1 is best, with 95 % intervals"
+        draw("across-tasks", text, figures.intervals(ranks, "all tasks", "Mean rank"))
     every = list({record.cell: record for records in shown.values() for record in records}.values())
     for task in dict.fromkeys(record.task for record in every):
-        values: dict[str, dict[str, object]] = {}
+        values: dict[str, dict[str, Value]] = {}
         for record in every:
-            if record.task == task and record.protocol == SHARED and SHOWN_METRIC in record.metrics:
+            if record.task == task and record.protocol == SHARED and tables.QUALITY in record.metrics:
                 panel = values.setdefault(record.precision, {})
-                panel[tables.label(record.method)] = record.metrics[SHOWN_METRIC]
+                panel[tables.label(record.method)] = record.metrics[tables.QUALITY]
         if values:
-            metric = known[SHOWN_METRIC].label
+            metric = known[tables.QUALITY].label
             text = f"{task}: {metric.lower()} to the full-precision image of the same noise, with 95 % intervals"
             draw(f"{task}-intervals", text, figures.intervals(values, task, metric))
         for table, records in shown.items():
@@ -110,10 +123,7 @@ def _figures(shown: dict[str, list[Record]], known: dict) -> list[tuple[str, str
                 rows = [record for record in of_task if record.precision == precision and record.metrics]
                 if rows and full:
                     name, text = f"{task}-{table}-{precision}", f"{task}, {table}, {precision}"
-                    grid = {_label(record): _images(record) for record in [*full, *rows]}
-                    columns = min(GRID_COLUMNS, *(len(images) for images in grid.values()))
-                    sampled = figures.sample_grid(grid, columns)
-                    draw(f"{name}-samples", f"{text}: the same noise in each column", sampled)
+                    _draw_grid(draw, suite.tasks[task], name, text, [*full, *rows])
                     curves, timesteps = _curves(rows)
                     temporal = figures.temporal_error(curves, timesteps, text)
                     draw(f"{name}-temporal", f"{text}: error of the temporal features over steps", temporal)
@@ -125,6 +135,15 @@ def _figures(shown: dict[str, list[Record]], known: dict) -> list[tuple[str, str
             title = f"{_label(record)}, {record.precision}"
             draw(f"{name}-selection", text, figures.selection(cached, names, record.details["timesteps"], title))
     return drawn
+
+
+def _draw_grid(draw: Draw, task: Task, name: str, text: str, records: Sequence[Record]) -> None:
+    """The first images of some rows, under their prompts where the task has any."""
+    grid = {_label(record): _images(record) for record in records}
+    columns = min(GRID_COLUMNS, *(len(images) for images in grid.values()))
+    prompts = [] if task.prompts is None else prompts_of(task, "sample", range(columns))
+    same = "noise and prompt" if prompts else "noise"
+    draw(f"{name}-samples", f"{text}: the same {same} in each column", figures.sample_grid(grid, columns, prompts))
 
 
 def _label(record: Record) -> str:
@@ -141,3 +160,8 @@ def _curves(records: Sequence[Record]) -> tuple[dict[str, np.ndarray], np.ndarra
 
 def _images(record: Record) -> np.ndarray:
     return files.read_tensors(files.cell_folder(record.cell) / files.IMAGES)["images"].numpy()
+
+
+def _image_values(cell: Cell) -> dict[str, np.ndarray]:
+    """Values of a cell's images by metric."""
+    return {name: tensor.numpy() for name, tensor in files.read_tensors(files.scores(cell)).items()}

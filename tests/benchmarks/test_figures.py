@@ -13,6 +13,7 @@ def test_figures_are_the_same_bytes_each_time():
     for draw in (
         lambda: figures.temporal_error(curves, np.array([900, 500, 1]), "emoji-ldm4 w4a8"),
         lambda: figures.sample_grid(images, columns=3),
+        lambda: figures.sample_grid(images, columns=3, titles=["a prompt of many words that is cut", "red", "b"]),
         lambda: figures.intervals({"w4a8": {"tfmq": Value(0.2, 0.1, 0.3, 9)}, "w8a8": {}}, "emoji-ldm4", "Distance"),
         lambda: figures.selection(np.array([[True, False], [True, True]]), ["a", "b"], [1, 900], "tfmq"),
     ):
@@ -43,4 +44,39 @@ def test_curves_are_told_apart_and_named_in_the_order_of_their_ends():
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 15
     named = [text.get_text() for text in figure.legends[0].get_texts()]
     assert named[:3] == ["row 0", "row 1", "row 2"]
-    assert min(line.get_ydata().min() for line in lines) == figures.SMALLEST_ERROR
+
+
+def test_a_floor_is_named_where_it_is_used():
+    timesteps = np.array([900, 600, 1])
+    drawn = figures.temporal_error({"a": np.array([0.1, 0.0, 0.2])}, timesteps, "").axes[0]
+    assert min(line.get_ydata().min() for line in drawn.get_lines()) == figures.SMALLEST_ERROR
+    assert drawn.get_ylabel() == "1 - cosine to full precision\n(below 1e-08 drawn there)"
+    drawn = figures.temporal_error({"a": np.array([0.1, 0.3, 0.2])}, timesteps, "").axes[0]
+    assert drawn.get_ylabel() == "1 - cosine to full precision"
+
+
+def test_a_repeated_time_step_is_one_point():
+    curves = {"a": np.array([0.1, 0.2, 0.4, 0.8]), "b": np.array([0.4, 0.3, 0.3, 0.9])}
+    figure = figures.temporal_error(curves, np.array([951, 901, 901, 1]), "")
+    first, second = figure.axes[0].get_lines()
+    assert first.get_xdata().tolist() == [1, 901, 951]
+    np.testing.assert_allclose(first.get_ydata(), [0.8, 0.3, 0.1])
+    np.testing.assert_allclose(second.get_ydata(), [0.9, 0.3, 0.4])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b", "a"]
+    cached = np.array([[True, False, False, True], [False, False, False, True]])
+    axes = figures.selection(cached, ["p", "q"], [951, 901, 901, 1], "tfmq").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["951", "901", "1"]
+    assert axes.collections[0].get_array().tolist() == [[1, 0, 1], [0, 0, 1]]
+    assert "50% of all" in axes.get_title()
+
+
+def test_prompts_stand_above_their_columns():
+    images = {"row": np.zeros((4, 3, 16, 16), dtype=np.uint8)}
+    titles = ["red heart", "a prompt of so many words that not all of them can be shown here", "c", "d", "e"]
+    figure = figures.sample_grid(images, columns=4, titles=titles)
+    (axes,) = figure.axes
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown[0] == "red heart" and shown[2:] == ["c", "d"]
+    assert shown[1].count("\n") == 2 and shown[1].endswith("…")
+    assert axes.get_xticks().tolist() == [8.0, 24.0, 40.0, 56.0]
+    assert axes.get_position().y1 < 1

@@ -57,6 +57,7 @@ def test_rows_of_equal_coverage_share_a_line(make_record):
             make_record(method="full_precision", precision="w32a32"),
             make_record(coverage=covered),
             make_record(method="tfmq", coverage=covered),
+            make_record(method="tfmq", coverage=covered, seed=1),
             make_record(method="tfmq", protocol="published", coverage=covered | {"not_quantized": reasons}),
             make_record(method="odd", status="failed", reason="x", metrics={}, cost=None),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import baselines
+from benchmarks.metrics import metrics
 from benchmarks.stages import files
 
 DUMMY = '''
@@ -84,7 +87,54 @@ def test_a_record_without_its_images_is_not_shown_as_measured(suite, run, genera
     score("nearest", "w4a8")
     Path("work/cells/toy/nearest/w4a8/images.safetensors").unlink()
     assert run("tables") == (0, [])
-    assert "failed: its images are missing or newer than its record" in Path("results/README.md").read_text()
+    assert "failed: its images or their scores are missing" in Path("results/README.md").read_text()
+
+
+def test_the_values_of_images_are_kept_for_comparing_rows(suite, run, generate, score):
+    for method in ("nearest", "tfmq"):
+        generate(method, "w4a8")
+        record = score(method, "w4a8")["w4a8"]
+        values = load_file(f"work/scores/toy/{method}/w4a8.safetensors")
+        means = {name for name, metric in metrics().items() if metric.per_image is not None}
+        assert set(values) == means & set(record.metrics) >= {"feature_distance", "psnr", "noise_error", "perceptual"}
+        for name, tensor in values.items():
+            expected = record.metrics[name]
+            assert tensor.shape == (expected.n,) and tensor.mean().item() == pytest.approx(expected.value)
+    assert run("tables") == (0, [])
+    page = Path("results/FINDINGS.md").read_text()
+    assert "PTQ4DM" not in page and "| Difference |" not in page.split("## toy")[0]
+
+
+def test_a_cell_that_was_not_measured_has_scores_without_values(suite, generate, score):
+    generate("nearest", table="published")
+    assert score("nearest", table="published")["w4a8"].status == "not applicable"
+    assert load_file("work/scores/toy/nearest-published/w4a8.safetensors") == {}
+
+
+def test_tasks_and_seeds_are_summarised(suite, run, generate, score):
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["tables"]["leaderboard"]["seeds"] = {"w4a8": 2}
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    assert run("calibrate", "--task", "toy") == (0, [])
+    for method in ("nearest", "tfmq"):
+        assert generate(method) == (0, [])
+        assert set(score(method)) == {"w4a8", "w4a8-s1", "w4a32"}
+    # A second task with the same cells.
+    document["tasks"]["twin"] = document["tasks"]["toy"]
+    document["tables"]["leaderboard"]["tasks"].append("twin")
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    for folder in ("work/cells", "work/scores", "results/records"):
+        shutil.copytree(f"{folder}/toy", f"{folder}/twin")
+    for path in Path("results/records/twin").rglob("*.json"):
+        record = json.loads(path.read_text())
+        record["task"] = record["settings"]["task"]["name"] = "twin"
+        path.write_text(json.dumps(record))
+    assert run("tables") == (0, [])
+    page = Path("results/README.md").read_text()
+    assert "## Leaderboard\n\n### Across tasks\n\nMean rank over 2 tasks (toy, twin)" in page
+    assert "Over 2 seeds" in page and "(figures/across-tasks.png)" in page
+    cells = pd.read_csv("results/cells.csv")
+    assert (cells["seed"] == 1).sum() == 4
 
 
 def test_a_new_method_takes_one_file(suite, run, generate, score, monkeypatch):
