@@ -19,11 +19,11 @@ class Config:
     """Settings; the defaults are the paper's.
 
     Attributes:
-        rows: calibration rows, taken from the pool's images in turn.
+        rows: calibration rows, taken from the pool's images in turn; under guidance, of each half.
         mean: of the drawn steps, as a share of the schedule from its clean end.
         deviation: of the drawn steps, likewise; None for sqrt(T / 2) steps of a schedule of T.
         mispaired: pair latents and time steps as the released code does (see `ptq4dm_mispaired`).
-        momentum: of the running activation ranges, over batches of ``range_batch`` rows.
+        momentum: of the running activation ranges, over batches of ``range_batch`` shuffled rows.
     """
 
     rows: int = 1024
@@ -45,7 +45,7 @@ def quantize(
     """Quantise ``unet`` in place."""
     deviation = math.sqrt(pool.steps / 2) / pool.steps if config.deviation is None else config.deviation
     draw = mispaired_rows if config.mispaired else CalibrationSet.normal
-    rows = draw(pool, config.rows, config.mean, deviation, generator)
+    rows = draw(pool, config.rows, config.mean, deviation, generator).shuffled(generator)
     setting = QuantizationConfig(
         weight_range="thresholds",
         activation_range="thresholds",

@@ -11,6 +11,8 @@ Where the released code and the paper differ, and what is done here:
   reading here, in steps of the sampler; it gives no mu, and the code's 0.4 T is taken. The code draws with a
   deviation of 0.4 T, which puts 16 % of all rows on the cleanest and 7 % on the noisiest step.
 - The code pairs latents with the wrong time steps; that is the row `ptq4dm_mispaired`.
+- The code calibrates class-conditional models on one class; here each row has its image's own condition, and under
+  guidance is there with the unconditional one too.
 - The code quantises the outputs of layers, so that inputs of convolutions, after norm and activation function, stay
   in full precision; here inputs are quantised, the same for every method.
 - The code leaves attention in full precision, since its layers are of a kind that it does not replace (protocol

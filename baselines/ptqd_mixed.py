@@ -62,26 +62,27 @@ def quantize(
     range_steps = pool.steps if config.range_steps is None else config.range_steps
     step_sizes = StepSizeConfig(config.activation_iterations, config.batch, config.activation_learning_rate)
 
-    def calibrate(bits: int, positions: Tensor) -> None:
-        """Ranges at a width, from the rows of these positions of the schedule."""
+    def calibrate(bits: int, among: Tensor) -> None:
+        """Ranges at a width, from the rows of these time steps."""
         set_bits(unet, plans[bits])
-        rows = pool.spaced(range_steps, config.range_images, positions).shuffled(generator).to(unet.device)
+        rows = pool.spaced(range_steps, config.range_images, among).shuffled(generator).to(unet.device)
         calibrate_activations(unet, layout, rows, setting)
         report.effort.unet_evaluations += len(rows)
 
     with report.timed("activations"):
         timesteps, where = pool.timesteps.unique(return_inverse=True)
-        positions = torch.arange(pool.steps)
-        calibrate(SMALL, positions)
+        calibrate(SMALL, timesteps)
         images = min(config.correction_images, pool.images)
         predicted = [quantized_noise(unet, pool, step, images, config.range_batch).cpu() for step in range(pool.steps)]
         report.effort.unet_evaluations += (1 if pool.unconditional is None else 2) * pool.steps * images
-        snr = quantization_snr(pool.noise[:, :images].cpu(), torch.stack(predicted)) ** config.snr_power
-        needed = forward_snr(pool.alphas[:-1].cpu())
+        snr = quantization_snr(pool.noise[:, :images].cpu(), torch.stack(predicted), pool.timesteps)
+        snr = snr**config.snr_power
+        alphas = torch.zeros(len(timesteps), dtype=torch.float64).scatter_(0, where, pool.alphas[:-1].cpu())
+        needed = forward_snr(alphas)
         chosen = smallest_bits({SMALL: snr}, needed, precision.activation_bits)
         at_bits: dict[int, Ranges] = {}
         for bits in chosen.unique().tolist():
-            own = positions[chosen == bits]
+            own = timesteps[chosen == bits]
             calibrate(bits, own)
             if step_sizes.iterations:
                 rows = pool.spaced(config.steps, config.images, own).to(unet.device)
@@ -90,13 +91,12 @@ def quantize(
             at_bits[bits] = ranges_of(unet)
         set_bits(unet, plans[precision.activation_bits])
         unet.step_tracker.steps = timesteps
-        step_bits = torch.zeros_like(timesteps).scatter_reduce_(0, where, chosen, "amax")
-        mix_ranges(unet, at_bits, step_bits)
+        mix_ranges(unet, at_bits, chosen)
     _ptqd.correct(unet, pool, config, report)
     report.coverage = coverage(unet)
-    report.details["activation_bits"] = _by_step(timesteps, step_bits)
-    report.details["quantization_snr"] = _by_step(pool.timesteps, snr)
-    report.details["forward_snr"] = _by_step(pool.timesteps, needed)
+    report.details["activation_bits"] = _by_step(timesteps, chosen)
+    report.details["quantization_snr"] = _by_step(timesteps, snr)
+    report.details["forward_snr"] = _by_step(timesteps, needed)
     return report
 
 

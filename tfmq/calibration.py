@@ -59,13 +59,13 @@ class CalibrationSet:
 
     Attributes:
         latents: float32 (steps, images, C, H, W), noisiest step first.
-        timesteps: int64 (steps,), the finite set of the schedule.
+        timesteps: int64 (steps,), those of the schedule; one that it repeats (PNDM) stands there as often.
         noise: float32 (steps, images, C, H, W), the full-precision prediction at each step, after guidance.
         samples: float32 (images, C, H, W), the final latents.
         alphas: float64 (steps + 1,), cumulative alpha at each step, then what it is after the last step.
         settings: of the sampling pass.
         context: (images, tokens, D) or None.
-        unconditional: (images, tokens, D) or None; where given, drawn rows hold both halves of guidance.
+        unconditional: (images, tokens, D), or None where there was no guidance; with it, drawn rows hold both halves.
     """
 
     latents: Tensor
@@ -91,15 +91,19 @@ class CalibrationSet:
         return self.latents.shape[1]
 
     def spaced(self, steps: int, images: int, among: Tensor | None = None) -> CalibrationRows:
-        """The first ``images`` images at ``steps`` uniformly spaced steps from the noisiest, ordered by step.
+        """The first ``images`` images at ``steps`` uniformly spaced time steps from the noisiest, ordered by step.
 
-        Q-Diffusion's draw (arXiv 2302.04304, section 4.1). More than the pool holds is cut to what it holds. ``among``
-        restricts it to these positions of the schedule.
+        Q-Diffusion's draw (arXiv 2302.04304, section 4.1). More than the pool holds is cut to what it holds. A time
+        step that the schedule repeats (PNDM) counts once and gives the rows of each visit. ``among`` restricts the draw
+        to these time steps.
         """
-        among = torch.arange(self.steps) if among is None else among
-        steps, images = min(steps, len(among)), min(images, self.images)
-        chosen = among[torch.arange(steps) * len(among) // steps]
-        return self.rows(chosen.repeat_interleave(images), torch.arange(images).repeat(steps))
+        finite_set = self.timesteps.unique().flip(0)
+        if among is not None:
+            finite_set = finite_set[torch.isin(finite_set, among)]
+        steps, images = min(steps, len(finite_set)), min(images, self.images)
+        chosen = finite_set[torch.arange(steps) * len(finite_set) // steps]
+        visits = torch.isin(self.timesteps, chosen).nonzero().flatten()
+        return self.rows(visits.repeat_interleave(images), torch.arange(images).repeat(len(visits)))
 
     def normal(self, count: int, mean: float, deviation: float, generator: torch.Generator) -> CalibrationRows:
         """``count`` rows whose steps are normally distributed, each of the next image: PTQ4DM's draw (NDTC).
@@ -175,7 +179,7 @@ def collect_calibration(
         alphas=cumulative_alphas(scheduler, timesteps),
         settings=settings,
         context=_on_cpu(conditioning and conditioning.context),
-        unconditional=_on_cpu(conditioning and conditioning.unconditional),
+        unconditional=_on_cpu(conditioning and conditioning.unconditional) if settings.guidance_scale != 1.0 else None,
     )
 
 

@@ -163,7 +163,7 @@ class FakeQuantize(nn.Module):
         return self._quantize(x, self.scale, self.zero_point) if self.enabled else x
 
     def _quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        if len(scale) == 1:
+        if len(scale) == 1 and self.step_bits is None:
             return fake_quantize(x, scale, zero_point, self.grid)
         index, grid = self.tracker.index, self.grid
         scale, zero_point = scale[index], zero_point[index]

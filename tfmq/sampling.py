@@ -85,11 +85,14 @@ def sample(
             DDIM's sigma is proportional to eta, also in its direction term, so eta sigma'/sigma reduces it to sigma'.
 
     Raises:
-        ValueError: the UNet predicted NaN or infinity; the message names the step and the first layer.
+        ValueError: the UNet predicted NaN or infinity, with the step and the first layer; or eta is above 0 and the
+            scheduler takes none.
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(settings.steps, device=noise.device)
     accepts_eta = "eta" in inspect.signature(scheduler.step).parameters
+    if settings.eta > 0 and not accepts_eta:
+        raise ValueError(f"{type(scheduler).__name__} takes no eta, and eta is {settings.eta}: set it to 0")
     latents = noise * scheduler.init_noise_sigma
     for index, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)

@@ -17,9 +17,21 @@ from tfmq.unet import UNet
 Ranges = dict[str, tuple[int, Tensor, Tensor]]
 
 
-def quantization_snr(noise: Tensor, predicted: Tensor) -> Tensor:
-    """||eps|| / ||eps_hat - eps|| over all images of each step: (steps,) for predictions (steps, images, C, H, W)."""
-    return noise.flatten(1).double().norm(dim=1) / (predicted - noise).flatten(1).double().norm(dim=1)
+def quantization_snr(noise: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+    """||eps|| / ||eps_hat - eps|| over all images of each time step, whether visited once or more: (S,), ascending.
+
+    Args:
+        noise, predicted: (visits, images, C, H, W).
+        timesteps: (visits,), of which S are distinct.
+    """
+    distinct, where = timesteps.unique(return_inverse=True)
+
+    def squared_norms(x: Tensor) -> Tensor:
+        return x.new_zeros(len(distinct), dtype=torch.float64).index_add_(
+            0, where, x.double().square().flatten(1).sum(1)
+        )
+
+    return (squared_norms(noise) / squared_norms(predicted - noise)).sqrt()
 
 
 def forward_snr(alphas: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class LearnedStepWeight(nn.Module):
 class TrainingConfig:
     """Settings of the training.
 
-    AdamW in three groups: weights, biases and norms, and the step networks, take ``learning_rate`` and
-    ``weight_decay``; the weights' step sizes a tenth of that rate and no decay. The rate rises linearly over the first
-    ``warmup`` part of the iterations, then falls to 0 along a cosine.
+    AdamW in three groups: weights, biases and norms take ``learning_rate``, the step networks
+    ``network_learning_rate``, both with ``weight_decay``; the weights' step sizes a tenth of ``learning_rate`` and no
+    decay. Rates rise linearly over the first ``warmup`` part of the iterations, then fall to 0 along a cosine.
     """
 
     iterations: int = 200_000
@@ -86,8 +86,8 @@ def train(
 ) -> list[float]:
     """Train ``unet``, its quantisers in place, to predict the noise added to ``pool.samples``; returns the losses.
 
-    Time steps are drawn uniformly from the finite set of the schedule. All parameters learn, those of layers in full
-    precision too. At the end weights are folded; the networks are left to the caller to tabulate.
+    Time steps are drawn uniformly from the schedule, one that it repeats as often. All parameters learn, those of layers
+    in full precision too. At the end weights are folded; the networks are left to the caller to tabulate.
 
     Raises ValueError if the loss becomes NaN or infinite.
     """

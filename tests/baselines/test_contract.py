@@ -1,10 +1,11 @@
-"""What every method keeps to, whichever it is."""
+"""What every method keeps to, whichever it is and whatever the kind of model."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -13,34 +14,37 @@ from torch import nn
 from benchmarks import discover
 from tests.tfmq import networks
 from tfmq.checkpoint import load_quantized, save_quantized
-from tfmq.correction import correction_of
 from tfmq.plan import SHARED, activation_quantizers
 from tfmq.precision import FULL, Precision
-from tfmq.sampling import sample
+from tfmq.sampling import predict_noise
 from tfmq.unet import UNetLayout
 
 METHODS = discover.names(discover.METHODS)
 PUBLISHED = [name for name in METHODS if discover.method(name).published is not None]
-PRECISIONS = ("w8a8", "w4a32", "w4a8", "w4a4")
+CASES = [("unconditional", precision) for precision in ("w8a8", "w4a32", "w4a8", "w4a4")]
+CASES += [("class", "w4a8"), ("text", "w4a8")]
 
 
 def small(method):
-    """The method's settings with few iterations."""
+    """The method's settings with few iterations and rows."""
     default = method.config()
-    names = [field.name for field in dataclasses.fields(default) if field.name.endswith("iterations")]
-    return dataclasses.replace(default, **{name: min(2, getattr(default, name)) for name in names})
+    most = {f.name: 2 for f in dataclasses.fields(default) if f.name.endswith("iterations")}
+    most |= {f.name: 64 for f in dataclasses.fields(default) if f.name == "rows"}
+    return dataclasses.replace(default, **{name: min(limit, getattr(default, name)) for name, limit in most.items()})
 
 
-def quantized(name, precision, protocol=SHARED):
+@cache
+def quantized(name, kind, precision, published=False):
     """A quantised tiny network, the full-precision one and the report; None where the method objects."""
-    method, precision = discover.method(name), Precision.parse(precision)
+    kind, method, precision = networks.KINDS[kind], discover.method(name), Precision.parse(precision)
+    protocol = method.published if published else SHARED
     reason = method.objection(precision)
     if reason:
         assert len(reason) > 10
         return None
-    unet = networks.unconditional()
+    unet = kind.build()
     full = copy.deepcopy(unet)
-    pool = networks.pool(full)
+    pool = kind.pool(full)
     before, state = copy.deepcopy(pool.tensors), torch.random.get_rng_state()
     report = method.quantize(unet, pool, precision, small(method), networks.generator(), protocol)
     assert all(torch.equal(tensor, before[key]) for key, tensor in pool.tensors.items()), "the pool is shared"
@@ -48,15 +52,10 @@ def quantized(name, precision, protocol=SHARED):
     return unet, full, report
 
 
-def draw(unet):
-    """Two samples with the network's correction, as the generate stage draws them."""
-    return sample(unet, networks.scheduler(), networks.noise(2), networks.SETTINGS, correction=correction_of(unet))
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("kind", "precision"), CASES)
 @pytest.mark.parametrize("name", METHODS)
-def test_quantises_every_layer_or_says_why_not(name, precision):
-    found = quantized(name, precision)
+def test_quantises_every_layer_or_says_why_not(name, kind, precision):
+    found = quantized(name, kind, precision)
     if found is None:
         return
     unet, full, report = found
@@ -68,16 +67,18 @@ def test_quantises_every_layer_or_says_why_not(name, precision):
     assert all(quantizer.enabled for quantizer in activation_quantizers(unet).values())
     assert set(report.seconds) == {"weights", "activations"}
     assert json.loads(json.dumps(report.details, allow_nan=False)) == report.details
-    x = networks.noise(2)
+    x, step, conditioning = networks.noise(2), torch.tensor(401), networks.KINDS[kind].conditioning(2)
     with torch.no_grad():
-        error = (unet(x, 401).sample - full(x, 401).sample).norm() / full(x, 401).sample.norm()
+        expected, found = (predict_noise(u, x, step, conditioning, 1.0) for u in (full, unet))
+    error = (found - expected).norm() / expected.norm()
     assert 0 < error < 1, "a prediction of no noise would be closer"
 
 
+@pytest.mark.parametrize("kind", ["unconditional", "class"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_its_own_protocol_leaves_out_what_it_names(name):
+def test_its_own_protocol_leaves_out_what_it_names(name, kind):
     protocol = discover.method(name).published
-    found = quantized(name, "w4a8", protocol)
+    found = quantized(name, kind, "w4a8", published=True)
     assert found is not None and protocol.name == "published"
     unet, full, report = found
     roles = UNetLayout.of(full).roles
@@ -87,15 +88,17 @@ def test_its_own_protocol_leaves_out_what_it_names(name):
             if path in rows:
                 assert rows[path].weight_bits >= bits and rows[path].activation_bits >= bits, path
                 assert rows[path].reason or bits < FULL
-    assert torch.isfinite(draw(unet)).all()
+    assert torch.isfinite(networks.KINDS[kind].draw(unet)).all()
 
 
+@pytest.mark.parametrize("kind", networks.KINDS)
 @pytest.mark.parametrize("name", METHODS)
-def test_is_repeated_exactly_and_survives_its_checkpoint(name, tmp_path):
-    unet, _, _ = quantized(name, "w4a8")
+def test_is_repeated_exactly_and_survives_its_checkpoint(name, kind, tmp_path):
+    draw = networks.KINDS[kind].draw
+    unet, _, _ = quantized(name, kind, "w4a8")
     images = draw(unet)
     assert torch.isfinite(images).all()
-    again, _, _ = quantized(name, "w4a8")
+    again, _, _ = quantized.__wrapped__(name, kind, "w4a8")
     assert torch.equal(draw(again), images)
     save_quantized(unet, tmp_path / "quantized.safetensors", {})
     torch.testing.assert_close(draw(load_quantized(tmp_path / "quantized.safetensors")), images, rtol=0, atol=1e-6)

@@ -37,8 +37,21 @@ def test_the_draw_is_that_of_the_row(method, monkeypatch):
     steps = seen["rows"].timesteps
     assert len(steps) == 1024 and seen["setting"].activation_momentum == 0.9
     if method is ptq4dm.METHOD:  # sqrt(5 / 2) steps around 2 of 5, counted from the clean end
-        assert torch.equal(
-            steps, pool.timesteps.flip(0)[normal_steps(1024, 0.4, 2.5**0.5 / 5, 5, networks.generator())]
-        )
+        drawn = pool.timesteps.flip(0)[normal_steps(1024, 0.4, 2.5**0.5 / 5, 5, networks.generator())]
+        assert torch.equal(steps.sort().values, drawn.sort().values)
     else:
         assert set(steps.tolist()) == set(range(pool.steps))
+
+
+@pytest.mark.parametrize("method", [ptq4dm.METHOD, ptq4dm_mispaired.METHOD])
+def test_under_guidance_every_batch_holds_both_halves(method, monkeypatch):
+    seen = []
+    monkeypatch.setattr(_ptq4dm, "quantize_", lambda unet, precision, setting, rows, *rest: seen.append(rows))
+    kind = networks.KINDS["text"]
+    unet = kind.build()
+    pool = kind.pool(unet)
+    method.quantize(unet, pool, Precision.parse("w8a8"), method.config(), networks.generator(), SHARED)
+    assert len(seen[0]) == 2048
+    for batch in seen[0].batches(256):
+        unconditional = (batch.context == pool.unconditional[0]).all((1, 2)).float()
+        assert 0.35 < unconditional.mean() < 0.65

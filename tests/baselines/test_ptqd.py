@@ -45,6 +45,22 @@ def test_widths_follow_the_rule_and_are_reported(power, expected):
     assert correction_of(unet) is not None
 
 
+def test_a_step_that_the_schedule_repeats_gets_one_width():
+    kind = networks.KINDS["text"]
+    unet = kind.build()
+    pool = kind.pool(unet)
+    method, config = ptqd_mixed.METHOD, ptqd_mixed.METHOD.config(**FEW, snr_power=0.0)
+    report = method.quantize(unet, pool, Precision.parse("w4a8"), config, networks.generator(), SHARED)
+    finite_set = pool.timesteps.unique()
+    assert len(finite_set) == 5 and pool.steps == 6
+    alphas = networks.scheduler().alphas_cumprod[finite_set]
+    expected = {str(t): 4 if alpha < 0.5 else 8 for t, alpha in zip(finite_set.tolist(), alphas, strict=True)}
+    assert report.details["activation_bits"] == expected and set(expected.values()) == {4, 8}
+    for name in ("quantization_snr", "forward_snr"):
+        assert report.details[name].keys() == expected.keys()
+    assert torch.equal(correction_of(unet).timesteps, finite_set)
+
+
 def test_mixing_needs_a_width_above_the_smallest():
     assert not ptqd_mixed.objection(Precision.parse("w4a8"))
     assert "full precision" in ptqd_mixed.objection(Precision.parse("w4a32"))

@@ -57,6 +57,29 @@ def test_published_layers_are_what_the_authors_quantise(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
+def test_tables_are_the_networks_at_each_time_step_of_a_schedule_that_repeats_one(name, monkeypatch):
+    module = {"tdq": tdq, "tdq_qat": tdq_qat}[name]
+    seen, tabulate = {}, module.tabulate
+
+    def record(made, quantizers, encodings):
+        tabulate(made, quantizers, encodings)
+        seen.update(networks=made, quantizers=quantizers)
+
+    monkeypatch.setattr(module, "tabulate", record)
+    kind, (method, config) = networks.KINDS["text"], ROWS[name]
+    unet = kind.build()
+    pool = kind.pool(unet)
+    method.quantize(unet, pool, Precision.parse("w4a4"), config, networks.generator(), SHARED)
+    with torch.no_grad():
+        assert {len(quantizer.scale) for quantizer in seen["quantizers"].values()} == {5}
+        for timestep in pool.timesteps:
+            unet.step_tracker.set(timestep)
+            expected = seen["networks"](unet.time_proj(timestep[None]))[:, 0]
+            for position, quantizer in enumerate(seen["quantizers"].values()):
+                torch.testing.assert_close(quantizer.scale[unet.step_tracker.index], expected[position])
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_a_guided_pool_serves_as_well(name):
     method, config = ROWS[name]
     unet = networks.conditional()

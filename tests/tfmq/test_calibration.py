@@ -50,6 +50,18 @@ def test_batches_of_steps_are_of_one_step_each_and_in_order():
     assert torch.equal(torch.cat([batch.latents for batch in rows.batches(7)]), rows.latents)
 
 
+def test_a_repeated_time_step_is_spaced_as_one_and_gives_the_rows_of_both_visits():
+    pool = dataclasses.replace(numbered_pool(5, 3), timesteps=torch.tensor([601, 401, 401, 201, 1]))
+    for steps, expected in ((4, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4]), (2, [0, 3])):
+        rows = pool.spaced(steps, 2)
+        visits = [100 * visit + image for visit in expected for image in range(2)]
+        assert rows.latents[:, 0, 0, 0].tolist() == visits, "the cleanest step has to be among all"
+        assert torch.equal(rows.timesteps, pool.timesteps[expected].repeat_interleave(2))
+    among = torch.tensor([1, 401])
+    assert pool.spaced(2, 1, among).timesteps.tolist() == [401, 401, 1]
+    assert pool.spaced(1, 1, among).timesteps.tolist() == [401, 401]
+
+
 @each(DRAW, r"T(?P<steps>\d+)\.(?P<kind>\w+)\.small\.t")
 def test_numbers_become_the_published_steps(match):
     values = tensors(DRAW)

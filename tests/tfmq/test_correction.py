@@ -212,6 +212,35 @@ def test_trajectory_equals_the_published_one(match):
     torch.testing.assert_close(found, values[match[0]], rtol=1e-4, atol=1e-4)
 
 
+def test_under_a_repeated_step_and_guidance_the_correction_is_looked_up_by_time_step():
+    """An error that is a number for each time step is taken back exactly by a scheduler that visits one twice."""
+    errors = {801: 0.2, 601: -0.1, 401: 0.3, 201: -0.2, 1: 0.1}
+
+    def network(wrong):
+        def predict(x, t, context):
+            # Guidance multiplies an error of the conditional half alone by its scale.
+            return 0.5 * x.flip(3) + context[:, :, :, None] * 0.1 + wrong * errors[t] * (context[:, :, :, None] > 0)
+
+        return Network(predict)
+
+    settings = SamplingSettings(steps=5, guidance_scale=7.5)
+    given = {"conditioning": Conditioning(torch.ones(3, 1, 1), -torch.ones(3, 1, 1))}
+    pool = collect_calibration(network(False), networks.pndm(), networks.noise(3), settings, batch=2, **given)
+    assert pool.timesteps.tolist() == [801, 601, 601, 401, 201, 1]
+    correction = measure_correction(network(True), pool, images=3, batch=2)
+    assert correction.timesteps.tolist() == sorted(errors)
+    biases = torch.tensor([7.5 * errors[t] for t in sorted(errors)])
+    torch.testing.assert_close(correction.biases, biases[:, None].expand(-1, 3), rtol=1e-4, atol=1e-5)
+    alphas = networks.scheduler().alphas_cumprod[correction.timesteps].double()
+    assert torch.equal(correction.alphas, alphas) and torch.equal(correction.previous_alphas[1:], alphas[:-1])
+    given["correction"] = correction
+    found = sample(network(True), networks.pndm(), networks.noise(3), settings, **given)
+    torch.testing.assert_close(found, pool.samples, rtol=1e-3, atol=1e-3)
+    del given["correction"]
+    wrong = sample(network(True), networks.pndm(), networks.noise(3), settings, **given)
+    assert (wrong - pool.samples).abs().mean() > 0.1
+
+
 def test_a_corrected_network_is_nearer_to_full_precision_and_keeps_its_correction(tmp_path):
     full, unet = networks.unconditional(), networks.unconditional()
     pool = networks.pool(full)

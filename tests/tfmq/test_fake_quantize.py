@@ -101,6 +101,10 @@ def test_mixed_bits_are_looked_up_by_step():
         torch.testing.assert_close(alone[-1], torch.fake_quantize_per_tensor_affine(x[row], *args))
     quantizer.tracker.set(torch.tensor([801, 1, 401]))
     assert torch.equal(quantizer(x), torch.stack(alone))
+    single = FakeQuantize(8, tracker_of(801))
+    single.mix_bits(bits[2:], scale[2:], zero_point[2:])
+    single.tracker.set(801)
+    assert torch.equal(single(x[0]), alone[0]), "a schedule of one step"
     with pytest.raises(ValueError, match="widths that vary"):
         FakeQuantize(8, StepTracker(), symmetric=True).mix_bits(bits, scale, zero_point)
 

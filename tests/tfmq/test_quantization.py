@@ -117,6 +117,8 @@ def test_conditional_networks_are_quantised_too():
         expected = full(rows.latents, rows.timesteps, context).sample
         error = (unet(rows.latents, rows.timesteps, context).sample - expected).norm() / expected.norm()
     assert 0 < error < 0.5
+    tables = {path.removesuffix(".input_quantizer") for path, q in activation_quantizers(unet).items() if q.per_step}
+    assert tables == {path for path in quantized_layers(unet) if "time_emb" in path}, "a context is no temporal feature"
     assert all(
         isinstance(m, QuantizedLayer) for m in unet.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
     )

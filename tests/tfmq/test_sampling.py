@@ -10,7 +10,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
-    PNDMScheduler,
     VQModel,
 )
 
@@ -75,9 +74,27 @@ def test_step_noise_is_added_and_needed_for_eta():
 
 
 def test_a_schedule_that_repeats_steps_is_recorded_step_by_step():
-    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
-    pool = collect_calibration(networks.unconditional(), scheduler, networks.noise(2), networks.SETTINGS, batch=2)
+    pool = collect_calibration(networks.unconditional(), networks.pndm(), networks.noise(2), networks.SETTINGS, batch=2)
     assert pool.steps == 6 and len(pool.timesteps.unique()) == 5
+    alphas = networks.scheduler().alphas_cumprod
+    assert torch.equal(pool.alphas, torch.cat([alphas[pool.timesteps], alphas[:1]]).double())
+
+
+def test_a_scheduler_without_eta_is_not_given_one():
+    with pytest.raises(ValueError, match=r"PNDMScheduler takes no eta, and eta is 0\.5"):
+        settings = SamplingSettings(steps=3, eta=0.5)
+        sample(networks.unconditional(), networks.pndm(), networks.noise(), settings)
+
+
+def test_a_pool_without_guidance_keeps_no_unconditional_half():
+    kind = networks.KINDS["class"]
+    unet = kind.build()
+    conditioning = kind.conditioning(2)
+    pool = collect_calibration(
+        unet, networks.scheduler(), networks.noise(2), networks.SETTINGS, batch=2, conditioning=conditioning
+    )
+    assert pool.unconditional is None and torch.equal(pool.context, conditioning.context)
+    assert len(pool.spaced(5, 2)) == 10 and len(kind.pool(unet, 2).spaced(5, 2)) == 20
 
 
 def test_pool_rows_are_the_trajectory():

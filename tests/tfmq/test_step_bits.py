@@ -16,8 +16,12 @@ from tfmq.unet import UNetLayout
 def test_ratio_of_a_known_error():
     noise = torch.randn(3, 2, 3, 4, 4, generator=networks.generator())
     share = torch.tensor([0.5, 0.1, 0.01])
-    snr = quantization_snr(noise, noise * (1 + share.view(-1, 1, 1, 1, 1)))
-    torch.testing.assert_close(snr, 1 / share.double(), rtol=1e-3, atol=0)
+    predicted = noise * (1 + share.view(-1, 1, 1, 1, 1))
+    snr = quantization_snr(noise, predicted, torch.tensor([801, 401, 1]))
+    torch.testing.assert_close(snr, 1 / share.double().flip(0), rtol=1e-3, atol=0)
+    snr = quantization_snr(noise, predicted, torch.tensor([401, 401, 1]))
+    both = noise[:2].norm() / (predicted - noise)[:2].norm()
+    torch.testing.assert_close(snr, torch.stack([1 / share[2], both]).double(), rtol=1e-3, atol=0)
 
 
 def test_ratio_of_the_latents_is_signal_over_noise_power():
@@ -45,8 +49,7 @@ def test_a_mixed_network_is_at_each_step_the_one_of_that_width(tmp_path):
     at_bits, alone = {}, {}
     for bits in (4, 8):
         set_bits(unet, plan_for(full, layout, Precision(4, bits)))
-        own = (chosen.flip(0) == bits).nonzero().flatten()  # the pool's steps descend
-        calibrate_activations(unet, layout, pool.spaced(5, 4, own), config)
+        calibrate_activations(unet, layout, pool.spaced(5, 4, among=steps[chosen == bits]), config)
         at_bits[bits] = ranges_of(unet)
         alone[bits] = {int(t): unet(x, t).sample for t in steps}
     unet.step_tracker.steps = steps

@@ -53,8 +53,10 @@ def test_folding_changes_no_weight(layer):
     assert (twin.weight_zero_point == 8).all()
 
 
-def test_noised_samples_follow_the_schedule():
-    pool = networks.pool(networks.unconditional())
+@pytest.mark.parametrize("kind", networks.KINDS)
+def test_noised_samples_follow_the_schedule(kind):
+    kind = networks.KINDS[kind]
+    pool = kind.pool(kind.build())
     alphas = networks.scheduler().alphas_cumprod
     rows, noise = noised(pool, 50, networks.generator())
     for latents, timestep, e in zip(rows.latents, rows.timesteps, noise, strict=True):
