@@ -86,7 +86,7 @@ def train(
 ) -> list[float]:
     """Train ``unet``, its quantisers in place, to predict the noise added to ``pool.samples``; returns the losses.
 
-    Time steps are drawn uniformly from the schedule, one that it repeats as often. All parameters learn, those of layers
+    Time steps are drawn uniformly from the schedule, a repeated one as often. All parameters learn, those of layers
     in full precision too. At the end weights are folded; the networks are left to the caller to tabulate.
 
     Raises ValueError if the loss becomes NaN or infinite.
