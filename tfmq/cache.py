@@ -31,7 +31,8 @@ class CachedProjection(nn.Module):
     """Takes the place of a residual block's time projection.
 
     Buffers:
-        codes: (S, C), one row for each of ``tracker.steps``; uint8, or the float32 features themselves at 32 bits.
+        codes: (S, C), one row for each of ``tracker.steps``; uint8, int32 above 8 bits, or the float32 features
+            themselves at 32 bits.
         scale, zero_point: (S,).
         looked_up: bool (S,), the steps at which the table answers; at the others ``layer`` does.
     """
@@ -42,7 +43,7 @@ class CachedProjection(nn.Module):
         self.tracker = tracker
         self.layer = layer if plan.keeps_layer else None
         steps = len(tracker.steps)
-        dtype = torch.float32 if plan.bits == FULL else torch.uint8
+        dtype = torch.float32 if plan.bits == FULL else torch.uint8 if plan.bits <= 8 else torch.int32
         self.register_buffer("codes", torch.zeros(steps, layer.out_features, dtype=dtype))
         self.register_buffer("scale", torch.ones(steps))
         self.register_buffer("zero_point", torch.zeros(steps))
@@ -59,7 +60,7 @@ class CachedProjection(nn.Module):
             return
         self.scale, self.zero_point = minmax(features, self.bits)
         codes = quantize(features, self.scale[:, None], self.zero_point[:, None], Grid.unsigned(self.bits))
-        self.codes = codes.to(torch.uint8)
+        self.codes = codes.to(self.codes.dtype)
 
     def features(self, index: int | Tensor) -> Tensor:
         """The features at a position in ``tracker.steps``, (1, C), or at several, (B, C)."""

@@ -167,10 +167,11 @@ def test_what_a_protocol_leaves_out_is_in_the_coverage_with_its_reason():
     assert temporal_feature_error(unet, full, layout, timesteps).abs().max() < 1e-12
 
 
-def test_an_empty_table_takes_the_features_given():
-    unet, _, layout, timesteps, _ = quantized(caching="all")
+@pytest.mark.parametrize("precision", ["w8a8", "w8a12"])
+def test_an_empty_table_takes_the_features_given(precision):
+    unet, _, layout, timesteps, _ = quantized(precision, caching="all")
     table: CachedProjection = unet.get_submodule(layout.time_projections[0])
     features = torch.linspace(-3, 5, len(timesteps) * table.codes.shape[1]).view(len(timesteps), -1)
     table.store(features)
-    step = (features.amax(1).clamp_min(0) - features.amin(1).clamp_max(0)) / 255
+    step = (features.amax(1).clamp_min(0) - features.amin(1).clamp_max(0)) / (2**table.bits - 1)
     assert ((table.features(torch.arange(len(timesteps))) - features).abs() <= 0.5001 * step[:, None]).all()
