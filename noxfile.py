@@ -62,10 +62,10 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(name="bench-smoke")
 def bench_smoke(session: nox.Session) -> None:
-    """Run every stage, task and row in minutes, on a copy: the results in this folder stay as they are.
+    """Run every stage, task and method in minutes, on a copy: the results in this folder stay as they are.
 
     The copy has the files that git knows or would add, cut-down settings, and no results. One row of each table runs
-    as DVC's stages do, the others in one process.
+    as DVC's stages do, the others in one process, each method of a table on one of its tasks.
     `nox -s bench-smoke -- --device cuda` runs on a GPU.
     """
     install(session)
@@ -82,7 +82,7 @@ def bench_smoke(session: nox.Session) -> None:
         pull(session, copy)
         targets = subprocess.run([*smoke, "targets"], cwd=copy, text=True, check=True, stdout=subprocess.PIPE)
         session.run(PYTHON, "-m", "dvc", "repro", *targets.stdout.split(), env=environment, external=True)
-        session.run(*smoke, "rows", env=environment, external=True)
+        session.run(*smoke, "rest", env=environment, external=True)
         session.run(PYTHON, "-m", "dvc", "repro", "--single-item", "tables", env=environment, external=True)
         session.run(*smoke, "check", external=True)
     shutil.rmtree(copy)

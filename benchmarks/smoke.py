@@ -1,9 +1,9 @@
-"""The suite cut down to minutes: every stage, task and row once, with numbers that mean nothing.
+"""The suite cut down to minutes: every stage, task and method of each table, with numbers that mean nothing.
 
 `python -m benchmarks.smoke params < params.yaml` prints the cut-down settings. With these, in the current folder,
-`targets` prints the DVC stages to run: all that come before the cells, and one row of each table. `rows` runs all other
-rows in one go, since starting two processes for each would take longer than their work, and `check` fails unless all
-records and tables are there. `nox -s bench-smoke` uses all four.
+`targets` prints the DVC stages to run: one row of each table, and so what comes before it. `rest` runs others in one
+process, since a row's own would take longer to start than to run: each method on one task, the next one on the next
+task. `check` fails unless their records and the tables are there. `nox -s bench-smoke` uses all four.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks import discover, params
-from benchmarks.record import FULL_PRECISION, Record
+from benchmarks.record import FULL_PRECISION, Cell, Record
 
 PRECISION = "w4a8"
 ITERATIONS = 2
@@ -46,27 +46,42 @@ def cut(document: dict[str, object]) -> dict[str, object]:
     return small
 
 
+def chosen(suite: params.Suite) -> list[Cell]:
+    """The cells to run: full precision of each task and, of each table, every method once, on its tasks in turn."""
+    cells = [cell for cell in suite.cells() if cell.method == FULL_PRECISION]
+    for name, table in suite.tables.items():
+        turns = {method: table.tasks[index % len(table.tasks)] for index, method in enumerate(table.methods)}
+        cells += [cell for cell in suite.measured(name) if cell.task == turns[cell.method]]
+    return cells
+
+
 def targets(suite: params.Suite) -> list[str]:
-    """Names of the DVC stages to run before `rows`; DVC adds those that they need."""
-    found = [f"score_full_precision@{task}" for task in suite.tasks]
-    found += [f"{stage}@{task}" for task in suite.tasks for stage in ("calibrate", "reference")]
-    return found + [f"score_{name}@{table.tasks[0]}-{table.methods[0]}" for name, table in suite.tables.items()]
+    """Names of the DVC stages to run before `rest`: one row of each table. DVC adds all that these need."""
+    return [f"score_{name}@{table.tasks[0]}-{table.methods[0]}" for name, table in suite.tables.items()]
 
 
-def run_rows(suite: params.Suite, device: str) -> None:
-    """Generate and score all quantised cells that have no record yet. Raises an ExceptionGroup of what fails."""
-    from benchmarks.stages import files, generate, score, setup, workers
+def run_rest(suite: params.Suite, device: str) -> None:
+    """Run the chosen cells that have no record yet, and what comes before.
+
+    Raises an ExceptionGroup of what fails.
+    """
+    from benchmarks.stages import calibrate, files, generate, reference, score, setup, workers
 
     shards = workers.default_shards(setup.device_of(device))
-    rest = [c for c in suite.cells() if c.method != FULL_PRECISION and not files.record_file(c).is_file()]
-    for stage in (generate, score):
-        stage.run(suite, rest, device, shards)
+    rest = [cell for cell in chosen(suite) if not files.record_file(cell).is_file()]
+    full = [cell for cell in rest if cell.method == FULL_PRECISION]
+    for stage in (calibrate, reference):
+        for cell in full:
+            stage.run(suite, cell.task, device, shards)
+    for cells in (full, [cell for cell in rest if cell not in full]):
+        for stage in (generate, score):
+            stage.run(suite, cells, device, shards)
 
 
 def problems(root: Path) -> list[str]:
     """What is missing or wrong, a line each, after a run of the suite in ``root``: records, pages, failed cells."""
     found = [f"{path} is missing" for path in PAGES if not (root / path).is_file()]
-    for cell in params.load(root / "params.yaml").cells():
+    for cell in chosen(params.load(root / "params.yaml")):
         path = root / "results" / "records" / f"{cell.name}.json"
         if not path.is_file():
             found.append(f"{path.relative_to(root)} is missing")
@@ -82,14 +97,14 @@ def problems(root: Path) -> list[str]:
 def main() -> None:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
-    parser.add_argument("action", choices=("params", "targets", "rows", "check"), help="see above")
+    parser.add_argument("action", choices=("params", "targets", "rest", "check"), help="see above")
     action = parser.parse_args().action
     if action == "params":
         print(yaml.safe_dump(cut(yaml.safe_load(sys.stdin)), sort_keys=False), end="")
     elif action == "targets":
         print("\n".join(targets(params.load(Path("params.yaml")))))
-    elif action == "rows":
-        run_rows(params.load(Path("params.yaml")), os.environ.get("TFMQ_BENCH_DEVICE", "auto"))
+    elif action == "rest":
+        run_rest(params.load(Path("params.yaml")), os.environ.get("TFMQ_BENCH_DEVICE", "auto"))
     else:
         found = problems(Path())
         print("\n".join(found) or "all records and tables are there")
