@@ -16,7 +16,7 @@ from tfmq.quantization import QuantizationReport
 from tfmq.unet import UNet
 
 PUBLISHED = Protocol(
-    "published", {"boundary": 8, "first_time_layer": 8, "shortcuts": 32, "resampling": 32, "attention_products": 32}
+    "published", {"boundary": 8, "first_time_layer": 8, "shortcuts": 32, "downsampling": 32, "attention_products": 32}
 )
 
 

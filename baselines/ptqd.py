@@ -15,7 +15,7 @@ Where the released code and the paper differ, and what is done here:
 - A step without statistics passes uncorrected in the code; here it is an error.
 - The code's weight ranges are one a tensor; here one an output channel, the same for every method.
 - Its activation zero points are not stored but drawn anew at each load; here they are part of the checkpoint.
-- It leaves shortcuts, resampling and attention products in full precision (protocol `published`).
+- It leaves shortcuts, downsampling and attention products in full precision (protocol `published`).
 - Its calibration rows are 1,024 drawn at random over steps and images; here they are spaced uniformly over steps.
 - Step-aware mixed precision, which is in the paper and not in the code, is the row `ptqd_mixed`.
 """

@@ -9,7 +9,7 @@ Where the released code and the paper differ, and what is done here:
 
 - The code keeps a range for each step at every activation of the network; the paper, at those of the temporal block.
   The paper is followed; the row `tfmq_per_step` follows the code.
-- The code leaves input and output layer, first time-embedding layer, shortcuts and resampling in full precision
+- The code leaves input and output layer, first time-embedding layer, shortcuts and downsampling in full precision
   (protocol `published`); protocol `shared` quantises the same layers for every method.
 - The code samples anew from noise for each step of the calibration set; one pass gives the same set.
 - Step sizes of activations are not learned, in either.
@@ -32,5 +32,5 @@ class Config(_brecq.Config):
     activation_scales: ActivationScales = "temporal"
 
 
-PUBLISHED = Protocol("published", {"boundary": 32, "first_time_layer": 32, "shortcuts": 32, "resampling": 32})
+PUBLISHED = Protocol("published", {"boundary": 32, "first_time_layer": 32, "shortcuts": 32, "downsampling": 32})
 METHOD = Method("TFMQ-DM", "arXiv 2311.16503", Config, _brecq.quantize, applies_always, PUBLISHED)

@@ -37,7 +37,7 @@ class UNetLayout:
         shortcut_splits: shortcut convolutions over concatenated features -> channels (decoder, skip).
         attentions: attention modules.
         shortcuts: shortcut convolutions of residual blocks.
-        resampling: convolutions of the down- and upsamplers.
+        downsampling: convolutions of the downsamplers.
         attention_layers: the linear layers inside attention modules.
         boundary: the first and the last layer of the network.
     """
@@ -48,7 +48,7 @@ class UNetLayout:
     shortcut_splits: dict[str, tuple[int, int]] = field(hash=False)
     attentions: tuple[str, ...]
     shortcuts: tuple[str, ...]
-    resampling: tuple[str, ...]
+    downsampling: tuple[str, ...]
     attention_layers: tuple[str, ...]
     boundary: tuple[str, ...] = ("conv_in", "conv_out")
 
@@ -113,7 +113,7 @@ class UNetLayout:
             shortcut_splits=splits,
             attentions=attentions,
             shortcuts=tuple(path for path in layers if path.endswith(".conv_shortcut")),
-            resampling=tuple(path for path in layers if ".downsamplers." in path or ".upsamplers." in path),
+            downsampling=tuple(path for path in layers if ".downsamplers." in path),
             attention_layers=tuple(path for path in layers if path.startswith(tuple(f"{a}." for a in attentions))),
         )
 
@@ -126,7 +126,7 @@ class UNetLayout:
             "time_embedding": self.time_embedding,
             "time_projections": self.time_projections,
             "shortcuts": self.shortcuts,
-            "resampling": self.resampling,
+            "downsampling": self.downsampling,
             "attention_layers": self.attention_layers,
             "attention_products": self.attentions,
         }

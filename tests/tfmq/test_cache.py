@@ -154,7 +154,7 @@ def test_a_protocol_decides_what_is_quantised():
     assert plan.layers["time_embedding.linear_2"].weight_bits == 8 and "time_embedding.linear_1" not in plan.layers
     assert layout.shortcuts and not set(layout.shortcuts) & set(plan.layers) and not plan.attentions
     assert "shortcuts" in plan.reasons[layout.shortcuts[0]]
-    assert plan.layers[layout.resampling[0]].weight_bits == plan.layers[layout.attention_layers[0]].weight_bits == 4
+    assert plan.layers[layout.downsampling[0]].weight_bits == plan.layers[layout.attention_layers[0]].weight_bits == 4
     with pytest.raises(ValueError, match="shortcutz"):
         plan_for(full, layout, Precision.parse("w4a4"), Protocol("published", {"shortcutz": 32}))
 
