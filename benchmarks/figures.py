@@ -59,7 +59,7 @@ def sample_grid(images: Mapping[str, np.ndarray], columns: int = 8, titles: Sequ
     whole = np.concatenate(strips)[:-gap]
     above = [_short(title) for title in titles[:columns]]
     side, text = 0.62, 0.085 * max(len(name) for name in images) + 0.15
-    top = 0.08 * (1 + max(title.count("\n") for title in above)) + 0.08 if above else 0.0
+    top = 0.09 * (1 + max(title.count("\n") for title in above)) + 0.1 if above else 0.0
     width, height = side * columns, side * columns * whole.shape[0] / whole.shape[1]
     figure = Figure(figsize=(text + width, height + top))
     axes = figure.add_axes((text / (text + width), 0, width / (text + width), height / (height + top)))

@@ -16,12 +16,12 @@ WIDTH = 2 * 1.96
 
 
 def mean_ranks(records: Sequence[Record]) -> dict[str, dict[str, Value]]:
-    """Mean rank over tasks by feature distance: precision -> method -> value; empty for fewer than two tasks.
+    """Mean rank over tasks by feature distance: precision -> method -> value, the best first.
 
     At each precision those methods rank among each other, from 1, that are measured on all tasks of ``records`` at seed
     0; equal values share the mean of their ranks. The interval holds the middle 95 % of the mean ranks when every
     cell's value is redrawn, from the normal distribution with the standard error of its interval, and the mean rank of
-    the measured values. `n` counts tasks.
+    the measured values. `n` counts tasks. Nothing is ranked over fewer than two tasks, nor fewer than two methods.
     """
     measured = [r for r in records if r.seed == 0 and r.status == "measured" and QUALITY in r.metrics]
     tasks = sorted({record.task for record in records})
@@ -44,7 +44,7 @@ def mean_ranks(records: Sequence[Record]) -> dict[str, dict[str, Value]]:
         low, high = np.percentile(means[1:], [2.5, 97.5], axis=0)
         found[precision] = {
             name: Value(value, float(min(low[index], value)), float(max(high[index], value)), len(tasks))
-            for index, (name, value) in enumerate(zip(names, means[0].tolist(), strict=True))
+            for value, index, name in sorted(zip(means[0].tolist(), range(len(names)), names, strict=True))
         }
     return found
 
@@ -60,13 +60,13 @@ def across_tasks(records: Sequence[Record]) -> str:
     found = mean_ranks(records)
     if not found:
         return ""
-    names = sorted({name for row in found.values() for name in row})
+    names = {name for row in found.values() for name in row}
 
     def average(name: str) -> float:
         return float(np.mean([row[name].value for row in found.values() if name in row]))
 
     rows = []
-    for name in sorted(names, key=average):
+    for name in sorted(names, key=lambda name: (average(name), name)):
         values = {precision: number(row.get(name), 2, interval=True) for precision, row in found.items()}
         rows.append({"Method": label(name)} | values)
     tasks = sorted({record.task for record in records})

@@ -36,6 +36,11 @@ def test_intervals_that_are_far_apart_give_exact_ranks(cell):
     }
 
 
+def test_the_best_come_first(cell):
+    cells = [cell(task, name, 1.0 + i) for task in ("one", "two") for i, name in enumerate(("tfmq", "ptqd", "nearest"))]
+    assert list(tables.mean_ranks(cells)["w4a8"]) == ["tfmq", "ptqd", "nearest"]
+
+
 def test_equal_values_share_a_rank_and_redraws_split_them(cell):
     cells = [cell(task, name, 1.0, 0.1) for task in ("one", "two") for name in ("tfmq", "nearest")]
     assert tables.mean_ranks(cells)["w4a8"]["tfmq"] == Value(1.5, 1.0, 2.0, 2)
