@@ -53,4 +53,6 @@ def _record(task: Task, device: torch.device, folder: Path, seed: int) -> None:
     seconds = time.perf_counter() - start
     files.write_tensors(folder / files.pool(seed), {name: tensor.cpu() for name, tensor in pool.tensors.items()})
     if seed == 0:
-        files.write_json(folder / files.COST, {"seconds": seconds, "unet_evaluations": pool.steps * pool.images})
+        halves = 1 if pool.unconditional is None else 2
+        evaluations = halves * pool.steps * pool.images
+        files.write_json(folder / files.COST, {"seconds": seconds, "unet_evaluations": evaluations})

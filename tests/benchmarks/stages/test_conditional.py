@@ -70,7 +70,7 @@ def test_a_conditional_task_goes_through_all_stages(words, run):
         torch.testing.assert_close(pool["context"], model.conditioning(prompts).context)
     assert not torch.equal(pools[0]["latents"][0], pools[1]["latents"][0])
     cost = json.loads((files.calibration("words") / files.COST).read_text())
-    assert cost["unet_evaluations"] == 2 * evaluations
+    assert cost["unet_evaluations"] == 2 * 2 * evaluations  # both halves of guidance
     for method in ("full_precision", "nearest"):
         for stage in ("generate", "score"):
             row = (stage, "--task", "words", "--method", method, "--table", "leaderboard", "--shards", "1")
