@@ -33,9 +33,10 @@ def first_stage() -> VQModel:
     ).eval()
 
 
+@pytest.mark.parametrize("scheduler", [networks.scheduler, networks.pndm])
 @pytest.mark.parametrize("quantized", [False, True])
 @torch.no_grad()
-def test_the_stock_pipeline_gives_the_same_images(quantized):
+def test_the_stock_pipeline_gives_the_same_images(quantized, scheduler):
     unet = networks.unconditional()
     if quantized:
         pool = networks.pool(unet)
@@ -43,11 +44,11 @@ def test_the_stock_pipeline_gives_the_same_images(quantized):
         config = QuantizationConfig(activation_scales="temporal")
         quantize_(unet, Precision.parse("w4a8"), config, rows, rows, pool.timesteps, networks.generator())
     decoder = first_stage()
-    pipeline = LDMPipeline(vqvae=decoder, unet=unet, scheduler=networks.scheduler())
+    pipeline = LDMPipeline(vqvae=decoder, unet=unet, scheduler=scheduler())
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=4, generator=networks.generator(), num_inference_steps=5, output_type="np").images
     start = torch.randn(4, 3, 8, 8, generator=networks.generator())
-    latents = sample(unet, networks.scheduler(), start, networks.SETTINGS)
+    latents = sample(unet, scheduler(), start, networks.SETTINGS)
     own = (decoder.decode(latents / 0.7).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(own, images, atol=1e-6)
 
