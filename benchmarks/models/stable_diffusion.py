@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from benchmarks import manifest
 from benchmarks.models import Family, Model
@@ -25,6 +27,8 @@ def load(folder: Path, device: torch.device) -> Model:
     length; unconditional is that of the empty prompt.
     """
     manifest.verify(folder)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # several a load, and each process of each stage loads the model
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, low_cpu_mem_usage=False, safety_checker=None, feature_extractor=None
     ).to(device)
