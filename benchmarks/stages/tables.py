@@ -26,7 +26,9 @@ Draw = Callable[[str, str, figures.Figure], None]
 
 
 def run(suite: Suite) -> str:
-    """Write everything that is generated from records; returns the leaderboard, or the first table where there is none.
+    """Write everything that is generated from records; returns what the top README shows.
+
+    That is the summary over the tasks of the leaderboard, or all of the first table where that has one task.
 
     A cell without a record is shown as failed. Raises ValueError if no cell has one.
     """
@@ -46,7 +48,7 @@ def run(suite: Suite) -> str:
         for name, table in suite.tables.items()
     }
     first = next(iter(shown))
-    table = tables.RENDERERS[first](shown[first], known)
+    table = tables.across_tasks(shown[first], known) or tables.RENDERERS[first](shown[first], known)
     drawn = _figures(suite, shown, known)
     reported = pd.read_csv(REPORTED, dtype=str, keep_default_na=False)
     files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn))

@@ -29,7 +29,7 @@ def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str
         + cells_table(cells, columns, intervals=(RANKED_BY,), cost=True, rank=True)
         for task, cells in by_task(records, metrics, ranked=True).items()
     ]
-    summary = across_tasks(records)
+    summary = across_tasks(records, metrics)
     return "\n\n".join([f"### Across tasks\n\n{summary}", *parts] if summary else parts) + "\n"
 
 

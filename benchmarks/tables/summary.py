@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from benchmarks.metrics import Metric
 from benchmarks.record import FULL_PRECISION, Record, Value
 from benchmarks.tables.comparison import QUALITY, place
-from benchmarks.tables.markdown import label, number, table
+from benchmarks.tables.markdown import NOTHING, label, number, table
+from tfmq.precision import Precision
 
 DRAWS = 10_000
 # An interval of 95 % is so many standard errors wide.
@@ -55,27 +57,36 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return 1 + (other < own).sum(axis=2) + ((other == own).sum(axis=2) - 1) / 2
 
 
-def across_tasks(records: Sequence[Record]) -> str:
-    """Markdown of `mean_ranks`, a row a method, a column a precision; empty where there is none."""
+def across_tasks(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
+    """Markdown of `mean_ranks` beside the feature distances that they come from; empty for fewer than two tasks."""
     found = mean_ranks(records)
     if not found:
         return ""
-    names = {name for row in found.values() for name in row}
-
-    def average(name: str) -> float:
-        return float(np.mean([row[name].value for row in found.values() if name in row]))
-
-    rows = []
-    for name in sorted(names, key=lambda name: (average(name), name)):
-        values = {precision: number(row.get(name), 2, interval=True) for precision, row in found.items()}
-        rows.append({"Method": label(name)} | values)
     tasks = sorted({record.task for record in records})
+    digits = metrics[QUALITY].digits
+    cells = {(r.precision, r.method, r.task): r for r in records if r.seed == 0 and r.method != FULL_PRECISION}
+    rows = []
+    for precision, method in sorted({key[:2] for key in cells}, key=lambda row: _row_order(row, found)):
+        row = {"Precision": precision, "Method": label(method)}
+        row["Mean rank"] = number(found.get(precision, {}).get(method), 2, interval=True)
+        for task in tasks:
+            cell = cells.get((precision, method, task))
+            row[task] = number(cell.metrics.get(QUALITY) if cell else None, digits, interval=False)
+        if any(row[task] != NOTHING for task in tasks):
+            rows.append(row)
     text = (
-        f"Mean rank over {len(tasks)} tasks ({', '.join(tasks)}), 1 is best, among the methods that are measured on all"
-        " tasks at that precision. Ranks here are by feature distance: it is paired with the full-precision image of"
-        " the same noise, and so tells methods apart where KID rarely does. Brackets are 95 % intervals: the middle of"
+        "Feature distance to the full-precision image of the same noise on each task, and its mean rank over the"
+        f" {len(tasks)} tasks, 1 is best, among the methods that are measured on all of them at that precision. Ranks"
+        " here are by this distance since, paired, it tells methods apart where KID rarely does. Brackets are 95 % intervals: the middle of"
         f" {DRAWS:,} mean ranks, each with every cell's value redrawn from its own interval. Redraws are independent,"
         " though all methods denoise the same noise, so the intervals are rather too wide; of other tasks they say"
         " nothing."
     )
     return f"{text}\n\n{table(rows)}"
+
+
+def _row_order(row: tuple[str, str], found: Mapping[str, Mapping[str, Value]]) -> tuple[int, int, float, str]:
+    precision, method = row
+    bits = Precision.parse(precision)
+    rank = found.get(precision, {}).get(method)
+    return -bits.weight_bits, -bits.activation_bits, rank.value if rank else float("inf"), method

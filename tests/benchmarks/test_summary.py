@@ -71,8 +71,8 @@ def test_only_methods_measured_on_all_tasks_at_seed_0_take_part(cell):
 def test_the_leaderboard_begins_with_it_where_there_are_two_tasks(cell):
     cells = [cell(task, name, 1.0 + i) for task in ("one", "two") for i, name in enumerate(("tfmq", "nearest"))]
     text = tables.leaderboard(cells, metrics())
-    assert text.startswith("### Across tasks\n\nMean rank over 2 tasks (one, two), 1 is best")
-    assert "| TFMQ-DM          |   1.00 |" in text
+    assert text.startswith("### Across tasks\n\nFeature distance to the full-precision image of the same noise")
+    assert "| w4a8        | TFMQ-DM          |        1.00 | 1.0000 | 1.0000 |" in text
     assert text.index("### Across tasks") < text.index("### one") < text.index("### two")
     assert "Across tasks" not in tables.leaderboard(cells[:2], metrics())
-    assert tables.mean_ranks(cells[:2]) == {} and tables.across_tasks(cells[:2]) == ""
+    assert tables.mean_ranks(cells[:2]) == {} and tables.across_tasks(cells[:2], metrics()) == ""
