@@ -77,10 +77,10 @@ def across_tasks(records: Sequence[Record], metrics: Mapping[str, Metric]) -> st
     text = (
         "Feature distance to the full-precision image of the same noise on each task, and its mean rank over the"
         f" {len(tasks)} tasks, 1 is best, among the methods that are measured on all of them at that precision. Ranks"
-        " here are by this distance since, paired, it tells methods apart where KID rarely does. Brackets are 95 % intervals: the middle of"
-        f" {DRAWS:,} mean ranks, each with every cell's value redrawn from its own interval. Redraws are independent,"
-        " though all methods denoise the same noise, so the intervals are rather too wide; of other tasks they say"
-        " nothing."
+        " here are by this distance since, paired, it tells methods apart where KID rarely does. Brackets are 95 %"
+        f" intervals: the middle of {DRAWS:,} mean ranks, each with every cell's value redrawn from its own interval."
+        " Redraws are independent, though all methods denoise the same noise, so the intervals are rather too wide; of"
+        " other tasks they say nothing."
     )
     return f"{text}\n\n{table(rows)}"
 
