@@ -197,4 +197,5 @@ def cumulative_alphas(scheduler: SchedulerMixin, timesteps: Tensor) -> Tensor:
 
 
 def _on_cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
+    # Text encoders leave a graph behind where the caller did not turn gradients off.
+    return None if tensor is None else tensor.detach().cpu()
