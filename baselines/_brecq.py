@@ -78,7 +78,9 @@ def quantize(
     if config.temporal == "full_precision":
         protocol = replace(protocol, bits={**protocol.bits, "time_embedding": FULL, "time_projections": FULL})
     rounding = RoundingConfig(config.iterations, config.batch, config.learning_rate)
-    step_sizes = StepSizeConfig(config.activation_iterations, config.batch, config.activation_learning_rate)
+    step_sizes = None
+    if config.activation_iterations:
+        step_sizes = StepSizeConfig(config.activation_iterations, config.batch, config.activation_learning_rate)
     setting = QuantizationConfig(
         split_shortcuts=config.split_shortcuts,
         freeze_temporal=config.temporal == "frozen",
@@ -88,7 +90,7 @@ def quantize(
         activation_momentum=config.momentum,
         activation_batch=config.range_batch,
         activation_scales=config.activation_scales,
-        step_sizes=step_sizes if config.activation_iterations else None,
+        step_sizes=step_sizes,
         caching=config.caching,
         memory_bytes=int(config.memory_gib * 2**30),
     )

@@ -60,7 +60,6 @@ def quantize(
         memory_bytes=int(config.memory_gib * 2**30),
     )
     range_steps = pool.steps if config.range_steps is None else config.range_steps
-    step_sizes = StepSizeConfig(config.activation_iterations, config.batch, config.activation_learning_rate)
 
     def calibrate(bits: int, among: Tensor) -> None:
         """Ranges at a width, from the rows of these time steps."""
@@ -84,7 +83,8 @@ def quantize(
         for bits in chosen.unique().tolist():
             own = timesteps[chosen == bits]
             calibrate(bits, own)
-            if step_sizes.iterations:
+            if config.activation_iterations:
+                step_sizes = StepSizeConfig(config.activation_iterations, config.batch, config.activation_learning_rate)
                 rows = pool.spaced(config.steps, config.images, own).to(unet.device)
                 limits = {"batch": setting.batch, "memory_bytes": setting.memory_bytes}
                 reconstruct_activations(unet, full, layout, rows, step_sizes, generator, report.effort, **limits)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tfmq.calibration import CalibrationRows
 from tfmq.layers import QuantizedLayer
+from tfmq.settings import check_counts
 from tfmq.unet import UNet
 
 HALF = torch.float16
@@ -37,6 +38,9 @@ class LowRankConfig:
     rank: int
     candidates: int
     search_rows: int
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rank", "candidates", "search_rows")
 
 
 def smoothing_factors(input_largest: Tensor, weight_largest: Tensor, strength: float) -> Tensor:

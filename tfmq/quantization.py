@@ -28,6 +28,7 @@ from tfmq.plan import (
 )
 from tfmq.precision import FULL, Precision
 from tfmq.reconstruction import Effort, RoundingConfig, StepSizeConfig, reconstruct_activations, reconstruct_weights
+from tfmq.settings import check_choices, check_counts, check_numbers
 from tfmq.temporal import Caching, cache_temporal_features, calibrate_finite_set, reconstruct_temporal
 from tfmq.unet import UNet, UNetLayout
 
@@ -81,6 +82,14 @@ class QuantizationConfig:
     caching: Caching | None = None
     batch: int = 64
     memory_bytes: int = 8 * 2**30
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_counts(self, "activation_batch", "batch", "memory_bytes")
+        if self.weight_group is not None:
+            check_counts(self, "weight_group")
+        if self.activation_momentum is not None:
+            check_numbers(self, "activation_momentum", least=0, most=1)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from tfmq.fake_quantize import FakeQuantize
 from tfmq.layers import QuantizedLayer
 from tfmq.plan import activation_quantizers, announce_step, quantized_layers
 from tfmq.rounding import annealed_beta
+from tfmq.settings import check_counts, check_numbers, check_positive
 from tfmq.unet import Block, UNet, UNetLayout, run_block, time_features
 
 
@@ -36,6 +37,12 @@ class RoundingConfig:
     warmup: float = 0.2
     norm: float = 2.0
 
+    def __post_init__(self) -> None:
+        check_counts(self, "iterations", "batch")
+        check_positive(self, "learning_rate", "norm")
+        check_numbers(self, "regularizer_weight", least=0)
+        check_numbers(self, "warmup", least=0, most=1)
+
 
 @dataclass(frozen=True)
 class StepSizeConfig:
@@ -45,6 +52,10 @@ class StepSizeConfig:
     batch: int = 32
     learning_rate: float = 4e-4
     norm: float = 2.4
+
+    def __post_init__(self) -> None:
+        check_counts(self, "iterations", "batch")
+        check_positive(self, "learning_rate", "norm")
 
 
 @dataclass

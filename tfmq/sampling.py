@@ -11,6 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from tfmq.settings import check_counts, check_numbers
 from tfmq.unet import UNet
 
 
@@ -21,6 +22,11 @@ class SamplingSettings:
     steps: int
     eta: float = 0.0
     guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps")
+        check_numbers(self, "eta", least=0)
+        check_numbers(self, "guidance_scale")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tfmq.affine import SMALLEST_SCALE, Grid, fake_quantize
 from tfmq.calibration import CalibrationRows
 from tfmq.fake_quantize import FakeQuantize
 from tfmq.plan import QuantizationPlan, activation_quantizers
+from tfmq.settings import check_counts, check_numbers, check_positive
 from tfmq.unet import UNet, UNetLayout
 
 SILU_LOWER = 0.2785
@@ -185,6 +186,12 @@ class FitConfig:
     batch: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_counts(self, "iterations", least=0)
+        check_counts(self, "batch")
+        check_positive(self, "learning_rate")
+        check_numbers(self, "weight_decay", least=0)
 
 
 def fit_networks(

@@ -19,6 +19,7 @@ from tfmq.calibration import CalibrationRows, CalibrationSet
 from tfmq.layers import QuantizedLayer
 from tfmq.observer import search
 from tfmq.plan import activation_quantizers, quantized_layers
+from tfmq.settings import check_counts, check_numbers, check_positive
 from tfmq.step_network import StepNetworks, set_tables
 from tfmq.unet import UNet
 
@@ -75,6 +76,12 @@ class TrainingConfig:
     network_learning_rate: float = 5e-5
     weight_decay: float = 0.01
     warmup: float = 0.025
+
+    def __post_init__(self) -> None:
+        check_counts(self, "iterations", "batch")
+        check_positive(self, "learning_rate", "network_learning_rate")
+        check_numbers(self, "weight_decay", least=0)
+        check_numbers(self, "warmup", least=0, most=1)
 
 
 def train(

@@ -19,7 +19,7 @@ def test_a_step_s_range_is_the_running_average_of_its_own_batches(method, kind):
     kind = networks.KINDS[kind]
     unet = kind.build()
     pool = kind.pool(unet, 20)
-    config = method.config(iterations=0, temporal_iterations=0, steps=1, images=1)
+    config = method.config(iterations=1, temporal_iterations=1, steps=1, images=1)
     method.quantize(unet, pool, Precision.parse("w4a8"), config, networks.generator(), SHARED)
     quantizer = activation_quantizers(unet)["conv_in.input_quantizer"]
     rows = pool.spaced(pool.steps, 20).shuffled(networks.generator())

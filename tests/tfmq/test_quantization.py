@@ -170,7 +170,7 @@ def test_a_quantised_network_is_not_quantised_again():
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(ValueError, match="reconstruction loss is NaN or infinite"):
-        quantized(QuantizationConfig(rounding=RoundingConfig(iterations=2, batch=0)))
+        quantized(QuantizationConfig(rounding=RoundingConfig(iterations=2, norm=1e5)))
 
 
 def test_quantizers_follow_their_network_to_its_device():
