@@ -8,7 +8,7 @@ import torch
 
 from baselines import _brecq
 from tfmq.calibration import CalibrationSet
-from tfmq.correction import measure_correction
+from tfmq.correction import attach_correction, measure_correction
 from tfmq.fake_quantize import ActivationRange
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
@@ -58,6 +58,6 @@ def quantize(
 def correct(unet: UNet, pool: CalibrationSet, config: Config, report: QuantizationReport) -> None:
     """Measure the quantised UNet's error on the pool's trajectory and store the correction in it."""
     with report.timed("activations"):
-        unet.noise_correction = measure_correction(unet, pool, config.correction_images, config.range_batch)
+        attach_correction(unet, measure_correction(unet, pool, config.correction_images, config.range_batch))
     halves = 1 if pool.unconditional is None else 2
     report.effort.unet_evaluations += halves * pool.steps * min(config.correction_images, pool.images)

@@ -1,7 +1,8 @@
 """Post-training quantisation of diffusers UNets.
 
 Collect a calibration pool with ``collect_calibration``, quantise a UNet in place with ``quantize_``, keep it with
-``save_quantized`` and bring it back with ``load_quantized``. A quantised UNet runs in the stock diffusers pipelines.
+``save_quantized`` and bring it back with ``load_quantized``. A quantised UNet runs in the stock diffusers pipelines;
+one that carries a noise correction (PTQD) needs a ``corrected_scheduler`` there.
 """
 
 from importlib import import_module
@@ -20,6 +21,8 @@ _HOMES = {
     "SamplingSettings": "sampling",
     "StepSizeConfig": "reconstruction",
     "collect_calibration": "calibration",
+    "corrected_scheduler": "sampling",
+    "correction_of": "sampling",
     "coverage": "plan",
     "load_quantized": "checkpoint",
     "quantize_": "quantization",

@@ -14,7 +14,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from tfmq.cache import CachePlan, cached_projections, insert_cache
-from tfmq.correction import NoiseCorrection, correction_of
+from tfmq.correction import NoiseCorrection, attach_correction
 from tfmq.layers import QuantizedAttention, QuantizedLayer
 from tfmq.plan import (
     AttentionPlan,
@@ -24,6 +24,7 @@ from tfmq.plan import (
     insert_quantizers,
     quantized_layers,
 )
+from tfmq.sampling import correction_of
 from tfmq.unet import UNet, UNetLayout
 
 FORMAT = "tfmq-quantized-2"
@@ -92,6 +93,8 @@ def read_metadata(path: str | Path) -> dict[str, object]:
 def load_quantized(path: str | Path) -> UNet:
     """Rebuild the quantised UNet of a checkpoint; needs nothing but the file.
 
+    Warns if the UNet carries a noise correction (PTQD): stock pipelines apply it only with a ``corrected_scheduler``.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, not a quantised checkpoint, or its tensors do not match its description exactly.
@@ -114,7 +117,7 @@ def load_quantized(path: str | Path) -> UNet:
         unet.get_submodule(name).step_bits = torch.empty(len(unet.step_tracker.steps), dtype=torch.uint8)
     correction = json.loads(described["correction"])
     if correction is not None:
-        unet.noise_correction = NoiseCorrection(*correction)
+        attach_correction(unet, NoiseCorrection(*correction))
     with safe_open(path, "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     _restore(unet, stored, path)

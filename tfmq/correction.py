@@ -4,11 +4,15 @@ The error of the prediction is read as a part that follows the prediction and a 
 each time step the sampler subtracts the mean of the error, divides 1 + k out, and lets the remaining deviation take the
 place of some of the noise that the step would add. A corrected UNet carries the statistics of its schedule; sampling
 costs no evaluation more.
+
+The correction acts after guidance, so it is no part of the UNet's forward pass: `tfmq.sampling.sample` applies it, a
+stock pipeline only with a scheduler of `tfmq.sampling.corrected_scheduler`.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +63,7 @@ class NoiseCorrection(nn.Module):
     """The corrections of all time steps, as a correction hook of `tfmq.sampling.sample`.
 
     It applies to the prediction after guidance. With eta = 0 there is no noise to reduce and only slope and bias act.
+    A UNet carries it as ``noise_correction`` (see ``attach_correction``).
 
     Buffers, one entry for each of S time steps:
         timesteps: int64 (S,), ascending.
@@ -76,6 +81,16 @@ class NoiseCorrection(nn.Module):
         self.register_buffer("deviations", torch.zeros(steps))
         self.register_buffer("alphas", torch.ones(steps, dtype=torch.float64))
         self.register_buffer("previous_alphas", torch.ones(steps, dtype=torch.float64))
+
+    def check_schedule(self, timesteps: Tensor) -> None:
+        """Raise ValueError if a schedule's time steps, each counted once, are not those of the statistics."""
+        given = timesteps.to("cpu", torch.int64).unique()
+        if not torch.equal(given, self.timesteps.cpu()):
+            raise ValueError(
+                f"the noise correction was measured for the {len(self.timesteps)} time steps "
+                f"{self.timesteps.tolist()}, and the schedule has {given.tolist()}: sample with that schedule, or "
+                "measure the correction on yours"
+            )
 
     def forward(self, timestep: int, predicted: Tensor, eta: float) -> tuple[Tensor, float]:
         """Corrected noise, and the eta with which a DDIM step adds the reduced noise.
@@ -99,16 +114,22 @@ class NoiseCorrection(nn.Module):
         return corrected, eta * reduced_sigma(sigma, alpha, previous, deviation) / sigma
 
 
-def correction_of(unet: UNet) -> NoiseCorrection | None:
-    """The correction that a UNet carries, to be given to `sample`, or None."""
-    return getattr(unet, "noise_correction", None)
+def attach_correction(unet: UNet, correction: NoiseCorrection) -> None:
+    """Let ``unet`` carry its correction, in its checkpoint too, and warn that stock pipelines do not apply it."""
+    unet.noise_correction = correction
+    warnings.warn(
+        "this UNet carries a noise correction, which acts after guidance: tfmq.sample applies it, a stock diffusers "
+        "pipeline only with pipeline.scheduler = tfmq.corrected_scheduler(pipeline.scheduler, pipeline.unet)",
+        stacklevel=3,
+    )
 
 
 @torch.no_grad()
 def measure_correction(unet: UNet, pool: CalibrationSet, images: int, batch: int) -> NoiseCorrection:
     """Statistics of a quantised UNet's error on the full-precision trajectory of a pool.
 
-    Takes steps x ``images`` evaluations (two each under guidance), at most as many images as the pool holds.
+    Takes steps x ``images`` evaluations (two each under guidance), at most as many images as the pool holds. The
+    correction is of no effect until the UNet carries it (``attach_correction``).
     """
     images = min(images, pool.images)
     timesteps = pool.timesteps.unique()

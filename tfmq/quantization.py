@@ -120,6 +120,9 @@ def quantize_(
 ) -> QuantizationReport:
     """Quantise ``unet`` in place; it keeps working in any diffusers pipeline.
 
+    A noise correction measured on it afterwards (PTQD, ``tfmq.correction``) does not by itself: see
+    ``corrected_scheduler``.
+
     Args:
         rows: calibration rows for learning roundings and step sizes.
         activation_rows: calibration rows for activation ranges, in the order in which they are observed; where scales

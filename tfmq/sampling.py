@@ -6,6 +6,8 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import SchedulerMixin
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from tfmq.settings import check_counts, check_numbers
 from tfmq.unet import UNet
+
+if TYPE_CHECKING:
+    from tfmq.correction import NoiseCorrection
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,12 @@ Correction = Callable[[int, Tensor, float], tuple[Tensor, float]]
 def predict_noise(
     unet: UNet, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None, guidance_scale: float
 ) -> Tensor:
-    """Predicted noise at ``timestep``; under guidance e = e_u + s (e_c - e_u), halves ordered [uncond, cond]."""
+    """Predicted noise at ``timestep``; under guidance e = e_u + s (e_c - e_u), halves ordered [uncond, cond].
+
+    A correction that ``unet`` carries is not in it. Raises ValueError for a guidance scale other than 1 without both
+    halves of the conditioning.
+    """
+    check_guidance(conditioning, guidance_scale)
     if conditioning is None:
         return unet(latents, timestep).sample
     if guidance_scale == 1.0:
@@ -69,6 +79,59 @@ def predict_noise(
     context = torch.cat([conditioning.unconditional, conditioning.context])
     unconditional, conditional = unet(torch.cat([latents, latents]), timestep, context).sample.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def check_guidance(conditioning: Conditioning | None, guidance_scale: float) -> None:
+    """Raise ValueError for a guidance scale other than 1 where there is nothing to guide with."""
+    if guidance_scale == 1.0 or (conditioning is not None and conditioning.unconditional is not None):
+        return
+    lacks = "conditioning" if conditioning is None else "unconditional half of the conditioning"
+    raise ValueError(
+        f"guidance_scale is {guidance_scale}, but there is no {lacks}: give a Conditioning with context and "
+        "unconditional, or take the guidance scale 1"
+    )
+
+
+def correction_of(unet: UNet) -> NoiseCorrection | None:
+    """The correction of the predicted noise that a UNet carries, or None (see ``tfmq.correction``)."""
+    return getattr(unet, "noise_correction", None)
+
+
+class CorrectedScheduler(SchedulerMixin):
+    """A scheduler that corrects the predicted noise before each step; ``corrected_scheduler`` makes one."""
+
+
+def corrected_scheduler(scheduler: SchedulerMixin, unet: UNet) -> CorrectedScheduler:
+    """A copy of ``scheduler`` for stock pipelines, which applies the correction that ``unet`` carries.
+
+    A pipeline gives the noise to its scheduler after guidance, which is where the correction acts. Set it as
+    ``pipeline.scheduler``; ``sample`` corrects by itself and takes the plain one.
+
+    Raises ValueError if ``unet`` carries no correction; the scheduler does for a schedule that is not the correction's.
+    """
+    correction = correction_of(unet)
+    if correction is None:
+        raise ValueError("the UNet carries no noise correction: use the scheduler as it is")
+    if isinstance(scheduler, CorrectedScheduler):
+        raise ValueError("the scheduler corrects the noise already: give the plain one")
+    plain = type(scheduler)
+
+    class Corrected(CorrectedScheduler, plain):
+        @wraps(plain.set_timesteps)
+        def set_timesteps(self, *args: object, **options: object) -> None:
+            plain.set_timesteps(self, *args, **options)
+            correction.check_schedule(self.timesteps)
+
+        @wraps(plain.step)
+        def step(self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, **options: object) -> object:
+            model_output, eta = correction(int(timestep), model_output, options.get("eta", 0.0))
+            if "eta" in options:
+                options["eta"] = eta
+            return plain.step(self, model_output, timestep, sample, **options)
+
+    corrected = copy.deepcopy(scheduler)
+    corrected.__class__ = Corrected
+    return corrected
 
 
 @torch.no_grad()
@@ -89,13 +152,22 @@ def sample(
         step_noise: (steps, B, C, H, W), the noise that eta > 0 adds at each step.
         correction: maps (time step, noise after guidance, eta) to the noise and the eta of that scheduler step.
             DDIM's sigma is proportional to eta, also in its direction term, so eta sigma'/sigma reduces it to sigma'.
+            None takes the one that ``unet`` carries, if any.
 
     Raises:
-        ValueError: the UNet predicted NaN or infinity, with the step and the first layer; or eta is above 0 and the
-            scheduler takes none.
+        ValueError: the UNet predicted NaN or infinity, with the step and the first layer; eta is above 0 and the
+            scheduler takes none; there is guidance without both halves of the conditioning; or the correction that
+            ``unet`` carries was measured on another schedule, or is applied by the scheduler already.
     """
+    check_guidance(conditioning, settings.guidance_scale)
+    if isinstance(scheduler, CorrectedScheduler):
+        raise ValueError("the scheduler corrects the noise already, and sample does: give the plain scheduler")
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(settings.steps, device=noise.device)
+    carried = correction_of(unet)
+    correction = carried if correction is None else correction
+    if carried is not None and correction is carried:
+        carried.check_schedule(scheduler.timesteps)
     accepts_eta = "eta" in inspect.signature(scheduler.step).parameters
     if settings.eta > 0 and not accepts_eta:
         raise ValueError(f"{type(scheduler).__name__} takes no eta, and eta is {settings.eta}: set it to 0")

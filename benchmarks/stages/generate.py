@@ -43,10 +43,9 @@ from benchmarks.stages.setup import (
 )
 from benchmarks.stages.workers import run_units
 from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, read_metadata, save_quantized
-from tfmq.correction import correction_of
 from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
-from tfmq.sampling import Step, predict_noise, sample
+from tfmq.sampling import Step, correction_of, predict_noise, sample
 from tfmq.temporal import temporal_feature_error
 from tfmq.unet import UNet, UNetLayout
 

@@ -7,10 +7,11 @@ import torch
 
 from baselines import ptqd, ptqd_mixed
 from tests.tfmq import networks
-from tfmq.correction import correction_of, measure_correction
+from tfmq.correction import measure_correction
 from tfmq.plan import activation_quantizers
 from tfmq.precision import Precision
 from tfmq.quantization import SHARED
+from tfmq.sampling import correction_of
 
 FEW = {"iterations": 2, "activation_iterations": 2, "images": 4}
 
@@ -20,7 +21,8 @@ def test_the_correction_is_that_of_the_finished_network(precision):
     unet = networks.unconditional()
     pool = networks.pool(unet)
     method, config = ptqd.METHOD, ptqd.METHOD.config(**FEW)
-    report = method.quantize(unet, pool, Precision.parse(precision), config, networks.generator(), SHARED)
+    with pytest.warns(UserWarning, match="carries a noise correction"):
+        report = method.quantize(unet, pool, Precision.parse(precision), config, networks.generator(), SHARED)
     kept, again = correction_of(unet).state_dict(), measure_correction(unet, pool, 4, 32).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in kept.items())
     assert (correction_of(unet).deviations > 0).all()

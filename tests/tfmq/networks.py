@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel, VQModel
 
 from tfmq.calibration import CalibrationSet, collect_calibration
-from tfmq.correction import correction_of
-from tfmq.sampling import Conditioning, SamplingSettings, sample
+from tfmq.sampling import Conditioning, SamplingSettings, correction_of, sample
 from tfmq.unet import UNet
 
 SETTINGS = SamplingSettings(steps=5)
@@ -44,6 +43,20 @@ def conditional(seed: int = 0) -> UNet2DConditionModel:
         cross_attention_dim=12,
         attention_head_dim=4,
         norm_num_groups=8,
+    ).eval()
+
+
+def first_stage() -> VQModel:
+    """An LDM's decoder, with a scaling factor of 0.7."""
+    torch.manual_seed(3)
+    return VQModel(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+        scaling_factor=0.7,
     ).eval()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LDMPipeline
 
 from tests.tfmq import networks
 from tests.tfmq.oracle import each, tensors
@@ -14,8 +16,8 @@ from tfmq.calibration import CalibrationSet, collect_calibration
 from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.correction import (
     NoiseCorrection,
+    attach_correction,
     corrected_noise,
-    correction_of,
     ddim_sigma,
     error_bias,
     error_slope,
@@ -25,7 +27,7 @@ from tfmq.correction import (
 )
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
-from tfmq.sampling import Conditioning, SamplingSettings, sample
+from tfmq.sampling import Conditioning, SamplingSettings, corrected_scheduler, correction_of, sample
 
 STATISTICS = "07a_ptqd_statistics"
 SAMPLER = "07b_ptqd_sampler"
@@ -242,20 +244,17 @@ def test_under_a_repeated_step_and_guidance_the_correction_is_looked_up_by_time_
 
 
 def test_a_corrected_network_is_nearer_to_full_precision_and_keeps_its_correction(tmp_path):
-    full, unet = networks.unconditional(), networks.unconditional()
-    pool = networks.pool(full)
-    rows = pool.spaced(5, 4)
-    quantize_(unet, Precision(3, 32), QuantizationConfig("minmax"), rows, rows, pool.timesteps, networks.generator())
-    assert correction_of(unet) is None
-    unet.noise_correction = measure_correction(unet, pool, images=4, batch=4)
-
+    unet, pool = corrected()
     correction = correction_of(unet)
     with torch.no_grad():
         plain = [unet(latents, t).sample for latents, t in zip(pool.latents, pool.timesteps, strict=True)]
     fixed = [correction(int(t), p, 0.0)[0] for t, p in zip(pool.timesteps, plain, strict=True)]
     assert (torch.stack(fixed) - pool.noise).norm() < (torch.stack(plain) - pool.noise).norm()
     save_quantized(unet, tmp_path / "q.safetensors", {})
-    loaded = load_quantized(tmp_path / "q.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"carries a noise correction.*pipeline\.scheduler = tfmq\.corrected_scheduler"
+    ):
+        loaded = load_quantized(tmp_path / "q.safetensors")
     kept = correction_of(loaded).state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in unet.noise_correction.state_dict().items())
     ours, theirs = (
@@ -263,3 +262,80 @@ def test_a_corrected_network_is_nearer_to_full_precision_and_keeps_its_correctio
         for u in (unet, loaded)
     )
     assert torch.equal(ours, theirs)
+
+
+# -- never lost ------------------------------------------------------------------------------------------------------
+
+
+def corrected(scheduler=networks.scheduler):
+    """A coarse network that carries a correction, and the pool it was measured on."""
+    unet = networks.unconditional()
+    pool = collect_calibration(unet, scheduler(), networks.noise(), networks.SETTINGS, batch=4)
+    rows = pool.spaced(5, 4)
+    quantize_(unet, Precision(3, 32), QuantizationConfig("minmax"), rows, rows, pool.timesteps, networks.generator())
+    assert correction_of(unet) is None
+    with pytest.warns(UserWarning, match="carries a noise correction"):
+        attach_correction(unet, measure_correction(unet, pool, images=4, batch=4))
+    return unet, pool
+
+
+def drawn(unet, scheduler, steps=5, **options):
+    return sample(unet, scheduler, networks.noise(), SamplingSettings(steps), **options)
+
+
+def test_a_carried_correction_is_applied_unless_another_is_given():
+    unet, _ = corrected()
+    carried = drawn(unet, networks.scheduler())
+    assert torch.equal(carried, drawn(unet, networks.scheduler(), correction=correction_of(unet)))
+    uncorrected = drawn(unet, networks.scheduler(), correction=lambda timestep, noise, eta: (noise, eta))
+    unet.noise_correction = None
+    assert torch.equal(drawn(unet, networks.scheduler()), uncorrected)
+    assert not torch.allclose(carried, uncorrected, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [4, 6, 10, 1])
+def test_another_schedule_is_refused_even_where_its_steps_are_known(steps):
+    unet, _ = corrected()
+    message = r"measured for the 5 time steps \[1, 201, 401, 601, 801\], and the schedule has \[1\b.*: sample with"
+    with pytest.raises(ValueError, match=message):
+        drawn(unet, networks.scheduler(), steps)
+    with pytest.raises(ValueError, match=message):
+        drawn(unet, networks.scheduler(), steps, correction=correction_of(unet))
+    with pytest.raises(ValueError, match=message):
+        corrected_scheduler(networks.scheduler(), unet).set_timesteps(steps)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "eta"), [(networks.scheduler, 0.0), (networks.scheduler, 1.0), (networks.pndm, 0.0)]
+)
+def test_the_stock_pipeline_with_a_corrected_scheduler_gives_the_same_images(scheduler, eta):
+    unet, _ = corrected(scheduler)
+    decoder = networks.first_stage()
+    plain = scheduler()
+    pipeline = LDMPipeline(vqvae=decoder, unet=unet, scheduler=plain)
+    pipeline.scheduler = corrected_scheduler(plain, unet)
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"batch_size": 4, "num_inference_steps": 5, "eta": eta, "output_type": "np"}
+    torch.manual_seed(1)  # this pipeline draws the noise of its steps from the global generator
+    images = pipeline(generator=networks.generator(), **given).images
+    start = torch.randn(4, 3, 8, 8, generator=networks.generator())
+    torch.manual_seed(1)
+    step_noise = torch.stack([torch.randn(4, 3, 8, 8) for _ in range(5)])
+    latents = sample(unet, plain, start, SamplingSettings(5, eta), step_noise=step_noise)
+    own = (decoder.decode(latents / 0.7).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).detach().numpy()
+    np.testing.assert_allclose(own, images, atol=1e-6)
+    pipeline.scheduler = plain
+    torch.manual_seed(1)
+    uncorrected = pipeline(generator=networks.generator(), **given).images
+    assert np.abs(uncorrected - images).max() > 1e-3
+
+
+def test_nothing_is_corrected_twice():
+    unet, _ = corrected()
+    scheduler = corrected_scheduler(networks.scheduler(), unet)
+    with pytest.raises(ValueError, match="give the plain scheduler"):
+        drawn(unet, copy.deepcopy(scheduler))
+    with pytest.raises(ValueError, match="corrects the noise already"):
+        corrected_scheduler(scheduler, unet)
+    with pytest.raises(ValueError, match="carries no noise correction: use the scheduler as it is"):
+        corrected_scheduler(networks.scheduler(), networks.unconditional())

@@ -10,27 +10,13 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
-    VQModel,
 )
 
 from tests.tfmq import networks
 from tfmq.calibration import CalibrationSet, collect_calibration, cumulative_alphas
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
-from tfmq.sampling import Conditioning, SamplingSettings, sample
-
-
-def first_stage() -> VQModel:
-    torch.manual_seed(3)
-    return VQModel(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=3,
-        num_vq_embeddings=16,
-        norm_num_groups=4,
-        scaling_factor=0.7,
-    ).eval()
+from tfmq.sampling import Conditioning, SamplingSettings, predict_noise, sample
 
 
 @pytest.mark.parametrize("scheduler", [networks.scheduler, networks.pndm])
@@ -43,7 +29,7 @@ def test_the_stock_pipeline_gives_the_same_images(quantized, scheduler):
         rows = pool.spaced(5, 4)
         config = QuantizationConfig(activation_scales="temporal")
         quantize_(unet, Precision.parse("w4a8"), config, rows, rows, pool.timesteps, networks.generator())
-    decoder = first_stage()
+    decoder = networks.first_stage()
     pipeline = LDMPipeline(vqvae=decoder, unet=unet, scheduler=scheduler())
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=4, generator=networks.generator(), num_inference_steps=5, output_type="np").images
@@ -178,3 +164,15 @@ def test_nan_names_layer_and_step():
         unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"mid_block\.resnets\.0\.conv1 put out NaN or infinity at step 0"):
         sample(unet, networks.scheduler(), networks.noise(), networks.SETTINGS)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_guidance_without_both_halves_is_refused(half):
+    unet, context = networks.conditional(), torch.randn(2, 5, 12, generator=networks.generator())
+    conditioning = Conditioning(context) if half else None
+    lacks = "no unconditional half of the conditioning" if half else "no conditioning"
+    with pytest.raises(ValueError, match=rf"guidance_scale is 7\.5, but there is {lacks}: give a Conditioning"):
+        settings = SamplingSettings(steps=5, guidance_scale=7.5)
+        sample(unet, networks.scheduler(), networks.noise(2), settings, conditioning=conditioning)
+    with pytest.raises(ValueError, match=lacks):
+        predict_noise(unet, networks.noise(2), torch.tensor(1), conditioning, 7.5)
