@@ -28,6 +28,12 @@ class CalibrationRows:
     timesteps: Tensor
     context: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        lengths = {name: len(value) for name, value in vars(self).items() if value is not None}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{count} {name}" for name, count in lengths.items())
+            raise ValueError(f"calibration rows of {found}: give as many of each")
+
     def __len__(self) -> int:
         return len(self.latents)
 
@@ -149,7 +155,14 @@ def collect_calibration(
     conditioning: Conditioning | None = None,
     step_noise: Tensor | None = None,
 ) -> CalibrationSet:
-    """Record the pool in one sampling pass over ``noise`` (N, C, H, W): T UNet evaluations an image for T steps."""
+    """Record the pool in one sampling pass over ``noise`` (N, C, H, W): T UNet evaluations an image for T steps.
+
+    Raises ValueError for no noise, a batch below 1, and what ``sample`` refuses.
+    """
+    if not len(noise):
+        raise ValueError(f"noise of shape {tuple(noise.shape)} holds no image: give at least one")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}: it must be at least 1")
     steps: list[list[Step]] = []
     samples: list[Tensor] = []
     for start in tqdm(range(0, len(noise), batch), desc="calibration pool", disable=None):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,13 +23,16 @@ from tfmq.plan import (
     LayerPlan,
     QuantizationPlan,
     activation_quantizers,
+    check_quantized,
     insert_quantizers,
     quantized_layers,
 )
 from tfmq.sampling import correction_of
 from tfmq.unet import UNet, UNetLayout
 
-FORMAT = "tfmq-quantized-2"
+FORMAT = "tfmq-quantized-3"
+FAMILY = FORMAT.rpartition("-")[0]
+DAMAGED = "damaged or truncated: delete it and quantise again"
 UNET_CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
 
@@ -61,8 +66,16 @@ def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) ->
 
     Args:
         metadata: JSON-able facts to keep with it: method, settings, hashes of base checkpoint and calibration pool.
+
+    Raises:
+        ValueError: the UNet is not quantised, or only in part, or holds NaN or infinity; or ``path`` is a folder, or in
+            none.
     """
     path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"cannot write {path}: {problem}; give the path of a file in a folder that exists")
+    tensors = _checked_tensors(unet)
     described = {
         "format": FORMAT,
         "unet_class": type(unet).__name__,
@@ -74,10 +87,17 @@ def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) ->
         "correction": json.dumps(None if correction_of(unet) is None else correction_of(unet).biases.shape),
         "metadata": json.dumps(metadata),
     }
+    _write(path, tensors, described)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], described: dict[str, str]) -> None:
+    """Write the file with the hashes of its tensors and of its description, in one step."""
+    described = described | {"tensors_sha256": _tensors_hash(tensors)}
+    described["description_sha256"] = _description_hash(described)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            file.write(serialize(_tensors(unet), described))
+            file.write(serialize(tensors, described))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -85,8 +105,26 @@ def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) ->
         temporary.unlink(missing_ok=True)
 
 
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _description_hash(described: Mapping[str, str]) -> str:
+    """SHA-256 of the description but for its own hash."""
+    items = {key: value for key, value in described.items() if key != "description_sha256"}
+    return hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
+
+
 def read_metadata(path: str | Path) -> dict[str, object]:
-    """What ``save_quantized`` was given as metadata."""
+    """What ``save_quantized`` was given as metadata.
+
+    Raises FileNotFoundError and ValueError as ``load_quantized``; the tensors are not looked at.
+    """
     return json.loads(_description(Path(path))["metadata"])
 
 
@@ -97,10 +135,12 @@ def load_quantized(path: str | Path) -> UNet:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, not a quantised checkpoint, or its tensors do not match its description exactly.
+        ValueError: it is damaged, not a quantised checkpoint or one of another format, or its tensors do not match its
+            description exactly.
     """
     path = Path(path)
     described = _description(path)
+    stored = _stored(path, described)
     if described.get("unet_class") not in UNET_CLASSES:
         raise ValueError(f"{path} holds a {described.get('unet_class')}; known are {', '.join(UNET_CLASSES)}")
     config = {key: value for key, value in json.loads(described["unet_config"]).items() if not key.startswith("_")}
@@ -118,8 +158,6 @@ def load_quantized(path: str | Path) -> UNet:
     correction = json.loads(described["correction"])
     if correction is not None:
         attach_correction(unet, NoiseCorrection(*correction))
-    with safe_open(path, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     _restore(unet, stored, path)
     return unet
 
@@ -127,14 +165,33 @@ def load_quantized(path: str | Path) -> UNet:
 def _description(path: Path) -> dict[str, str]:
     if not path.exists():
         raise FileNotFoundError(f"there is no quantised checkpoint {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the file that save_quantized wrote")
     try:
         with safe_open(path, "pt") as file:
             described = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}): delete it and quantise again") from None
-    if described.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a quantised checkpoint of format {FORMAT} (found {described.get('format')})")
+        raise ValueError(f"{path} is not a quantised checkpoint ({error}), or {DAMAGED}") from None
+    found = described.get("format", "")
+    if found != FORMAT and found.startswith(FAMILY):
+        raise ValueError(f"{path} is of format {found}, and this version reads {FORMAT}: quantise again")
+    if found != FORMAT:
+        raise ValueError(f"{path} is not a quantised checkpoint: {FORMAT} is not in its description")
+    if described.get("description_sha256") != _description_hash(described):
+        raise ValueError(f"{path} is {DAMAGED} (the description is not what its hash says)")
     return described
+
+
+def _stored(path: Path, described: dict[str, str]) -> dict[str, Tensor]:
+    """The file's tensors. Raises ValueError if they are not those of the description's hash."""
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is {DAMAGED} ({error})") from None
+    if described.get("tensors_sha256") != _tensors_hash(stored):
+        raise ValueError(f"{path} is {DAMAGED} (the tensors are not what their hash says)")
+    return stored
 
 
 def _plan(unet: UNet) -> QuantizationPlan:
@@ -161,6 +218,20 @@ def _tensors(unet: UNet) -> dict[str, Tensor]:
     for path, layer in quantized_layers(unet).items():
         del tensors[f"{path}.weight"]
         tensors[f"{path}.codes"] = pack(layer.codes.cpu(), layer.weight_bits)
+    return tensors
+
+
+def _checked_tensors(unet: UNet) -> dict[str, Tensor]:
+    """The tensors of a UNet that is quantised to its last layer. Raises ValueError for one that is not."""
+    check_quantized(unet)
+    unfinished = [path for path, layer in quantized_layers(unet).items() if layer.codes is None]
+    unfinished += [path for path, quantizer in activation_quantizers(unet).items() if not quantizer.enabled]
+    if unfinished:
+        raise ValueError(f"the UNet is half quantised, {unfinished[0]} is not: start again from the full-precision one")
+    tensors = _tensors(unet)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinity: quantise again from a checkpoint that is not damaged")
     return tensors
 
 

@@ -136,8 +136,7 @@ def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
     Nothing is quantised yet: ranges come from calibration or from a checkpoint. The tracker also stands in
     ``unet.step_tracker``. Raises ValueError if the network holds quantised layers already.
     """
-    if quantized_layers(unet):
-        raise ValueError("the UNet is quantised already: start from the full-precision one")
+    check_unquantized(unet)
     tracker = StepTracker()
     tracker.watch(unet)
     unet.step_tracker = tracker
@@ -164,6 +163,18 @@ def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
         quantizer.path = path
     unet.to(unet.device)
     return tracker
+
+
+def check_unquantized(unet: UNet) -> None:
+    """Raise ValueError for a network that holds quantised layers."""
+    if quantized_layers(unet):
+        raise ValueError("the UNet is quantised already: start from the full-precision one")
+
+
+def check_quantized(unet: UNet) -> None:
+    """Raise ValueError for a network that holds no quantised layers."""
+    if not quantized_layers(unet):
+        raise ValueError("the UNet is not quantised: call quantize_ first")
 
 
 def announce_step(unet: UNet, timesteps: Tensor) -> None:
@@ -195,7 +206,11 @@ class Coverage:
 
 
 def coverage(unet: UNet) -> list[Coverage]:
-    """Every Conv2d, Linear and attention product of the UNet with its bits, or the reason it is not quantised."""
+    """Every Conv2d, Linear and attention product of the UNet with its bits, or the reason it is not quantised.
+
+    Raises ValueError if ``unet`` is not quantised.
+    """
+    check_quantized(unet)
     rows = []
     for path, module in unet.named_modules():
         reason = unet.full_precision_reasons.get(path, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,6 +23,7 @@ from tfmq.plan import (
     Coverage,
     Protocol,
     activation_quantizers,
+    check_unquantized,
     coverage,
     insert_quantizers,
     plan_for,
@@ -132,13 +135,19 @@ def quantize_(
         protocol: which layers are quantised.
 
     Raises:
-        ValueError: weights or activations hold NaN or infinity, activations are constant, the calibration rows do not
-            fit in ``config.memory_bytes``, or the UNet is quantised already or of a structure that is not supported.
+        ValueError: weights or activations hold NaN or infinity, activations are constant, the calibration rows are none
+            or not the UNet's inputs or do not fit in ``config.memory_bytes``, or the UNet is quantised already or of a
+            structure that is not supported. After this or any other error the UNet computes what it did before.
     """
     if precision.weight_bits == FULL:
         raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
+    check_unquantized(unet)
     check_weights(unet)
     layout = UNetLayout.of(unet)
+    check_rows(unet, rows, "rows")
+    check_rows(unet, activation_rows, "activation_rows")
+    if not len(timesteps):
+        raise ValueError("timesteps is empty: give those of the schedule, as in CalibrationSet.timesteps")
     unet.eval().requires_grad_(False)
     rows, activation_rows = rows.to(unet.device), activation_rows.to(unet.device)
     report = QuantizationReport()
@@ -157,42 +166,44 @@ def quantize_(
     )
     if config.caching == "all":
         plan = replace(plan, layers={p: layer for p, layer in plan.layers.items() if p not in layout.temporal})
-    insert_quantizers(unet, plan)
-    if config.activation_scales != "shared" or config.caching is not None:
-        unet.step_tracker.steps = finite_set.cpu()
-    if config.caching == "all":
-        report.details = cache_temporal_features(unet, full, layout, precision.activation_bits, config.caching)
-    limits = {"batch": config.batch, "memory_bytes": config.memory_bytes}
-    with report.timed("weights"):
-        layers = quantized_layers(unet)
-        if config.low_rank is not None:
-            branched = {path: layer for path, layer in layers.items() if layer.rank}
-            strengths = add_branches(full, branched, rows, config.low_rank, config.weight_range, config.batch)
-            report.details = {"migration_strengths": strengths}
-            report.effort.unet_evaluations += len(rows) + min(config.low_rank.search_rows, len(rows))
-        for layer in tqdm(layers.values(), desc="weight ranges", disable=None):
-            layer.find_weight_range(config.weight_range)
-        temporal_layers = [layers[path] for path in layout.temporal if path in layers]
-        if config.freeze_temporal:
-            for layer in temporal_layers:
-                layer.find_weight_range("minmax")
-                layer.fold()
-        if config.temporal is not None and temporal_layers:
-            steps = finite_set.to(unet.device)
-            reconstruct_temporal(unet, full, layout, steps, config.temporal, generator, report.effort)
-        if config.rounding is not None:
-            reconstruct_weights(unet, full, layout, rows, config.rounding, generator, report.effort, **limits)
-        for layer in layers.values():
-            if layer.codes is None:
-                layer.fold()
-    if precision.quantizes_activations and not config.dynamic_activations:
-        with report.timed("activations"):
-            calibrate_activations(unet, layout, activation_rows, config)
-            report.effort.unet_evaluations += len(activation_rows)
-            if config.step_sizes is not None:
-                reconstruct_activations(unet, full, layout, rows, config.step_sizes, generator, report.effort, **limits)
-    if config.caching in ("projection", "step"):
-        report.details = cache_temporal_features(unet, full, layout, precision.activation_bits, config.caching)
+    with restored_on_failure(unet, full):
+        insert_quantizers(unet, plan)
+        if config.activation_scales != "shared" or config.caching is not None:
+            unet.step_tracker.steps = finite_set.cpu()
+        if config.caching == "all":
+            report.details = cache_temporal_features(unet, full, layout, precision.activation_bits, config.caching)
+        limits = {"batch": config.batch, "memory_bytes": config.memory_bytes}
+        with report.timed("weights"):
+            layers = quantized_layers(unet)
+            if config.low_rank is not None:
+                branched = {path: layer for path, layer in layers.items() if layer.rank}
+                strengths = add_branches(full, branched, rows, config.low_rank, config.weight_range, config.batch)
+                report.details = {"migration_strengths": strengths}
+                report.effort.unet_evaluations += len(rows) + min(config.low_rank.search_rows, len(rows))
+            for layer in tqdm(layers.values(), desc="weight ranges", disable=None):
+                layer.find_weight_range(config.weight_range)
+            temporal_layers = [layers[path] for path in layout.temporal if path in layers]
+            if config.freeze_temporal:
+                for layer in temporal_layers:
+                    layer.find_weight_range("minmax")
+                    layer.fold()
+            if config.temporal is not None and temporal_layers:
+                steps = finite_set.to(unet.device)
+                reconstruct_temporal(unet, full, layout, steps, config.temporal, generator, report.effort)
+            if config.rounding is not None:
+                reconstruct_weights(unet, full, layout, rows, config.rounding, generator, report.effort, **limits)
+            for layer in layers.values():
+                if layer.codes is None:
+                    layer.fold()
+        if precision.quantizes_activations and not config.dynamic_activations:
+            with report.timed("activations"):
+                calibrate_activations(unet, layout, activation_rows, config)
+                report.effort.unet_evaluations += len(activation_rows)
+                if config.step_sizes is not None:
+                    learning = config.step_sizes
+                    reconstruct_activations(unet, full, layout, rows, learning, generator, report.effort, **limits)
+        if config.caching in ("projection", "step"):
+            report.details = cache_temporal_features(unet, full, layout, precision.activation_bits, config.caching)
     report.coverage = coverage(unet)
     return report
 
@@ -211,8 +222,11 @@ def calibrate_activations(unet: UNet, layout: UNetLayout, rows: CalibrationRows,
     per_step = config.activation_scales == "per_step"
     for quantizer in quantizers.values():
         quantizer.observe(config.activation_momentum, per_step, config.activation_range)
-    batches = (rows.batches_of_steps if per_step else rows.batches)(config.activation_batch)
-    for batch in tqdm(batches, desc="activation ranges", disable=None):
+    size = config.activation_batch
+    batches = (rows.batches_of_steps if per_step else rows.batches)(size)
+    counts = rows.timesteps.unique(return_counts=True)[1].tolist() if per_step else [len(rows)]
+    total = sum(math.ceil(count / size) for count in counts)
+    for batch in tqdm(batches, desc="activation ranges", total=total, disable=None):
         context = () if batch.context is None else (batch.context,)
         unet(batch.latents, batch.timesteps.to(unet.device), *context)
     for quantizer in quantizers.values():
@@ -224,3 +238,31 @@ def check_weights(unet: UNet) -> None:
     for name, parameter in unet.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")
+
+
+def check_rows(unet: UNet, rows: CalibrationRows, name: str) -> None:
+    """Raise ValueError for calibration rows that are none, or no inputs of ``unet``; ``name`` is theirs in errors."""
+    if not len(rows):
+        raise ValueError(f"{name} holds no calibration row: draw at least one, for example by CalibrationSet.spaced")
+    channels = unet.config.in_channels
+    if rows.latents.dim() != 4 or rows.latents.shape[1] != channels:
+        raise ValueError(
+            f"{name}.latents is of shape {tuple(rows.latents.shape)}: the UNet takes {channels} channels, "
+            f"(rows, {channels}, height, width)"
+        )
+    takes_context = isinstance(unet, UNet2DConditionModel)
+    if takes_context != (rows.context is not None):
+        does = "takes a context" if takes_context else "takes none"
+        has = "no context" if takes_context else "a context"
+        raise ValueError(f"{name} has {has}, and a {type(unet).__name__} {does}: draw them from a pool of this UNet")
+
+
+@contextmanager
+def restored_on_failure(unet: UNet, full: UNet) -> Iterator[None]:
+    """Make ``unet`` the full-precision ``full`` again, in place, where anything is raised inside."""
+    try:
+        yield
+    except BaseException:
+        vars(unet).clear()
+        vars(unet).update(vars(full))
+        raise

@@ -221,10 +221,12 @@ def stream_bytes(unet: UNet, layout: UNetLayout, row: CalibrationRows) -> int:
 def check_memory(unet: UNet, layout: UNetLayout, rows: CalibrationRows, streams: int, memory_bytes: int) -> None:
     """Raise ValueError if streaming ``rows`` would hold more than ``memory_bytes``, saying how many rows fit."""
     per_row = streams * stream_bytes(unet, layout, rows[:1])
-    if per_row * len(rows) > memory_bytes:
+    needed, fitting = per_row * len(rows), memory_bytes // per_row
+    if needed > memory_bytes:
+        fewer = f"use at most {fitting} rows or " if fitting else ""
         raise ValueError(
-            f"{len(rows)} calibration rows need {per_row * len(rows) / 2**30:.2f} GiB between blocks and memory_bytes "
-            f"allows {memory_bytes / 2**30:.2f} GiB: use at most {memory_bytes // per_row} rows or raise memory_bytes"
+            f"{len(rows)} calibration rows need {needed:,} bytes ({needed / 2**30:.2f} GiB) between blocks, one row "
+            f"{per_row:,}, and memory_bytes allows {memory_bytes:,}: {fewer}raise memory_bytes"
         )
 
 

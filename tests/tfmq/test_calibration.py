@@ -9,7 +9,7 @@ import torch
 
 from tests.tfmq import networks
 from tests.tfmq.oracle import each, tensors
-from tfmq.calibration import CalibrationSet, cut_to_steps, normal_steps
+from tfmq.calibration import CalibrationRows, CalibrationSet, collect_calibration, cut_to_steps, normal_steps
 from tfmq.sampling import SamplingSettings
 
 DRAW = "08_timestep_draw"
@@ -98,3 +98,19 @@ def test_normal_rows_pair_latents_with_their_own_step():
     share = (19 - position).double() / 20
     assert share.mean() == pytest.approx(0.4 - 0.025, abs=0.02)  # cutting takes half a step off
     assert share.std() == pytest.approx(0.16, abs=0.02)
+
+
+def test_an_empty_pool_is_refused():
+    given = (networks.unconditional(), networks.scheduler())
+    with pytest.raises(ValueError, match=r"noise of shape \(0, 3, 8, 8\) holds no image: give at least one"):
+        collect_calibration(*given, networks.noise()[:0], networks.SETTINGS, batch=4)
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match=f"batch is {batch}: it must be at least 1"):
+            collect_calibration(*given, networks.noise(), networks.SETTINGS, batch=batch)
+
+
+def test_rows_have_one_length():
+    with pytest.raises(ValueError, match="calibration rows of 4 latents, 3 timesteps: give as many of each"):
+        CalibrationRows(networks.noise(4), torch.arange(3))
+    with pytest.raises(ValueError, match="4 latents, 4 timesteps, 2 context"):
+        CalibrationRows(networks.noise(4), torch.arange(4), torch.zeros(2, 5, 12))

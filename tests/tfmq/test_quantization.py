@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from tests.tfmq import networks
+from tfmq import quantization
+from tfmq.calibration import CalibrationRows
+from tfmq.checkpoint import save_quantized
 from tfmq.layers import QuantizedLayer
-from tfmq.plan import activation_quantizers, insert_quantizers, plan_for, quantized_layers
+from tfmq.plan import activation_quantizers, coverage, insert_quantizers, plan_for, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
 from tfmq.reconstruction import BlockStream, RoundingConfig, StepSizeConfig
 from tfmq.temporal import temporal_feature_error
-from tfmq.unet import UNetLayout
+from tfmq.unet import UNet, UNetLayout
 
 ROUNDING = RoundingConfig(iterations=4, batch=8, learning_rate=1e-2)
 W4A8 = Precision.parse("w4a8")
@@ -134,20 +137,107 @@ def test_nan_weights_are_named():
         quantize_(unet, W4A8, QuantizationConfig(), rows, rows, pool.timesteps, networks.generator())
 
 
-def test_a_dead_layer_is_named():
+def dead_layer() -> UNet:
     unet = networks.unconditional()
     with torch.no_grad():
         unet.time_embedding.linear_1.weight.zero_()
         unet.time_embedding.linear_1.bias.zero_()
-    pool = networks.pool(networks.unconditional())
-    rows = pool.spaced(5, 4)
+    return unet
+
+
+def interrupted(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_a_dead_layer_is_named():
     with pytest.raises(ValueError, match=r"time_embedding\.linear_2\.input_quantizer is constant \(0\)"):
-        quantize_(unet, W4A8, QuantizationConfig(), rows, rows, pool.timesteps, networks.generator())
+        quantized(QuantizationConfig(), build=dead_layer)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (QuantizationConfig(rounding=ROUNDING, activation_scales="temporal"), ValueError),  # constant activations
+        (QuantizationConfig(rounding=RoundingConfig(iterations=2, norm=1e5), caching="all"), ValueError),
+        (QuantizationConfig(step_sizes=StepSizeConfig(iterations=2)), KeyboardInterrupt),
+    ],
+)
+@torch.no_grad()
+def test_after_a_failure_the_network_is_what_it_was(config, error, monkeypatch, tmp_path):
+    unet = dead_layer() if config.activation_scales == "temporal" else networks.unconditional()
+    before = copy.deepcopy(unet)
+    rows = networks.pool(networks.unconditional()).spaced(5, 4)
+    given = (rows, rows, rows.timesteps.unique(), networks.generator())
+    if error is KeyboardInterrupt:
+        monkeypatch.setattr(quantization, "reconstruct_activations", interrupted)
+    with pytest.raises(error):
+        quantize_(unet, W4A8, config, *given)
+    assert unet.state_dict().keys() == before.state_dict().keys()
+    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in unet.state_dict().items())
+    assert torch.equal(unet(rows.latents, rows.timesteps).sample, before(rows.latents, rows.timesteps).sample)
+    assert not quantized_layers(unet) and not unet._forward_pre_hooks and not hasattr(unet, "step_tracker")
+    with pytest.raises(ValueError, match="the UNet is not quantised"):
+        save_quantized(unet, tmp_path / "q.safetensors", {})
+    monkeypatch.undo()
+    quantize_(unet, Precision.parse("w4a32"), QuantizationConfig(), *given)
+    assert quantized_layers(unet)
 
 
 def test_the_byte_budget_is_kept_or_refused_with_the_row_count_that_fits():
-    with pytest.raises(ValueError, match=r"20 calibration rows need .* use at most \d+ rows or raise memory_bytes"):
+    with pytest.raises(
+        ValueError, match=r"20 calibration rows need .* use at most [1-9]\d* rows or raise memory_bytes"
+    ):
         quantized(QuantizationConfig(rounding=ROUNDING, memory_bytes=100_000))
+    message = (
+        r"20 calibration rows need [\d,]+ bytes .*, one row [\d,]+, and memory_bytes allows 10: raise memory_bytes"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantized(QuantizationConfig(rounding=ROUNDING, memory_bytes=10))
+
+
+def test_rows_that_are_not_the_network_s_inputs_are_refused():
+    unet, conditional = networks.unconditional(), networks.conditional()
+    good = networks.pool(unet).spaced(5, 4)
+    latents, timesteps = good.latents, good.timesteps
+    context = torch.zeros(20, 5, 12)
+    cases = [
+        (unet, good[:0], r"holds no calibration row"),
+        (
+            unet,
+            CalibrationRows(latents[:, :2], timesteps),
+            r"latents is of shape \(20, 2, 8, 8\): the UNet takes 3 channels",
+        ),
+        (unet, CalibrationRows(latents[0], timesteps[:3]), r"latents is of shape \(3, 8, 8\)"),
+        (unet, CalibrationRows(latents, timesteps, context), "has a context, and a UNet2DModel takes none"),
+        (conditional, good, "has no context, and a UNet2DConditionModel takes a context"),
+    ]
+    for network, bad, message in cases:
+        fine = good if network is unet else CalibrationRows(latents, timesteps, context)
+        for name, rows in (("rows", (bad, fine)), ("activation_rows", (fine, bad))):
+            with pytest.raises(ValueError, match=f"^{name}.?{message}"):
+                quantize_(network, W4A8, QuantizationConfig(), *rows, timesteps, networks.generator())
+    with pytest.raises(ValueError, match="timesteps is empty"):
+        quantize_(unet, W4A8, QuantizationConfig(), good, good, timesteps[:0], networks.generator())
+    assert not quantized_layers(unet) and not quantized_layers(conditional)
+
+
+@pytest.mark.parametrize("scales", ["shared", "per_step"])
+def test_the_progress_bar_of_activation_ranges_knows_its_total(scales, monkeypatch):
+    seen = {}
+
+    def bar(items, desc, total=None, disable=None):
+        items = list(items)
+        seen[desc] = (len(items), len(items) if total is None else total)
+        return items
+
+    monkeypatch.setattr(quantization, "tqdm", bar)
+    quantized(QuantizationConfig(activation_scales=scales, activation_batch=3))
+    assert seen["activation ranges"] == ((7, 7) if scales == "shared" else (10, 10))
+
+
+def test_coverage_needs_a_quantised_network():
+    with pytest.raises(ValueError, match="the UNet is not quantised: call quantize_ first"):
+        coverage(networks.unconditional())
 
 
 def test_full_precision_weights_are_refused():
