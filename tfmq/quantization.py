@@ -127,7 +127,8 @@ def quantize_(
     ``corrected_scheduler``.
 
     Args:
-        rows: calibration rows for learning roundings and step sizes.
+        rows: calibration rows for low-rank branches and for learning roundings and step sizes; not looked at where
+            there is none of these.
         activation_rows: calibration rows for activation ranges, in the order in which they are observed; where scales
             are ``per_step``, those of each time step among themselves.
         timesteps: int64 (T,), the steps of the schedule the network will be sampled with.
@@ -144,8 +145,11 @@ def quantize_(
     check_unquantized(unet)
     check_weights(unet)
     layout = UNetLayout.of(unet)
-    check_rows(unet, rows, "rows")
-    check_rows(unet, activation_rows, "activation_rows")
+    calibrates = precision.quantizes_activations and not config.dynamic_activations
+    if config.low_rank is not None or config.rounding is not None or (calibrates and config.step_sizes is not None):
+        check_rows(unet, rows, "rows")
+    if calibrates:
+        check_rows(unet, activation_rows, "activation_rows")
     if not len(timesteps):
         raise ValueError("timesteps is empty: give those of the schedule, as in CalibrationSet.timesteps")
     unet.eval().requires_grad_(False)
@@ -195,7 +199,7 @@ def quantize_(
             for layer in layers.values():
                 if layer.codes is None:
                     layer.fold()
-        if precision.quantizes_activations and not config.dynamic_activations:
+        if calibrates:
             with report.timed("activations"):
                 calibrate_activations(unet, layout, activation_rows, config)
                 report.effort.unet_evaluations += len(activation_rows)

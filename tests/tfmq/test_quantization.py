@@ -215,7 +215,8 @@ def test_rows_that_are_not_the_network_s_inputs_are_refused():
         fine = good if network is unet else CalibrationRows(latents, timesteps, context)
         for name, rows in (("rows", (bad, fine)), ("activation_rows", (fine, bad))):
             with pytest.raises(ValueError, match=f"^{name}.?{message}"):
-                quantize_(network, W4A8, QuantizationConfig(), *rows, timesteps, networks.generator())
+                config = QuantizationConfig(rounding=ROUNDING)
+                quantize_(network, W4A8, config, *rows, timesteps, networks.generator())
     with pytest.raises(ValueError, match="timesteps is empty"):
         quantize_(unet, W4A8, QuantizationConfig(), good, good, timesteps[:0], networks.generator())
     assert not quantized_layers(unet) and not quantized_layers(conditional)
