@@ -93,8 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_cells(module: object, suite: params.Suite, options: argparse.Namespace) -> None:
     from benchmarks.stages import setup
 
-    if options.method == FULL_PRECISION and (options.table or options.precision):
-        raise ValueError(f"{FULL_PRECISION} is in no table and has one precision: leave out --table and --precision")
     if options.method != FULL_PRECISION and not options.table:
         raise ValueError(f"--table is missing: give one of {', '.join(suite.tables)}")
     named = (options.table, options.task, options.method, options.precision, options.seed)
