@@ -55,7 +55,8 @@ def bench(session: nox.Session) -> None:
     done = subprocess.run([*repro, "--keep-going"], cwd=ROOT, env=variables, check=False).returncode == 0
     if not done:
         subprocess.run([*repro, "--single-item", "tables"], cwd=ROOT, env=variables, check=True)
-    print((ROOT / "results" / "README.md").read_text(encoding="utf-8"))
+    print((ROOT / "README.md").read_text(encoding="utf-8").split("leaderboard -->")[1].removesuffix("<!-- /").strip())
+    print("\nAll tables and figures: results/README.md")
     if not done:
         session.error("some cells failed; DVC names them above")
 

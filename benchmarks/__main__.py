@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add_shards(command: argparse.ArgumentParser) -> None:
         command.add_argument(
-            "--shards", type=int, help="processes that share the work (default: one a core, one on a GPU)"
+            "--shards", type=_count, help="processes that share the work (default: one a core, one on a GPU)"
         )
 
     for name, text in (
@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "tables":
             print(module.run(suite))
         elif options.command in ("calibrate", "reference"):
+            params.check_methods(suite)  # rather now than after these stages
             module.run(suite, options.task, options.device, _shards(options))
         else:
             _run_cells(module, suite, options)
@@ -92,8 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_cells(module: object, suite: params.Suite, options: argparse.Namespace) -> None:
     from benchmarks.stages import setup
 
+    if options.method != FULL_PRECISION and not options.table:
+        raise ValueError(f"--table is missing: give one of {', '.join(suite.tables)}")
     named = (options.table, options.task, options.method, options.precision, options.seed)
     module.run(suite, setup.cells_of(suite, *named), options.device, _shards(options))
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
 def _shards(options: argparse.Namespace) -> int:

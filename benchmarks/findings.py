@@ -4,7 +4,8 @@ A claim says that one row is better than another by one metric. Both rows denois
 mean over images is judged by the mean difference of the rows' images, with its 95 % interval: at a precision the claim
 holds where that lies entirely on the better side of zero, is contradicted where it lies entirely on the other side, and
 is open where it holds zero. By other metrics the rows' own intervals are compared, and a claim is open where they
-overlap. Nothing corrects for the number of claims.
+overlap. It is open, too, where both rows have several calibration seeds and these disagree which row is better. Nothing
+corrects for the number of claims.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from benchmarks.record import Cell, Record, Value
 from benchmarks.tables import QUALITY, label
 
 VERDICTS = ("holds", "contradicted", "open")
+COUNTED = {"holds": "hold", "contradicted": "do not hold", "open": "are open"}
 HEADINGS = {"holds": "What holds", "contradicted": "What does not hold", "open": "What the intervals leave open"}
 HEAD = "| Claim | By | Precision | Metric | Should be better | Than | Difference |\n|:--|:--|:--|:--|:--|:--|:--|"
 INTRODUCTION = (
@@ -31,10 +33,12 @@ INTRODUCTION = (
     " difference, and the rows' own intervals decide: they must not overlap. The temporal-feature error has no"
     " interval at all, since nothing in it is drawn.\n\n"
     "Limits: an interval says how far other images of the same two quantised models could move the difference. What"
-    " another calibration would change is not in it; where both rows have more calibration seeds, the differences at"
-    " these follow, and a verdict whose sign they do not share is one of this calibration alone. Nothing corrects for"
-    " the number of claims: of a hundred without any effect some five would be decided. And what is found here is found"
-    " on small models, with few iterations; it says nothing yet of the models of the papers."
+    " another calibration would change is not in it. Where both rows have more calibration seeds, the differences at"
+    " these follow, and a claim that they do not agree on is open, whatever its interval; where they have one, a"
+    " difference no larger than the spread over seeds that is given for the task decides nothing about other"
+    " calibrations. Nothing corrects for the number of claims: of a hundred without any effect some five would be"
+    " decided. And what is found here is found on small models, with few iterations; it says nothing yet of the models"
+    " of the papers."
 )
 NO_DIFFERENCE = Value(0.0, 0.0, 0.0, 1)
 
@@ -142,12 +146,28 @@ def page(
                 if pairs:
                     name, text = _judge(claim, pairs, images, metrics[claim.metric])
                     lines[name].append(text)
-        counts = ", ".join(f"{len(lines[name])} {name}" for name in VERDICTS)
-        parts.append(f"## {task}\n\nOf {sum(map(len, lines.values()))} comparisons: {counts}.")
+        counts = ", ".join(f"{len(lines[name])} {COUNTED[name]}" for name in VERDICTS)
+        spread = _spread(list(cells.values()), metrics[QUALITY].label.lower())
+        parts.append(f"## {task}\n\nOf {sum(map(len, lines.values()))} comparisons, {counts}.{spread}")
         for name in VERDICTS:
             body = "\n".join([HEAD, *lines[name]]) if lines[name] else "None."
             parts.append(f"### {HEADINGS[name]}\n\n{body}")
     return "\n\n".join(parts) + "\n"
+
+
+def _spread(records: Sequence[Record], name: str) -> str:
+    """A sentence on how far the quality of a row varies over its calibration seeds; empty where rows have one."""
+    rows: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        if QUALITY in record.metrics:
+            rows.setdefault((record.cell.row, record.precision), []).append(record.metrics[QUALITY].value)
+    deviations = [float(np.std(values, ddof=1)) for values in rows.values() if len(values) > 1]
+    if not deviations:
+        return ""
+    return (
+        f" Over its calibration seeds, the {name} of a row has a standard deviation of {np.median(deviations):.2g}"
+        f" (median over {len(deviations)} rows; the largest is {max(deviations):.2g})."
+    )
 
 
 def _pairs(claim: Claim, precision: str, cells: Mapping[Cell, Record]) -> list[tuple[Record, Record]]:
@@ -171,10 +191,13 @@ def _judge(
     if metric.per_image is None:
         found, shown = verdict(better, worse, metric.better), "–"
     else:
-        first, *others = (difference(*(images[record.cell][claim.metric] for record in pair)) for pair in pairs)
-        found, shown = verdict(first, NO_DIFFERENCE, metric.better), _value(first)
-        if others:
-            shown += f"; other seeds {', '.join(f'{other.value:.3g}' for other in others)}"
+        differences = [difference(*(images[record.cell][claim.metric] for record in pair)) for pair in pairs]
+        found, shown = verdict(differences[0], NO_DIFFERENCE, metric.better), _value(differences[0])
+        if len(pairs) > 1:
+            shown += f"; other seeds {', '.join(f'{other.value:.3g}' for other in differences[1:])}"
+    signs = {np.sign(a.metrics[claim.metric].value - b.metrics[claim.metric].value) for a, b in pairs}
+    if len(signs) > 1:
+        found = "open"
     rows = f"{_label(claim.better)} {_value(better)} | {_label(claim.worse)} {_value(worse)}"
     return found, f"| {claim.text} | {claim.source} | {pairs[0][0].precision} | {metric.label} | {rows} | {shown} |"
 

@@ -56,6 +56,8 @@ def orphans(records: Sequence[str], lock: Mapping[str, Mapping[str, object]], st
 
 def find(root: Path) -> list[str]:
     """What is stale in the repository at ``root``; nothing where no results were made yet."""
+    if not (root / "dvc.yaml").exists():
+        return [f"there is no dvc.yaml in {root.resolve()}: run from the repository's root"]
     lock_file = root / "dvc.lock"
     if not lock_file.exists():
         return [f"results/ is there but dvc.lock is not. {REMEDY}"] if (root / "results").exists() else []

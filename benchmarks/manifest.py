@@ -30,7 +30,11 @@ def verify(folder: Path) -> str:
     listing = folder / NAME
     if not listing.is_file():
         raise ValueError(f"there is no checkpoint in {folder} ({NAME} is missing): run `dvc pull data.dvc`")
-    for name, expected in json.loads(listing.read_text(encoding="utf-8")).items():
+    try:
+        hashes = dict(json.loads(listing.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{listing} is damaged: delete it and run `dvc pull data.dvc`") from None
+    for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `dvc pull data.dvc`")

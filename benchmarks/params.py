@@ -61,6 +61,8 @@ class Task:
             raise ValueError(f"task {self.name}: eta is {self.eta}, but must be from 0 (deterministic) to 1")
         if self.scheduler not in SCHEDULERS:
             raise discover.unknown(f"scheduler of task {self.name}", self.scheduler, SCHEDULERS, "Choose one of them.")
+        if self.guidance_scale < 0:
+            raise ValueError(f"task {self.name}: guidance_scale is {self.guidance_scale}, but must be at least 0")
         if self.eta > 0 and self.scheduler != "ddim":
             raise ValueError(f"task {self.name}: eta is {self.eta}, but {self.scheduler} adds no noise: give 0")
         if self.prompts is None:
@@ -200,8 +202,19 @@ def parse(document: object) -> Suite:
 
 
 def load(path: Path) -> Suite:
-    """Read the suite from a YAML file; see `parse` for the errors raised."""
-    return parse(yaml.safe_load(path.read_text(encoding="utf-8")))
+    """Read the suite from a YAML file; raises ValueError if it is missing or no YAML, and as `parse` does."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path} in {Path.cwd()}: run from the repository's root")
+    try:
+        return parse(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+
+
+def check_methods(suite: Suite) -> None:
+    """Raise ValueError for settings that a method does not have, naming the nearest one. Imports every method."""
+    for name, overrides in suite.methods.items():
+        read(discover.method(name).config, overrides, f"methods.{name}")
 
 
 def _named(name: str, task: object) -> object:

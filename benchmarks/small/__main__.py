@@ -5,7 +5,9 @@ benchmarks/small/logs/, which git keeps; `publish` copies what the suite uses fr
 """
 
 import argparse
+import errno
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -57,7 +59,17 @@ def main(arguments: list[str] | None = None) -> None:
         steps.add_parser(name, help=step.__doc__, description=step.__doc__)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    STEPS[options.step](load(options.params))
+    try:
+        STEPS[options.step](load(options.params))
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error.filename or error} is missing: run the steps before {options.step} first")
+
+
+def made(folder: Path) -> Path:
+    """The folder of an earlier step; FileNotFoundError if it is not there, where loading would try the network."""
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
+    return folder
 
 
 def run_download(settings: Settings) -> None:
@@ -90,7 +102,8 @@ def run_first_stage(settings: Settings) -> None:
 
 def run_diffusion(settings: Settings) -> None:
     """Train the denoiser, or go on with it; hand on the pipeline from time to time."""
-    model = VQModel.from_pretrained(BUILD / "first-stage" / "vqvae", low_cpu_mem_usage=False).requires_grad_(False)
+    folder = made(BUILD / "first-stage" / "vqvae")
+    model = VQModel.from_pretrained(folder, low_cpu_mem_usage=False).requires_grad_(False)
     latents = first_stage.encode(model, data.load_split(BUILD / "emoji", 32, "train")) * model.config.scaling_factor
     scheduler = diffusion.build_scheduler()
 
@@ -105,7 +118,7 @@ def run_diffusion(settings: Settings) -> None:
 
 def run_class_diffusion(settings: Settings) -> None:
     """Train the class-conditional denoiser on emoji-ldm4's first stage, or go on with it; hand on the model."""
-    folder = BUILD / "emoji-ldm4" / "vqvae"
+    folder = made(BUILD / "emoji-ldm4" / "vqvae")
     model = VQModel.from_pretrained(folder, low_cpu_mem_usage=False).requires_grad_(False)
     rows = [row for row in data.load_table(BUILD / "emoji") if row.split == "train"]
     classes = class_conditional.class_names(rows)
@@ -148,7 +161,7 @@ def run_kl_first_stage(settings: Settings) -> None:
 
 def run_kl_diffusion(settings: Settings) -> None:
     """Train the denoiser of the KL first stage, or go on with it; hand on the model from time to time."""
-    model = AutoencoderKL.from_pretrained(BUILD / "kl-first-stage" / "vqvae", low_cpu_mem_usage=False)
+    model = AutoencoderKL.from_pretrained(made(BUILD / "kl-first-stage" / "vqvae"), low_cpu_mem_usage=False)
     images = data.load_split(BUILD / "emoji", 64, "train")
     latents = kl_first_stage.encode(model, images) * model.config.scaling_factor
     scheduler = diffusion.build_scheduler()
@@ -189,8 +202,8 @@ def train_clip(config: clip.ContrastiveConfig, name: str) -> tuple[CLIPModel, CL
 
 def run_text_diffusion(settings: Settings) -> None:
     """Train the text-to-image denoiser on emoji-ldm8's first stage, or go on with it; hand on the pipeline."""
-    vae = AutoencoderKL.from_pretrained(BUILD / "emoji-ldm8" / "vqvae", low_cpu_mem_usage=False)
-    encoder = CLIPTextModel.from_pretrained(BUILD / "text-clip" / "model").eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(made(BUILD / "emoji-ldm8" / "vqvae"), low_cpu_mem_usage=False)
+    encoder = CLIPTextModel.from_pretrained(made(BUILD / "text-clip" / "model")).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(BUILD / "text-clip" / "tokenizer")
     rows = [row for row in data.load_table(BUILD / "emoji") if row.split == "train"]
     labels = class_conditional.class_indices(rows, class_conditional.class_names(rows))
@@ -234,9 +247,10 @@ def run_evaluator(settings: Settings) -> None:
 
 
 def run_publish(settings: Settings) -> None:
-    """Copy what the suite uses from build/ to data/; `dvc add data` then records it."""
+    """Copy what the suite uses, as far as it is made, from build/ to data/; `dvc add data` then records it."""
     for part in PARTS:
-        export.publish(BUILD / part, PUBLISHED / part)
+        if (BUILD / part).is_dir():
+            export.publish(BUILD / part, PUBLISHED / part)
 
 
 def run_prompts(settings: Settings) -> None:
@@ -248,16 +262,20 @@ def run_prompts(settings: Settings) -> None:
 
 
 def run_measure(settings: Settings) -> None:
-    """Measure the published models, and draw reconstructions and samples: the figures of the data card."""
+    """Measure the published models, and draw reconstructions and samples: the figures of the data card.
+
+    The text-to-image model is left out while it is not there.
+    """
     reference = measure.load_reference(PUBLISHED)
     images = data.load_images(PUBLISHED / "emoji", data.TILE)
-    names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
     unconditional = {name: load_pipeline(LDMPipeline, name) for name in ("emoji-ldm4", "emoji-ldm8")}
     figures = measure.measure_first_stage(unconditional["emoji-ldm4"], reference, FIGURES)
     figures |= measure.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
     figures |= measure.measure_kl(unconditional["emoji-ldm8"], images, reference.held_out, FIGURES)
-    text = load_pipeline(StableDiffusionPipeline, "emoji-text")
-    figures |= measure.measure_text_to_image(text, PUBLISHED / "emoji-clip", images, reference.rows, names, FIGURES)
+    if (PUBLISHED / "emoji-text").is_dir():
+        text, clip_folder = load_pipeline(StableDiffusionPipeline, "emoji-text"), PUBLISHED / "emoji-clip"
+        names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
+        figures |= measure.measure_text_to_image(text, clip_folder, images, reference.rows, names, FIGURES)
     export.write_json(figures, LOGS / "figures.json")
     for name, pipeline in unconditional.items():
         samples = measure.sample(pipeline, measure.SAMPLES, seed=0)
@@ -266,7 +284,7 @@ def run_measure(settings: Settings) -> None:
 
 def load_pipeline(kind: type[DiffusionPipeline], name: str) -> DiffusionPipeline:
     """A published model as the stock pipeline runs it."""
-    pipeline = kind.from_pretrained(PUBLISHED / name, low_cpu_mem_usage=False, torch_dtype=torch.float32)
+    pipeline = kind.from_pretrained(made(PUBLISHED / name), low_cpu_mem_usage=False, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -65,7 +65,7 @@ def draw_pairs(images: Tensor, reconstructed: Tensor, path: Path, scale: int = 2
 
 
 def table(figures: dict[str, float], logs: Path, folder: Path) -> str:
-    """The figures, the training cost and the files below `folder`, as Markdown."""
+    """The figures, the training cost and the files below `folder`, as Markdown, of the models that are there."""
     count, decibel, share, score = "{:,}", "{:.2f} dB", "{:.1%}", "{:.1f}"
     shown = [
         ("emoji-ldm4", "Parameters of the first stage", "first_stage_parameters", count),
@@ -98,10 +98,14 @@ def table(figures: dict[str, float], logs: Path, folder: Path) -> str:
         ("", "CLIP score of training images with other names", "clip_shuffled_train", score),
     ]
     lines = ["| Model | Figure | Value |", "|---|---|---:|"]
-    lines += [f"| {model} | {name} | {form.format(figures[key])} |" for model, name, key, form in shown]
+    lines += [
+        f"| {model} | {name} | {form.format(figures[key])} |" for model, name, key, form in shown if key in figures
+    ]
     lines.append("")
     lines += ["| Training | Iterations | Minutes |", "|---|---:|---:|"]
     for name in TRAININGS:
+        if not (logs / f"{name}.jsonl").is_file():
+            continue
         last = json.loads((logs / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         lines.append(f"| {name} | {last['iteration']:,} | {last['seconds'] / 60:.0f} |")
     lines += ["", "| File | Bytes | SHA-256 |", "|---|---:|---|"]

@@ -121,10 +121,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict:
-    """Content of a JSON file. Raises ValueError if it is missing, saying what to run."""
+    """Content of a JSON file. Raises ValueError if it is missing or damaged, saying what to run."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: run `dvc repro`, which makes it")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}): delete it and run `dvc repro`") from None
 
 
 @contextmanager

@@ -27,7 +27,9 @@ def report(
         " numbers for pandas. What each row does: [METHODS.md](METHODS.md). What it quantises:"
         " [COVERAGE.md](COVERAGE.md). Which of the papers' claims hold: [FINDINGS.md](FINDINGS.md)."
     )
-    parts = [head]
+    sections = [*(name.capitalize() for name in tables), "All metrics", *(["Figures"] if figures else [])]
+    contents = " · ".join(f"[{section}](#{section.lower().replace(' ', '-')})" for section in sections)
+    parts = [head, contents]
     for name, records in tables.items():
         parts.append(f"## {name.capitalize()}\n\n{RENDERERS[name](records, metrics).rstrip()}")
     parts.append("## All metrics")

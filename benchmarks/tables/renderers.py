@@ -16,16 +16,17 @@ from tfmq.precision import FULL
 LEADERBOARD = ("kid_fp", "feature_distance", "fd_data", "clip_score", "temporal_error")
 ABLATION = ("kid_fp", "feature_distance", "psnr", "clip_score", "noise_error", "temporal_error")
 PUBLISHED = ("kid_fp", "feature_distance")
-RANK_TEXT = (
-    f"A rank is 1 plus the number of methods at the same precision whose interval of {RANKED_BY} lies entirely below."
-)
 
 
 def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
     """Markdown with the mean ranks over tasks, and for each task a caption and the headline columns, by rank."""
     columns = _columns(LEADERBOARD, metrics)
+    ranks = (
+        "A rank is 1 plus the number of methods at the same precision whose interval of"
+        f" {metrics[RANKED_BY].label} lies entirely below."
+    )
     parts = [
-        f"### {task}\n\n{caption(cells)} {RANK_TEXT}\n\n"
+        f"### {task}\n\n{caption(cells)} {ranks}\n\n"
         + cells_table(cells, columns, intervals=(RANKED_BY,), cost=True, rank=True)
         for task, cells in by_task(records, metrics, ranked=True).items()
     ]

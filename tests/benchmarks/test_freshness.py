@@ -101,6 +101,9 @@ def test_a_cause_is_one_line_however_many_stages_it_makes_stale():
 
 
 def test_before_the_first_run_nothing_is_stale(tmp_path):
+    (line,) = freshness.find(tmp_path)
+    assert line.startswith("there is no dvc.yaml in ")
+    (tmp_path / "dvc.yaml").touch()
     assert freshness.find(tmp_path) == []
     (tmp_path / "results").mkdir()
     (line,) = freshness.find(tmp_path)

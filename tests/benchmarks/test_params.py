@@ -125,6 +125,7 @@ def test_only_ddim_adds_noise(document):
         (("tables", "leaderboard", "seeds"), {"w4a8": 0}, "seeds of w4a8 is 0, but must be at least 1"),
         (("tables", "ablation", "seeds"), {"w4a8": 2}, "shows emoji-ldm4/tfmq/w4a8-s1 beside its own, but no table"),
         (("tasks", "emoji-ldm4", "guidance_scale"), 3.0, "guidance_scale is 3.0, but without prompts only 1"),
+        (("tasks", "emoji-ldm4", "guidance_scale"), -2.0, "guidance_scale is -2.0, but must be at least 0"),
         (
             ("tasks", "emoji-ldm4", "clip"),
             "data/clip",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import baselines.nearest
@@ -176,9 +177,34 @@ def test_unknown_names_are_one_line_with_the_nearest(suite, run, changes, messag
 
 
 def test_rows_need_a_table_and_devices_have_names(suite, run):
-    assert "unknown table None" in run("generate", "--task", "toy", "--method", "tfmq")[1][0]
+    assert "--table is missing: give one of" in run("generate", "--task", "toy", "--method", "tfmq")[1][0]
+    with pytest.raises(SystemExit):
+        run("generate", "--task", "toy", "--method", "full_precision", "--shards", "0")
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         device_of("gpu")
+
+
+def test_settings_that_a_method_does_not_have_are_found_by_the_first_stage(suite, run):
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["methods"]["tfmq"]["iteration"] = 3
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    code, lines = run("calibrate", "--task", "toy", "--shards", "1")
+    assert code == 1 and "unknown key in methods.tfmq 'iteration': did you mean 'iterations'?" in lines[0]
+
+
+def test_settings_that_are_no_yaml_or_missing_are_one_line(suite, run):
+    Path("params.yaml").write_text("tasks: [")
+    code, lines = run("tables")
+    assert code == 1 and len(lines) == 1 and "params.yaml is no valid YAML" in lines[0]
+    Path("params.yaml").unlink()
+    assert "run from the repository's root" in run("tables")[1][0]
+
+
+@pytest.mark.parametrize("content", ['{"a"', "[1, 2]"])
+def test_a_damaged_manifest_is_one_line(suite, generate, content):
+    Path("data/toy/manifest.json").write_text(content)
+    code, lines = generate("tfmq")
+    assert code == 1 and len(lines) == 1 and "manifest.json is damaged: delete it and run `dvc pull" in lines[0]
 
 
 def _truncate(path: Path) -> None:
