@@ -47,8 +47,9 @@ def draw_named(images: Tensor, names: Sequence[str], path: Path) -> None:
     """Write uint8 images [N, 3, H, W] as one PNG, each below its name."""
     rows = -(-len(images) // NAMED_COLUMNS)
     figure = Figure(figsize=(1.3 * NAMED_COLUMNS, 1.6 * rows), layout="constrained")
-    for axes, image, name in zip(figure.subplots(rows, NAMED_COLUMNS).flat, images, names, strict=True):
-        axes.imshow(image.permute(1, 2, 0), interpolation="nearest")
+    for place, (image, name) in enumerate(zip(images, names, strict=True), start=1):
+        axes = figure.add_subplot(rows, NAMED_COLUMNS, place)
+        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(textwrap.fill(name.lower(), 18), fontsize=7, verticalalignment="bottom")
         axes.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,11 +92,11 @@ def table(figures: dict[str, float], logs: Path, folder: Path) -> str:
         ("emoji-text", "Parameters of the UNet", "text_unet_parameters", count),
         ("", "Parameters of the text encoder", "text_encoder_parameters", count),
         ("", "CLIP score of samples with their prompts", "clip_matching_samples", score),
-        ("", "CLIP score of samples with other prompts", "clip_shuffled_samples", score),
+        ("", "CLIP score of samples with other prompts", "clip_others_samples", score),
         ("emoji-clip", "CLIP score of held-out images with their names", "clip_matching_held_out", score),
-        ("", "CLIP score of held-out images with other names", "clip_shuffled_held_out", score),
+        ("", "CLIP score of held-out images with other names", "clip_others_held_out", score),
         ("", "CLIP score of training images with their names", "clip_matching_train", score),
-        ("", "CLIP score of training images with other names", "clip_shuffled_train", score),
+        ("", "CLIP score of training images with other names", "clip_others_train", score),
     ]
     lines = ["| Model | Figure | Value |", "|---|---|---:|"]
     lines += [

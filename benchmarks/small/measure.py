@@ -13,7 +13,7 @@ from benchmarks.clip import load_clip
 from benchmarks.features import Evaluator, extract, load_evaluator
 from benchmarks.metrics._frechet import frechet_distance, moments
 from benchmarks.models.class_ldm import ClassEmbedding
-from benchmarks.small import data, first_stage, kl_first_stage
+from benchmarks.small import clip, data, first_stage, kl_first_stage
 from benchmarks.small.card import GRID_COLUMNS, draw, draw_named, draw_pairs
 from benchmarks.small.class_conditional import class_indices
 from benchmarks.small.training import generator
@@ -126,7 +126,7 @@ def measure_text_to_image(
 ) -> dict[str, float]:
     """Score samples of prompts, and the images [N, 3, 64, 64] of a table's rows, with a CLIP that the model never saw.
 
-    Scores are means of 100 x cosine with the own prompt or name (`matching`), and with the next one's (`shuffled`).
+    Scores are means of 100 x cosine with the own prompt or name (`matching`), and with all other ones (`others`).
     """
     scorer = load_clip(clip_folder, torch.device("cpu"))
     samples = sample_text(pipeline, prompts, seed=0)
@@ -140,10 +140,8 @@ def measure_text_to_image(
         "text_unet_parameters": parameter_count(pipeline.unet),
     }
     for name, (pictured, names) in found.items():
-        # The images of one name stand side by side, so the next name may be the same: half the list away it is not.
-        shuffled = names[len(names) // 2 :] + names[: len(names) // 2]
-        figures[f"clip_matching_{name}"] = scorer.cosines(pictured, names).mean().item() * 100
-        figures[f"clip_shuffled_{name}"] = scorer.cosines(pictured, shuffled).mean().item() * 100
+        scores = clip.scores(scorer.model, scorer.tokenizer, pictured, names)
+        figures |= {f"clip_{key}_{name}": scores[key] for key in ("matching", "others")}
     return figures
 
 

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from torch.nn import functional as F
 from transformers import CLIPTextModel
 
-from benchmarks.small import clip, diffusion, export, kl_first_stage
+from benchmarks.small import clip, diffusion, export, kl_first_stage, measure
 
 CONFIG = clip.ContrastiveConfig(
     iterations=4,
@@ -94,3 +95,14 @@ def test_the_exported_pipeline_generates_from_a_prompt(tmp_path: Path):
     images = pipeline("red heart", num_inference_steps=3, guidance_scale=7.5, output_type="np").images
     assert images.shape == (1, 64, 64, 3)
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "model").rglob("*.json"))
+    parts = {"model": clip.build(CONFIG, tokenizer), "tokenizer": tokenizer}
+    export.export_parts(parts, tmp_path / "score")
+    # Two vendors, who list the same names in the same order.
+    rows = [SimpleNamespace(name=name, split=split) for split in ("train", "held-out") for name in NAMES[1:4] * 2]
+    pictured = IMAGES[[0, 1, 2, 3, 4, 0] * 2]
+    figures = measure.measure_text_to_image(pipeline, tmp_path / "score", pictured, rows, NAMES[1:4], tmp_path)
+    assert (tmp_path / "text-samples.png").is_file()
+    expected = clip.scores(*parts.values(), pictured[:6], NAMES[1:4] * 2)
+    assert figures["clip_matching_train"] == pytest.approx(expected["matching"], abs=1e-4)
+    assert figures["clip_others_train"] == pytest.approx(expected["others"], abs=1e-4)
+    assert figures["clip_others_train"] != pytest.approx(figures["clip_matching_train"], abs=1e-4)
