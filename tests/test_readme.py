@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import discover
 
-EXAMPLES = (("ldm", "emoji-ldm4"),)
+EXAMPLES = (("ldm", "emoji-ldm4"), ("stable_diffusion", "emoji-text"))
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
