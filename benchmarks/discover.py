@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 METHODS = "baselines"
 FAMILIES = "benchmarks.models"
 EXTRACTORS = "benchmarks.features"
+DATASETS = "benchmarks.datasets"
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str], advice: str) -> ValueError:

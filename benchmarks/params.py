@@ -14,7 +14,7 @@ from benchmarks.record import FULL_PRECISION, PROTOCOLS, SHARED, Cell
 from tfmq.precision import Precision
 
 TABLES = ("leaderboard", "ablation", "published")
-SCHEDULERS = ("ddim", "pndm")
+SCHEDULERS = ("ddim", "ddim_quad", "pndm")
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,24 @@ class Task:
     """A checkpoint, how to sample from it, and how the samples are scored.
 
     ``version`` goes up with every change that moves numbers; results of different versions are never compared.
-    ``checkpoint``, ``data``, ``prompts`` and ``clip`` are paths from the repository's root. ``steps`` is the count of
-    denoising steps (``pndm`` evaluates the UNet once more, twice at the second time step), ``eta`` the share of noise
-    that the DDIM step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored per cell, sampled
-    ``batch`` at a time (rounding differs between batch sizes, so the batch is part of the task);
-    ``calibration_images`` give a calibration pool, ``reference_images`` the full-precision distribution, and the
-    first ``data_images`` of the data set (None: all) the data's. ``prompts`` is a folder with what images are made
-    from, a prompt a line in ``calibration.txt`` and ``evaluation.txt``, and ``clip`` one with the CLIP that scores how
-    well they match; an unconditional task has neither.
+    ``checkpoint``, ``data``, ``statistics``, ``prompts`` and ``clip`` are paths from the suite's folder. ``steps`` is
+    the count of denoising steps (``pndm`` evaluates the UNet once more, twice at the second time step; ``ddim_quad``
+    takes time steps whose square roots are evenly spaced up to that of 800), ``eta`` the share of noise that the DDIM step adds (0 to 1),
+    ``guidance_scale`` 1 means no guidance. ``images`` are scored per cell, sampled ``batch`` at a time (rounding
+    differs between batch sizes, so the batch is part of the task); ``calibration_images`` give a calibration pool,
+    ``reference_images`` the full-precision distribution (0: none, and no distance to it).
+
+    What images are compared with is the first ``data_images`` (None: all) of ``data``, read by ``dataset`` (a file of
+    `benchmarks/datasets`), or the published ``statistics`` of a data set, or features of the one and moments of the
+    other. ``evaluator`` sees all images; ``second_evaluator`` gives one more distance to the data. ``prompts`` is a
+    folder with what images are made from, a prompt a line in ``calibration.txt`` and ``evaluation.txt``, and ``clip``
+    are those with the CLIPs that score how well they match; an unconditional task has neither.
     """
 
     name: str
     version: int
     family: str
     checkpoint: str
-    data: str
     resolution: int
     scheduler: str
     steps: int
@@ -47,26 +50,36 @@ class Task:
     calibration_images: int
     reference_images: int
     evaluator: str
+    dataset: str | None = None
+    data: str | None = None
     data_images: int | None = None
+    statistics: str | None = None
+    second_evaluator: str | None = None
     prompts: str | None = None
-    clip: str | None = None
+    clip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        counts = ("images", "batch", "calibration_images", "reference_images", "data_images")
+        counts = ("images", "batch", "calibration_images", "data_images")
         for name in ("version", "resolution", "steps", *counts):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"task {self.name}: {name} is {value}, but must be at least 1")
+        if self.reference_images < 0:
+            raise ValueError(f"task {self.name}: reference_images is {self.reference_images}, but must be at least 0")
+        if (self.dataset is None) != (self.data is None):
+            raise ValueError(f"task {self.name}: give dataset and data together: what reads the data, and where it lies")
+        if self.data is None and self.statistics is None:
+            raise ValueError(f"task {self.name}: give dataset and data, or statistics, to compare images with")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"task {self.name}: eta is {self.eta}, but must be from 0 (deterministic) to 1")
         if self.scheduler not in SCHEDULERS:
             raise discover.unknown(f"scheduler of task {self.name}", self.scheduler, SCHEDULERS, "Choose one of them.")
         if self.guidance_scale < 0:
             raise ValueError(f"task {self.name}: guidance_scale is {self.guidance_scale}, but must be at least 0")
-        if self.eta > 0 and self.scheduler != "ddim":
+        if self.eta > 0 and self.scheduler == "pndm":
             raise ValueError(f"task {self.name}: eta is {self.eta}, but {self.scheduler} adds no noise: give 0")
         if self.prompts is None:
-            if self.clip is not None:
+            if self.clip:
                 raise ValueError(f"task {self.name}: clip scores how images match prompts, but there are no prompts")
             if self.guidance_scale != 1:
                 raise ValueError(
@@ -195,7 +208,10 @@ def parse(document: object) -> Suite:
     suite = read(Suite, document, "params")
     for task in suite.tasks.values():
         _check(discover.FAMILIES, "family", task.family)
-        _check(discover.EXTRACTORS, "evaluator", task.evaluator)
+        for evaluator in filter(None, (task.evaluator, task.second_evaluator)):
+            _check(discover.EXTRACTORS, "evaluator", evaluator)
+        if task.dataset is not None:
+            _check(discover.DATASETS, "dataset", task.dataset)
     for method in suite.methods:
         _check(discover.METHODS, "method", method)
     return suite
