@@ -24,10 +24,10 @@ class Task:
     ``version`` goes up with every change that moves numbers; results of different versions are never compared.
     ``checkpoint``, ``data``, ``statistics``, ``prompts`` and ``clip`` are paths from the suite's folder. ``steps`` is
     the count of denoising steps (``pndm`` evaluates the UNet once more, twice at the second time step; ``ddim_quad``
-    takes time steps whose square roots are evenly spaced up to that of 800), ``eta`` the share of noise that the DDIM step adds (0 to 1),
-    ``guidance_scale`` 1 means no guidance. ``images`` are scored per cell, sampled ``batch`` at a time (rounding
-    differs between batch sizes, so the batch is part of the task); ``calibration_images`` give a calibration pool,
-    ``reference_images`` the full-precision distribution (0: none, and no distance to it).
+    takes time steps whose square roots are evenly spaced up to that of 800), ``eta`` the share of noise that the DDIM
+    step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored per cell, sampled ``batch`` at a
+    time (rounding differs between batch sizes, so the batch is part of the task); ``calibration_images`` give a
+    calibration pool, ``reference_images`` the full-precision distribution (0: none, and no distance to it).
 
     What images are compared with is the first ``data_images`` (None: all) of ``data``, read by ``dataset`` (a file of
     `benchmarks/datasets`), or the published ``statistics`` of a data set, or features of the one and moments of the
@@ -67,7 +67,7 @@ class Task:
         if self.reference_images < 0:
             raise ValueError(f"task {self.name}: reference_images is {self.reference_images}, but must be at least 0")
         if (self.dataset is None) != (self.data is None):
-            raise ValueError(f"task {self.name}: give dataset and data together: what reads the data, and where it lies")
+            raise ValueError(f"task {self.name}: give dataset and data together: what reads it, and where it lies")
         if self.data is None and self.statistics is None:
             raise ValueError(f"task {self.name}: give dataset and data, or statistics, to compare images with")
         if not 0 <= self.eta <= 1:
