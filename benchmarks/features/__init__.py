@@ -8,12 +8,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from benchmarks import discover
 
@@ -61,7 +59,11 @@ class Extractor:
 
     `version` rises when anything that moves a number changes: layers, resize, normalisation, dtype or batch.
     `resolution` is the side in pixels that images are resized to. `batch` is fixed, because features change with it in
-    the last bits. `distance_label` is "FID" for the FID Inception network and "FD" for every other one.
+    the last bits. `distance_label` is "FID" for the FID Inception network behind torch-fidelity's resize, "clean FID"
+    behind clean-fid's, and "FD" for every other network. `weights` names the folder that holds the weights:
+    extractors that differ in their resize alone share one. `keeps_maps` says whether the `unit_maps` of full-precision
+    images are kept on disk for the cells that are compared with them; where they are too large for that, those images
+    are evaluated again beside every cell, with equal results.
 
     `load(path)` reads a weights file and returns a module that maps uint8 images [B, 3, H, W] to their `Features` and a
     tuple of feature maps [B, C, h, w] from shallow to deep, in one forward pass.
@@ -72,15 +74,9 @@ class Extractor:
     resolution: int
     batch: int
     distance_label: str
+    weights: str
+    keeps_maps: bool
     load: Callable[[Path], torch.nn.Module]
-
-
-class Sliceable(Protocol):
-    """What rows can be read of: a tensor in a safetensors file."""
-
-    def __getitem__(self, rows: slice) -> Tensor: ...
-
-    def get_shape(self) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -128,14 +124,13 @@ def extract_with_maps(evaluator: Evaluator, images: Tensor) -> tuple[Features, t
     return concatenate(list(parts)), tuple(torch.cat(layer).cpu() for layer in zip(*maps, strict=True))
 
 
-def compare(evaluator: Evaluator, images: Tensor, paired_maps: Sequence[Tensor | Sliceable]) -> tuple[Features, Tensor]:
+def compare(evaluator: Evaluator, images: Tensor, paired_maps: Sequence[Tensor]) -> tuple[Features, Tensor]:
     """Features of uint8 images [N, 3, H, W], and the perceptual distance [N] of each to the image it is paired with.
 
-    ``paired_maps`` are the `unit_maps` of these images, N rows each: tensors, or slices of a safetensors file, of which
-    no more is read at once than a batch.
+    ``paired_maps`` are the `unit_maps` of these images, N rows each. Raises ValueError for another count.
     """
     _check_images(images)
-    counts = {_rows(layer) for layer in paired_maps}
+    counts = {len(layer) for layer in paired_maps}
     if counts != {len(images)}:
         raise ValueError(f"{len(images)} images are compared in pairs, but the maps have {sorted(counts)} rows.")
     parts, distances, start = [], [], 0
@@ -146,10 +141,6 @@ def compare(evaluator: Evaluator, images: Tensor, paired_maps: Sequence[Tensor |
         distances.append(perceptual_distance(unit_maps(maps), paired).cpu())
         start = rows.stop
     return concatenate(parts), torch.cat(distances)
-
-
-def _rows(layer: Tensor | Sliceable) -> int:
-    return layer.shape[0] if isinstance(layer, Tensor) else layer.get_shape()[0]
 
 
 def unit_maps(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -188,8 +179,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def _passes(evaluator: Evaluator, images: Tensor) -> Iterator[tuple[Features, tuple[Tensor, ...]]]:
-    batches = images.split(evaluator.extractor.batch)
-    for batch in tqdm(batches, desc=evaluator.extractor.name, unit="batch", leave=False, disable=None):
+    for batch in images.split(evaluator.extractor.batch):
         with torch.inference_mode():
             features, maps = evaluator.network(batch.to(evaluator.device))
         yield Features(features.pooled.cpu(), features.spatial.cpu(), features.logits.cpu()), maps

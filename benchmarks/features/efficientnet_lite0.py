@@ -105,5 +105,12 @@ def _fold_batch_norms(network: nn.Module) -> None:
 
 
 EXTRACTOR = Extractor(
-    name="efficientnet_lite0", version=1, resolution=RESOLUTION, batch=4, distance_label="FD", load=load
+    name="efficientnet_lite0",
+    version=1,
+    resolution=RESOLUTION,
+    batch=4,
+    distance_label="FD",
+    weights="efficientnet-lite0",
+    keeps_maps=True,
+    load=load,
 )

@@ -8,7 +8,7 @@ from benchmarks.metrics._frechet import frechet_with_interval
 
 def compute(evidence: Evidence, generator: torch.Generator) -> Value:
     """Frechet distance of the pooled features to those of the data set."""
-    return frechet_with_interval(evidence.features.pooled, evidence.data_statistics.pooled, generator)
+    return frechet_with_interval(evidence.features.pooled, evidence.references.data_statistics.pooled, generator)
 
 
 METRIC = Metric(

@@ -13,10 +13,9 @@ ROUNDING_ERROR = 1 / 12
 
 def per_image(evidence: Evidence) -> Tensor | None:
     """10 log10(255^2 / mean squared error) of each pair in dB; None for full precision."""
-    if evidence.paired is None:
+    if evidence.squared_error is None:
         return None
-    error = (evidence.images.double() - evidence.paired.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255**2 / error.clamp(min=ROUNDING_ERROR))
+    return 10 * torch.log10(255**2 / evidence.squared_error.double().clamp(min=ROUNDING_ERROR))
 
 
 METRIC = Metric(

@@ -9,9 +9,10 @@ from benchmarks.metrics import Evidence, Metric, Value
 from benchmarks.metrics._frechet import frechet_with_interval
 
 
-def compute(evidence: Evidence, generator: torch.Generator) -> Value:
-    """Frechet distance of the spatial features to those of the data set."""
-    return frechet_with_interval(evidence.features.spatial, evidence.data_statistics.spatial, generator)
+def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
+    """Frechet distance of the spatial features to those of the data set; None where its statistics have none."""
+    reference = evidence.references.data_statistics.spatial
+    return None if reference is None else frechet_with_interval(evidence.features.spatial, reference, generator)
 
 
 METRIC = Metric(
