@@ -28,7 +28,7 @@ from tfmq.plan import (
     quantized_layers,
 )
 from tfmq.sampling import correction_of
-from tfmq.unet import UNet, UNetLayout
+from tfmq.unet import UNet, UNetLayout, set_attention_heads
 
 FORMAT = "tfmq-quantized-3"
 FAMILY = FORMAT.rpartition("-")[0]
@@ -52,8 +52,19 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
 
 
 def packed_bytes(unet: UNet) -> int:
-    """Size of the network's tensors in a quantised checkpoint, in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(unet).values())
+    """Size of the network's tensors in a quantised checkpoint, in bytes.
+
+    Only shapes are looked at, so that the quantisers may have been inserted on the meta device.
+    """
+    layers = quantized_layers(unet)
+    total = 0
+    for name, tensor in unet.state_dict().items():
+        path, _, kind = name.rpartition(".")
+        if path in layers and kind == "weight":
+            total += -(-tensor.numel() // 2) if layers[path].weight_bits <= 4 else tensor.numel()
+        elif path not in layers or kind != "codes":
+            total += tensor.nbytes
+    return total
 
 
 def full_precision_bytes(unet: UNet) -> int:
@@ -144,7 +155,10 @@ def load_quantized(path: str | Path) -> UNet:
     if described.get("unet_class") not in UNET_CLASSES:
         raise ValueError(f"{path} holds a {described.get('unet_class')}; known are {', '.join(UNET_CLASSES)}")
     config = {key: value for key, value in json.loads(described["unet_config"]).items() if not key.startswith("_")}
+    heads = config.pop("attention_heads", None)
     unet = UNET_CLASSES[described["unet_class"]](**config).eval().requires_grad_(False)
+    if heads is not None:
+        set_attention_heads(unet, heads)
     plan = json.loads(described["plan"])
     layers = {name: LayerPlan(**{**layer, "splits": tuple(layer["splits"])}) for name, layer in plan["layers"].items()}
     attentions = {name: AttentionPlan(**attention) for name, attention in plan["attentions"].items()}

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tfmq.calibration import CalibrationRows
 from tfmq.fake_quantize import ActivationRange
+from tfmq.journal import Effort
 from tfmq.low_rank import LowRankConfig, add_branches
 from tfmq.plan import (
     SHARED,
@@ -30,7 +31,7 @@ from tfmq.plan import (
     quantized_layers,
 )
 from tfmq.precision import FULL, Precision
-from tfmq.reconstruction import Effort, RoundingConfig, StepSizeConfig, reconstruct_activations, reconstruct_weights
+from tfmq.reconstruction import RoundingConfig, StepSizeConfig, reconstruct_activations, reconstruct_weights
 from tfmq.settings import check_choices, check_counts, check_numbers
 from tfmq.temporal import Caching, cache_temporal_features, calibrate_finite_set, reconstruct_temporal
 from tfmq.unet import UNet, UNetLayout
@@ -97,7 +98,11 @@ class QuantizationConfig:
 
 @dataclass
 class QuantizationReport:
-    """What a quantisation did: seconds by phase, effort, every layer's treatment, and what the method chose itself."""
+    """What a quantisation did: seconds by phase, effort, every layer's treatment, and what the method chose itself.
+
+    Seconds include those of learning that was taken from a journal, so that a run that went on after a stop does not
+    look faster than one that was never stopped.
+    """
 
     seconds: dict[str, float] = field(default_factory=lambda: {"weights": 0.0, "activations": 0.0})
     effort: Effort = field(default_factory=Effort)
@@ -106,9 +111,9 @@ class QuantizationReport:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, journaled = time.perf_counter(), self.effort.journaled_seconds
         yield
-        self.seconds[phase] += time.perf_counter() - start
+        self.seconds[phase] += time.perf_counter() - start + self.effort.journaled_seconds - journaled
 
 
 def quantize_(

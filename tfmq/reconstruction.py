@@ -1,16 +1,14 @@
 """Learning roundings and step sizes so that a part of the network reproduces its full-precision output.
 
 One loop each for roundings and step sizes serves single layers, blocks and the temporal information block. Blocks are
-fed by streaming: all calibration rows wait between two blocks, full-precision and quantised side by side, and each
-block is evaluated once a stream. So one pass over the network serves all blocks, where restarting from the input for
-every block costs a number of evaluations quadratic in depth.
+fed by `tfmq.streaming`, and what is learned goes through `tfmq.journal`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,11 +17,13 @@ from tqdm.auto import tqdm
 
 from tfmq.calibration import CalibrationRows
 from tfmq.fake_quantize import FakeQuantize
+from tfmq.journal import Effort, learn_unit
 from tfmq.layers import QuantizedLayer
-from tfmq.plan import activation_quantizers, announce_step, quantized_layers
+from tfmq.plan import activation_quantizers, quantized_layers
 from tfmq.rounding import annealed_beta
 from tfmq.settings import check_counts, check_numbers, check_positive
-from tfmq.unet import Block, UNet, UNetLayout, run_block, time_features
+from tfmq.streaming import BlockStream, place_for
+from tfmq.unet import UNet, UNetLayout, time_features
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,6 @@ class StepSizeConfig:
         check_positive(self, "learning_rate", "norm")
 
 
-@dataclass
-class Effort:
-    """What a quantisation has spent: sample evaluations of the whole UNet, and optimiser steps."""
-
-    unet_evaluations: int = 0
-    optimizer_steps: int = 0
-
-
 Loss = Callable[[Tensor], Tensor]
 
 
@@ -83,7 +75,8 @@ def _finite(loss: Tensor) -> float:
 
 
 def _loss(predict: Callable[[Tensor], Tensor], targets: Tensor, norm: float, index: Tensor) -> Tensor:
-    return reconstruction_loss(predict(index), targets[index], norm)
+    prediction = predict(index)
+    return reconstruction_loss(prediction, targets[index].to(prediction.device), norm)
 
 
 def _evaluate_layer(layer: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
@@ -146,88 +139,54 @@ def learn_step_sizes(
     return trace
 
 
-@dataclass
-class BlockStream:
-    """All calibration rows, waiting between two blocks of one UNet.
+def learn_roundings(
+    name: str,
+    layers: Mapping[str, QuantizedLayer],
+    loss: Loss,
+    rows: int,
+    config: RoundingConfig,
+    generator: torch.Generator,
+    effort: Effort,
+) -> None:
+    """Learn the rounding of ``layers`` as one unit, on random batches of so many ``rows``, and fold them."""
 
-    Attributes:
-        hidden: (N, C, H, W), the hidden state.
-        skips: the stack of skip connections, each (N, C, H, W).
-        embedding: time embedding of each distinct time step, (S, D).
-        step: (N,), each row's position in ``timesteps``.
-        batch: rows evaluated at once.
-    """
+    def learn() -> list[float]:
+        batches = random_batches(rows, config.batch, config.iterations, generator)
+        return learn_rounding(list(layers.values()), loss, batches, config)
 
-    unet: UNet
-    rows: CalibrationRows
-    batch: int
-    hidden: Tensor = field(init=False)
-    skips: list[Tensor] = field(default_factory=list)
-    embedding: Tensor = field(init=False)
-    step: Tensor = field(init=False)
+    def learned() -> dict[str, Tensor]:
+        return {path: layer.codes for path, layer in layers.items()}
 
-    def __post_init__(self) -> None:
-        self.hidden = self.rows.latents
-        timesteps, self.step = self.rows.timesteps.unique(return_inverse=True)
-        announce_step(self.unet, timesteps)
-        with torch.no_grad():
-            self.embedding = time_features(self.unet, timesteps.to(self.hidden.device))
+    def restore(codes: dict[str, Tensor]) -> None:
+        for path, layer in layers.items():
+            layer.load_codes(codes[path].to(layer.weight.device))
 
-    def inputs(self, block: Block) -> Tensor:
-        """The block's input for all rows."""
-        return torch.cat([self.hidden, self.skips[-1]], 1) if block.pop else self.hidden
-
-    def evaluate(self, unet: UNet, block: Block, inputs: Tensor, rows: Tensor | slice) -> Tensor:
-        """Output of ``block`` of ``unet`` for some rows of ``inputs``."""
-        announce_step(unet, self.rows.timesteps[rows])
-        context = None if self.rows.context is None else self.rows.context[rows]
-        return run_block(unet, block, inputs[rows], self.embedding[self.step[rows]], context)
-
-    @torch.no_grad()
-    def outputs(self, block: Block, inputs: Tensor) -> Tensor:
-        """Output of the block for all rows. Raises ValueError if it holds NaN or infinity."""
-        parts = [
-            self.evaluate(self.unet, block, inputs, slice(start, start + self.batch))
-            for start in range(0, len(self.rows), self.batch)
-        ]
-        outputs = torch.cat(parts)
-        if not torch.isfinite(outputs).all():
-            raise ValueError(f"{block.path} puts out NaN or infinity on the calibration set")
-        return outputs
-
-    def advance(self, block: Block, outputs: Tensor) -> None:
-        """Make ``outputs`` the hidden state after ``block``."""
-        if block.pop:
-            self.skips.pop()
-        if block.push:
-            self.skips.append(outputs)
-        self.hidden = outputs
+    learn_unit(name, learn, learned, restore, generator, effort)
 
 
-def stream_bytes(unet: UNet, layout: UNetLayout, row: CalibrationRows) -> int:
-    """Peak bytes that one calibration row keeps in one stream, its current block's input and output included."""
-    stream = BlockStream(unet, row, batch=1)
-    peak = 0
-    for block in layout.blocks:
-        inputs = stream.inputs(block)
-        outputs = stream.outputs(block, inputs)
-        # Outputs count twice, since they are put together from batches; the others may be one and the same tensor.
-        held = {tensor.data_ptr(): tensor for tensor in (inputs, stream.hidden, *stream.skips)}
-        peak = max(peak, sum(tensor.nbytes for tensor in held.values()) + 2 * outputs.nbytes)
-        stream.advance(block, outputs)
-    return peak
+def learn_scales(
+    name: str,
+    quantizers: Mapping[str, FakeQuantize],
+    loss: Loss,
+    rows: int,
+    config: StepSizeConfig,
+    generator: torch.Generator,
+    effort: Effort,
+) -> None:
+    """Learn the scales of ``quantizers`` as one unit, on random batches of so many ``rows``."""
 
+    def learn() -> list[float]:
+        batches = random_batches(rows, config.batch, config.iterations, generator)
+        return learn_step_sizes(list(quantizers.values()), loss, batches, config)
 
-def check_memory(unet: UNet, layout: UNetLayout, rows: CalibrationRows, streams: int, memory_bytes: int) -> None:
-    """Raise ValueError if streaming ``rows`` would hold more than ``memory_bytes``, saying how many rows fit."""
-    per_row = streams * stream_bytes(unet, layout, rows[:1])
-    needed, fitting = per_row * len(rows), memory_bytes // per_row
-    if needed > memory_bytes:
-        fewer = f"use at most {fitting} rows or " if fitting else ""
-        raise ValueError(
-            f"{len(rows)} calibration rows need {needed:,} bytes ({needed / 2**30:.2f} GiB) between blocks, one row "
-            f"{per_row:,}, and memory_bytes allows {memory_bytes:,}: {fewer}raise memory_bytes"
-        )
+    def learned() -> dict[str, Tensor]:
+        return {path: quantizer.scale for path, quantizer in quantizers.items()}
+
+    def restore(scales: dict[str, Tensor]) -> None:
+        for path, quantizer in quantizers.items():
+            quantizer.scale = scales[path].to(quantizer.scale.device)
+
+    learn_unit(name, learn, learned, restore, generator, effort)
 
 
 def reconstruct_weights(
@@ -247,25 +206,22 @@ def reconstruct_weights(
     Inputs come from the network quantised so far, targets from ``full``; activations are not quantised (the weight pass
     of BRECQ as Q-Diffusion and TFMQ-DM run it).
     """
-    check_memory(full, layout, rows, 2, memory_bytes)
-    layers = quantized_layers(unet)
+    place = place_for(full, layout, rows, 2, memory_bytes)
     for path in layout.time_embedding:
-        layer = layers.get(path)
-        if layer is not None and layer.codes is None:
+        layers = _unfolded(unet, path)
+        if layers:
             inputs, targets = _time_layer_data(unet, full, path, rows.timesteps.unique())
-            loss = partial(_loss, partial(_evaluate_layer, layer, inputs), targets, config.norm)
-            batches = random_batches(len(inputs), config.batch, config.iterations, generator)
-            effort.optimizer_steps += len(learn_rounding([layer], loss, batches, config))
-    reference, stream = BlockStream(full, rows, batch), BlockStream(unet, rows, batch)
+            loss = partial(_loss, partial(_evaluate_layer, layers[path], inputs), targets, config.norm)
+            learn_roundings(f"weights-{path}", layers, loss, len(inputs), config, generator, effort)
+    reference, stream = BlockStream(full, rows, batch, place), BlockStream(unet, rows, batch, place)
     for block in tqdm(layout.blocks, desc="weights", disable=None):
         targets = reference.outputs(block, reference.inputs(block))
+        reference.advance(block, targets)
         inputs = stream.inputs(block)
-        layers = [layer for layer in quantized_layers(unet.get_submodule(block.path)).values() if layer.codes is None]
+        layers = _unfolded(unet, block.path)
         if layers:
             loss = partial(_loss, partial(stream.evaluate, unet, block, inputs), targets, config.norm)
-            batches = random_batches(len(rows), config.batch, config.iterations, generator)
-            effort.optimizer_steps += len(learn_rounding(layers, loss, batches, config))
-        reference.advance(block, targets)
+            learn_roundings(f"weights-{block.path}", layers, loss, len(rows), config, generator, effort)
         stream.advance(block, stream.outputs(block, inputs))
     effort.unet_evaluations += 2 * len(rows)
 
@@ -286,31 +242,38 @@ def reconstruct_activations(
 
     Inputs and targets both come from ``full``, as in Q-Diffusion's released activation pass. Tables stay as they are.
     """
-    check_memory(full, layout, rows, 1, memory_bytes)
-    layers = quantized_layers(unet)
+    place = place_for(full, layout, rows, 1, memory_bytes)
     for path in layout.time_embedding:
-        layer = layers.get(path)
-        quantizers = [] if layer is None else _learnable(layer)
+        quantizers = _learnable(unet, path)
         if quantizers:
             inputs, targets = _time_layer_data(full, full, path, rows.timesteps.unique())
+            layer = unet.get_submodule(path)
             loss = partial(_loss, partial(_evaluate_layer, layer, inputs), targets, config.norm)
-            batches = random_batches(len(inputs), config.batch, config.iterations, generator)
-            effort.optimizer_steps += len(learn_step_sizes(quantizers, loss, batches, config))
-    reference = BlockStream(full, rows, batch)
+            learn_scales(f"activations-{path}", quantizers, loss, len(inputs), config, generator, effort)
+    reference = BlockStream(full, rows, batch, place)
     for block in tqdm(layout.blocks, desc="activations", disable=None):
         inputs = reference.inputs(block)
         targets = reference.outputs(block, inputs)
-        quantizers = _learnable(unet.get_submodule(block.path))
+        quantizers = _learnable(unet, block.path)
         if quantizers:
             loss = partial(_loss, partial(reference.evaluate, unet, block, inputs), targets, config.norm)
-            batches = random_batches(len(rows), config.batch, config.iterations, generator)
-            effort.optimizer_steps += len(learn_step_sizes(quantizers, loss, batches, config))
+            learn_scales(f"activations-{block.path}", quantizers, loss, len(rows), config, generator, effort)
         reference.advance(block, targets)
     effort.unet_evaluations += len(rows)
 
 
-def _learnable(module: nn.Module) -> list[FakeQuantize]:
-    return [q for q in activation_quantizers(module).values() if q.enabled and not q.per_step]
+def _unfolded(unet: UNet, path: str) -> dict[str, QuantizedLayer]:
+    """The quantised layers at or below ``path`` whose weights are not rounded yet, by path in ``unet``."""
+    return {name: layer for name, layer in _below(path, quantized_layers(unet)) if layer.codes is None}
+
+
+def _learnable(unet: UNet, path: str) -> dict[str, FakeQuantize]:
+    """The quantisers at or below ``path`` that have one scale for all steps, by path in ``unet``."""
+    return {name: q for name, q in _below(path, activation_quantizers(unet)) if q.enabled and not q.per_step}
+
+
+def _below(path: str, parts: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    return [(name, part) for name, part in parts.items() if name == path or name.startswith(f"{path}.")]
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfmq.cache import CachedProjection, CachePlan, cached_projections, insert_cache
+from tfmq.journal import Effort
 from tfmq.plan import activation_quantizers, announce_step, quantized_layers
-from tfmq.reconstruction import Effort, RoundingConfig, learn_rounding, random_batches, reconstruction_loss
+from tfmq.reconstruction import RoundingConfig, learn_roundings, reconstruction_loss
 from tfmq.unet import UNet, UNetLayout, temporal_features
 
 
@@ -43,9 +44,8 @@ def reconstruct_temporal(
         return torch.stack(losses).sum()
 
     quantized = quantized_layers(unet)
-    layers = [quantized[path] for path in layout.temporal if path in quantized]
-    batches = random_batches(len(timesteps), config.batch, config.iterations, generator)
-    effort.optimizer_steps += len(learn_rounding(layers, loss, batches, config))
+    layers = {path: quantized[path] for path in layout.temporal if path in quantized}
+    learn_roundings("weights-temporal", layers, loss, len(timesteps), config, generator, effort)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -33,11 +34,13 @@ class UNetLayout:
     Attributes:
         blocks: in forward order, from the input convolution to the output convolution.
         time_embedding: the linear layers of the time-embedding network.
-        time_projections: the linear layer in each residual block that projects the time embedding.
+        time_projections: the linear layer in each residual block that projects the time embedding, those that down- or
+            upsample included.
         shortcut_splits: shortcut convolutions over concatenated features -> channels (decoder, skip).
         attentions: attention modules.
         shortcuts: shortcut convolutions of residual blocks.
-        downsampling: convolutions of the downsamplers.
+        downsampling: convolutions that downsample. A residual block that downsamples (LDM-8 churches) averages pixels,
+            without weights; its convolutions are those of any residual block, and not among these.
         attention_layers: the linear layers inside attention modules.
         boundary: the first and the last layer of the network.
     """
@@ -113,7 +116,11 @@ class UNetLayout:
             shortcut_splits=splits,
             attentions=attentions,
             shortcuts=tuple(path for path in layers if path.endswith(".conv_shortcut")),
-            downsampling=tuple(path for path in layers if ".downsamplers." in path),
+            downsampling=tuple(
+                path
+                for path in layers
+                if ".downsamplers." in path and isinstance(modules[path.rpartition(".")[0]], Downsample2D)
+            ),
             attention_layers=tuple(path for path in layers if path.startswith(tuple(f"{a}." for a in attentions))),
         )
 
@@ -135,6 +142,33 @@ class UNetLayout:
     def temporal(self) -> tuple[str, ...]:
         """The temporal information block of TFMQ-DM: all layers that depend on the time step alone."""
         return self.time_embedding + self.time_projections
+
+
+def set_attention_heads(unet: UNet2DModel, heads: int) -> None:
+    """Give every attention of ``unet`` so many heads, in place, and note it in the UNet's config.
+
+    A UNet2DModel has one head dimension for all its levels; the published LDM-8 has 8 heads at every width. No
+    parameter's shape depends on it, so that from_pretrained and from_config lose it without an error, but keep the
+    config's entry: call ``restore_attention_heads`` after them. Raises ValueError for another class of UNet and for
+    channels that so many heads do not divide.
+    """
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(f"a {type(unet).__name__} says in its config how many heads each level has: set them there")
+    attentions = {path: module for path, module in unet.named_modules() if isinstance(module, Attention)}
+    for path, attention in attentions.items():
+        if heads < 1 or attention.inner_dim % heads:
+            raise ValueError(f"{path} has {attention.inner_dim} channels, which {heads} heads do not divide")
+    for attention in attentions.values():
+        attention.heads = attention.sliceable_head_dim = heads
+        attention.scale = (attention.inner_dim // heads) ** -0.5
+    unet.register_to_config(attention_heads=heads)
+
+
+def restore_attention_heads(unet: UNet) -> None:
+    """Give ``unet``, just made from its config, the heads that ``set_attention_heads`` noted there, if it did."""
+    heads = unet.config.get("attention_heads")
+    if heads is not None:
+        set_attention_heads(unet, heads)
 
 
 def _pairs(stage: nn.Module) -> Iterator[tuple[ResnetBlock2D, nn.Module | None]]:

@@ -16,6 +16,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from benchmarks import manifest
+from benchmarks.images import Images
 from benchmarks.record import FULL_PRECISION, Cell
 
 RECORDS = Path("results/records")
@@ -23,9 +24,9 @@ RESULTS = Path("results")
 WORK = Path("work")
 RESUME = Path(".resume")
 
-# Files of a cell: uint8 images; errors against full precision; the full-precision cell's inputs and predictions at each
-# step; the quantised checkpoint; settings, cost and what else is known of the run.
-IMAGES = "images.safetensors"
+# Files of a cell: the folder of its images, see `benchmarks.images`; errors against full precision; the full-precision
+# cell's inputs and predictions at each step; the quantised checkpoint; settings, cost and what else is known of the run.
+IMAGES = "images"
 ERRORS = "errors.safetensors"
 TRAJECTORY = "trajectory.safetensors"
 QUANTIZED = "quantized.safetensors"
@@ -57,6 +58,13 @@ def paired(task: str) -> Path:
 def cell_folder(cell: Cell) -> Path:
     """Folder of a cell's images, checkpoint and cost."""
     return WORK / "cells" / cell.name
+
+
+def read_images(cell: Cell) -> Images:
+    """The images of a cell, of which none is in memory yet. Raises ValueError if there are none, saying what to run."""
+    images = Images(cell_folder(cell) / IMAGES)
+    len(images)
+    return images
 
 
 def full_precision_cell(cell: Cell) -> Cell:
@@ -108,6 +116,25 @@ def sha256(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} is missing: run `dvc repro`, which makes it")
     return manifest.sha256(path)
+
+
+def sha256_folder(path: Path) -> str:
+    """One hash over the names and contents of a folder's files. Raises ValueError if there are none."""
+    found = sorted(each for each in path.rglob("*") if each.is_file())
+    if not found:
+        raise ValueError(f"{path} is missing: run `dvc repro`, which makes it")
+    digest = hashlib.sha256()
+    for each in found:
+        digest.update(json.dumps([each.relative_to(path).as_posix(), manifest.sha256(each)]).encode())
+    return digest.hexdigest()
+
+
+def link(source: Path, target: Path) -> None:
+    """Let a finished file stand at a second place: the same file where the file system allows, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

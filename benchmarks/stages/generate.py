@@ -25,6 +25,7 @@ import baselines
 import tfmq
 from benchmarks import discover, environment, manifest, models
 from benchmarks.fields import read
+from benchmarks.images import TENSOR, batch_name
 from benchmarks.models import Model
 from benchmarks.params import Suite, Task
 from benchmarks.record import FULL_PRECISION, PUBLISHED, Cell
@@ -230,7 +231,10 @@ def _networks(work: Work) -> tuple[Model, UNet]:
 
 
 def _sample_batch(work: Work, name: str) -> None:
-    """Sample and decode one batch; the first of a full-precision cell keeps its trajectory."""
+    """Sample and decode one batch: its images, then the file that says it is done, with what it cost.
+
+    The first of a full-precision cell keeps its trajectory there.
+    """
     index = int(name[len("part-") :].split(".")[0])
     images = batches(work.task.images, work.task.batch)[index]
     model, unet = _networks(work)
@@ -247,9 +251,10 @@ def _sample_batch(work: Work, name: str) -> None:
         callback=steps.append if index == 0 and not work.quantized else None,
         correction=correction_of(unet),
     )
-    tensors = {"images": model.decode(latents)}
-    tensors["seconds"] = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    decoded = model.decode(latents)
+    tensors = {"seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64)}
     tensors["peak_memory_mib"] = torch.tensor(_peak_memory(torch.device(work.device)), dtype=torch.float64)
+    files.write_tensors(work.folder / IMAGES / batch_name(index), {TENSOR: decoded})
     if steps:
         tensors["trajectory.latents"] = torch.stack([step.latents for step in steps]).cpu()
         tensors["trajectory.noise"] = torch.stack([step.noise for step in steps]).cpu()
@@ -277,7 +282,7 @@ def _measure_errors(work: Work) -> None:
 
 
 def _finish(work: Work) -> None:
-    """Put the parts together under the cell's final name."""
+    """Put the parts together under the cell's final name; images stay in the files of their batches."""
     parts = [files.read_tensors(path) for path in sorted(work.folder.glob("part-*.safetensors"))]
     outcome = {
         "status": "measured",
@@ -289,7 +294,9 @@ def _finish(work: Work) -> None:
         "sample_seconds": sum(part["seconds"].item() for part in parts),
     }
     with files.new_folder(files.cell_folder(work.cell)) as folder:
-        files.write_tensors(folder / IMAGES, {"images": torch.cat([part["images"] for part in parts])})
+        (folder / IMAGES).mkdir()
+        for index in range(len(parts)):
+            files.link(work.folder / IMAGES / batch_name(index), folder / IMAGES / batch_name(index))
         if work.quantized:
             shutil.copy(work.folder / QUANTIZED, folder / QUANTIZED)
             shutil.copy(work.folder / ERRORS, folder / ERRORS)

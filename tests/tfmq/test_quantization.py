@@ -15,7 +15,8 @@ from tfmq.layers import QuantizedLayer
 from tfmq.plan import activation_quantizers, coverage, insert_quantizers, plan_for, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
-from tfmq.reconstruction import BlockStream, RoundingConfig, StepSizeConfig
+from tfmq.reconstruction import RoundingConfig, StepSizeConfig
+from tfmq.streaming import BlockStream
 from tfmq.temporal import temporal_feature_error
 from tfmq.unet import UNet, UNetLayout
 
@@ -101,7 +102,7 @@ def test_streaming_gives_what_the_whole_network_gives():
     unet, full, pool, _ = quantized(QuantizationConfig(activation_scales="per_step"))
     rows = pool.spaced(5, 4).shuffled(networks.generator())
     for network in (full, unet):
-        stream = BlockStream(network, rows, batch=6)
+        stream = BlockStream(network, rows, 6, network.device)
         for block in UNetLayout.of(full).blocks:
             stream.advance(block, stream.outputs(block, stream.inputs(block)))
         expected = network(rows.latents, rows.timesteps).sample

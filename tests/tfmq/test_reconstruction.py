@@ -8,12 +8,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from tests.tfmq.oracle import regularizer, tensors
-from tfmq import reconstruction, temporal
+from tfmq import reconstruction
 from tfmq.fake_quantize import FakeQuantize, StepTracker
+from tfmq.journal import Effort
 from tfmq.layers import quantized_layer
 from tfmq.plan import LayerPlan, QuantizationPlan, insert_quantizers, quantized_layers
 from tfmq.reconstruction import (
-    Effort,
     RoundingConfig,
     StepSizeConfig,
     learn_rounding,
@@ -215,7 +215,7 @@ def learned_time():
         return learn_rounding(layers, recorded.watch(loss), batches, settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(temporal, "learn_rounding", watched_learning)
+        patch.setattr(reconstruction, "learn_rounding", watched_learning)
         generator = torch.Generator().manual_seed(TIME_SEED)
         reconstruct_temporal(network.unet, network.full, network.layout, network.timesteps, config, generator, effort)
     return network, recorded, effort
