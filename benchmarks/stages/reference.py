@@ -1,93 +1,120 @@
-"""reference: features that a task's cells are compared with.
+"""reference: what a task's images are compared with.
 
-Those of the data set, and of a large fixed set of full-precision samples from other seeds than the cells'.
+Features of a data set's images or its published statistics, and features of a large fixed set of full-precision samples
+from other seeds than the cells'. What is finished is kept in `.resume/`, under a name that holds the hash of settings,
+inputs and code, until all is: a killed run goes on from there.
 """
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
 from functools import lru_cache, partial
+from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from benchmarks import manifest
-from benchmarks.features import Evaluator, Features, concatenate, extract, load_evaluator
-from benchmarks.metrics import ReferenceStatistics, reference_statistics
+import tfmq
+from benchmarks import datasets, features, manifest, models
+from benchmarks.datasets import _published
+from benchmarks.features import Evaluator, Features, concatenate, extract
+from benchmarks.metrics import References, ReferenceStatistics, reference_statistics
 from benchmarks.models import Model
 from benchmarks.params import Suite, Task
-from benchmarks.small.data import load_images
-from benchmarks.stages import files
+from benchmarks.stages import data_features, files, setup
+from benchmarks.stages.data_features import data_of, evaluator_of, moments_in, second_evaluator_of, tensors_of
 from benchmarks.stages.setup import (
     batches,
     conditioning_of,
     device_of,
     draw_noise,
     load_model,
+    prompt_file,
     sampling_settings,
     task_of,
 )
 from benchmarks.stages.workers import run_all
 
+__all__ = ["data_identity", "evaluator_of", "read", "run", "second_evaluator_of"]
+
 FEATURES = "features.safetensors"
 STATISTICS = "statistics.safetensors"
 DATA_STATISTICS = "data_statistics.safetensors"
+DATA_POOLED = "data_pooled.safetensors"
+SECOND_DATA = "second_data.safetensors"
 EVALUATOR = "evaluator.json"
-EVALUATORS = Path("data")
 PURPOSE = "reference"
-SAMPLES, DATA = "samples", "data"
 
 
 def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
-    """Write the features of the full-precision samples, and the moments of these and of the data set.
+    """Write what `read` reads. ``shards`` processes share the images.
 
-    ``shards`` processes share the generation batches and as large parts of the data set.
+    Raises ValueError for images, statistics or weights that are missing, damaged or not those of the task.
     """
     task = task_of(suite, task_name)
     device = device_of(device_name)
     torch.set_num_threads(1)
-    evaluator = evaluator_of(task, device)  # before there are workers, which then have it too
-    counts = {SAMPLES: task.reference_images, DATA: len(_data(task))}
-    units = [(kind, images) for kind, count in counts.items() for images in batches(count, task.batch)]
-    with TemporaryDirectory() as parts:
-        run_all(units, partial(_extract, task, device, Path(parts)), shards, device)
-        features, data = (_together(Path(parts), kind) for kind in counts)
-    for cached in (evaluator_of, _data, _model):
+    evaluators = evaluator_of(task, device), second_evaluator_of(task, device)  # before there are workers
+    tensors, sources = {}, []
+    if task.statistics is not None:
+        path = Path(task.statistics)
+        _published.check_evaluator(path, task.evaluator)
+        tensors[DATA_STATISTICS] = _published.read(path).to_tensors()
+        sources.append(_published.identity(path))
+    unfinished = _unfinished(task, device, evaluators)
+    if task.reference_images:
+        samples = _features_of_samples(task, device, unfinished, shards)
+        tensors |= {FEATURES: vars(samples), STATISTICS: reference_statistics(samples).to_tensors()}
+    if task.data is not None:
+        found = data_features.measure(task, device, unfinished, shards)
+        tensors.setdefault(DATA_STATISTICS, found.statistics.to_tensors())
+        tensors[DATA_POOLED] = {"pooled": found.pooled}
+        if found.second is not None:
+            tensors[SECOND_DATA] = tensors_of(found.second, "pooled")
+        sources.append(found.identity)
+    for cached in (evaluator_of, second_evaluator_of, data_of, _model):
         cached.cache_clear()
+    evaluator, second = evaluators
+    identities = {"identity": evaluator.identity, "second": None if second is None else second.identity}
     with files.new_folder(files.reference(task.name)) as folder:
-        files.write_json(folder / EVALUATOR, {"identity": evaluator.identity})
-        files.write_tensors(folder / FEATURES, vars(features))
-        files.write_tensors(folder / STATISTICS, reference_statistics(features).to_tensors())
-        files.write_tensors(folder / DATA_STATISTICS, reference_statistics(data).to_tensors())
+        files.write_json(folder / EVALUATOR, identities | {"data": "; ".join(sources)})
+        for name, content in tensors.items():
+            files.write_tensors(folder / name, content)
+    shutil.rmtree(unfinished)
 
 
-@lru_cache(maxsize=1)
-def evaluator_of(task: Task, device: torch.device) -> Evaluator:
-    """The task's evaluator with the weights that data.dvc brings; the last one stays loaded."""
-    folder = EVALUATORS / task.evaluator.replace("_", "-")
-    manifest.verify(folder)
-    return load_evaluator(task.evaluator, folder / "model.safetensors", device)
+def read(task: Task, evaluator: Evaluator, second: Evaluator | None = None) -> References:
+    """What a task's images are compared with.
 
-
-def read(task: Task, evaluator: Evaluator) -> tuple[Features, ReferenceStatistics, ReferenceStatistics]:
-    """Features of the full-precision reference, its statistics, and those of the data set.
-
-    Raises ValueError if they were made with another evaluator.
+    Raises ValueError if it was made with another evaluator or second evaluator, or is missing or damaged.
     """
     folder = files.reference(task.name)
-    made_with = files.read_json(folder / EVALUATOR)["identity"]
-    if made_with != evaluator.identity:
-        raise ValueError(f"{folder} was made with {made_with}, not with {evaluator.identity}: run `dvc repro`")
-    features = Features(**files.read_tensors(folder / FEATURES))
-    own = ReferenceStatistics.from_tensors(files.read_tensors(folder / STATISTICS))
-    data = ReferenceStatistics.from_tensors(files.read_tensors(folder / DATA_STATISTICS))
-    return features, own, data
+    made_with = files.read_json(folder / EVALUATOR)
+    for key, given in (("identity", evaluator), ("second", second)):
+        if given is not None and made_with[key] != given.identity:
+            raise ValueError(f"{folder} was made with {made_with[key]}, not with {given.identity}: run `dvc repro`")
+
+    def content(name: str, expected: bool) -> dict[str, Tensor] | None:
+        return files.read_tensors(folder / name) if expected else None
+
+    samples = content(FEATURES, task.reference_images > 0)
+    samples_statistics = content(STATISTICS, task.reference_images > 0)
+    data_pooled = content(DATA_POOLED, task.data is not None)
+    second_data = content(SECOND_DATA, task.data is not None and task.second_evaluator is not None)
+    return References(
+        data_statistics=ReferenceStatistics.from_tensors(files.read_tensors(folder / DATA_STATISTICS)),
+        samples=None if samples is None else Features(**samples),
+        samples_statistics=None if samples_statistics is None else ReferenceStatistics.from_tensors(samples_statistics),
+        data_pooled=None if data_pooled is None else data_pooled["pooled"],
+        second_data=None if second_data is None else moments_in(second_data, "pooled"),
+    )
 
 
-@lru_cache(maxsize=1)
-def _data(task: Task) -> Tensor:
-    return load_images(Path(task.data), task.resolution)[: task.data_images]
+def data_identity(task: Task) -> str:
+    """What a task's images are compared with: data set, preprocessing, count and pixels, or published file and hash."""
+    return files.read_json(files.reference(task.name) / EVALUATOR)["data"]
 
 
 @lru_cache(maxsize=1)
@@ -95,12 +122,39 @@ def _model(task: Task, device: torch.device) -> Model:
     return load_model(task, device)
 
 
-def _extract(task: Task, device: torch.device, folder: Path, unit: tuple[str, range]) -> None:
-    """Write the features of some full-precision samples or images of the data set."""
-    kind, images = unit
-    pixels = _sample(task, device, images) if kind == SAMPLES else _data(task)[images.start : images.stop]
-    features = extract(evaluator_of(task, device), pixels)
-    files.write_tensors(folder / f"{kind}-{images.start:08d}.safetensors", vars(features))
+def _unfinished(task: Task, device: torch.device, evaluators: tuple[Evaluator | None, ...]) -> Path:
+    """The folder of what is finished of a task, with these inputs and this code; others of the task are removed."""
+    inputs = {"evaluators": [evaluator.identity for evaluator in evaluators if evaluator is not None]}
+    if task.data is not None:
+        inputs["data"] = data_of(task).stamp
+    if task.reference_images:
+        inputs["checkpoint"] = manifest.verify(Path(task.checkpoint))
+        inputs["prompts"] = None if task.prompts is None else files.sha256(prompt_file(task, PURPOSE))
+    packages = [Path(package.__file__).parent for package in (tfmq, models, features, datasets)]
+    modules = [Path(module.__file__) for module in (setup, data_features)]
+    code = [files.source_hash(*packages, *modules, Path(__file__))]
+    code += [version(name) for name in ("torch", "diffusers", "pillow")]
+    key = files.fingerprint(asdict(task), inputs, str(device), code)
+    folder = files.RESUME / PURPOSE / f"{task.name}-{key}"
+    for superseded in folder.parent.glob(f"{task.name}-{'[0-9a-f]' * len(key)}"):
+        if superseded != folder:
+            shutil.rmtree(superseded)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _features_of_samples(task: Task, device: torch.device, folder: Path, shards: int) -> Features:
+    """Features of the full-precision samples, with a file in ``folder`` for each generation batch."""
+    ranges = batches(task.reference_images, task.batch)
+    units = {images: folder / f"samples-{images.start:08d}.safetensors" for images in ranges}
+    missing = [unit for unit in units.items() if not unit[1].exists()]
+    run_all(missing, partial(_extract, task, device), shards, device)
+    return concatenate([Features(**files.read_tensors(path)) for path in units.values()])
+
+
+def _extract(task: Task, device: torch.device, unit: tuple[range, Path]) -> None:
+    images, path = unit
+    files.write_tensors(path, vars(extract(evaluator_of(task, device), _sample(task, device, images))))
 
 
 def _sample(task: Task, device: torch.device, images: range) -> Tensor:
@@ -117,7 +171,3 @@ def _sample(task: Task, device: torch.device, images: range) -> Tensor:
         step_noise=step_noise.to(device),
     )
     return model.decode(latents)
-
-
-def _together(folder: Path, kind: str) -> Features:
-    return concatenate([Features(**files.read_tensors(path)) for path in sorted(folder.glob(f"{kind}-*"))])
