@@ -38,15 +38,29 @@ class Images:
         return found
 
     @cached_property
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        """The shape of each file's images; only the headers are read."""
+        return [_shape(path) for path in self.files]
+
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, 3, H, W); only the files' headers are read."""
-        shapes = [_shape(path) for path in self.files]
-        if len({shape[1:] for shape in shapes}) > 1:
+        if len({shape[1:] for shape in self.shapes}) > 1:
             raise ValueError(f"images in {self.folder} are of several sizes: delete it and run `dvc repro`")
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def read(self, images: range) -> Tensor:
+        """The images of these indices, uint8 (B, 3, H, W); only files that hold any of them are read."""
+        parts, first = [], 0
+        for path, (count, *_) in zip(self.files, self.shapes, strict=True):
+            rows = slice(max(images.start - first, 0), min(images.stop - first, count))
+            if rows.start < rows.stop:
+                parts.append(_read(path)[rows])
+            first += count
+        return torch.cat(parts)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images in their order, ``size`` at a time, the last ones fewer; uint8 (B, 3, H, W)."""
