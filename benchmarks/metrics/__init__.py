@@ -117,9 +117,8 @@ class Evidence:
             if part is not None and len(part) != count:
                 raise ValueError(f"There are {count} images, but {name} has {len(part)} rows.")
         if self.clip_cosines is not None and self.clip_cosines.shape[1:] != (count,):
-            raise ValueError(
-                f"There are {count} images, but clip_cosines has the shape {tuple(self.clip_cosines.shape)}."
-            )
+            shape = tuple(self.clip_cosines.shape)
+            raise ValueError(f"There are {count} images, but clip_cosines has the shape {shape}.")
         for name, tensor in _tensors(self):
             _check_finite(name, tensor)
 

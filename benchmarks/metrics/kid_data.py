@@ -1,7 +1,7 @@
 """Kernel distance to the data set (Binkowski et al., 2018, arXiv:1801.01401) as torch-fidelity computes it: KID.
 
-The mean over 100 subsets of at most 1,000 images each, drawn by torch-fidelity's own seed, so that the number is the one
-that its `calculate_metrics` gives for these features. `kid_fp` has the definition, and uses all images.
+The mean over 100 subsets of at most 1,000 images each, drawn by torch-fidelity's own seed, so that the number is the
+one that its `calculate_metrics` gives for these features. `kid_fp` has the definition, and uses all images.
 """
 
 import torch
@@ -32,4 +32,4 @@ def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
     return Value(value=value, low=value - margin, high=value + margin, n=len(features))
 
 
-METRIC = Metric(name="kid_data", position=68, label="KID{count} to data", better="lower", digits=5, compute=compute)
+METRIC = Metric(name="kid_data", position=68, label="KID to data", better="lower", digits=4, compute=compute)

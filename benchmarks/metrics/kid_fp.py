@@ -29,10 +29,9 @@ def kernel_distances(features: Tensor, reference: Tensor, masks: Tensor) -> Tens
     """
     counts, reference_count = masks.sum(dim=1), len(reference)
     within = sum(((masks[:, rows] @ kernel) * masks).sum(dim=1) for rows, kernel in _others(features))
-    means = [
-        polynomial_kernel(features[rows], reference).mean(dim=1) for rows in _blocks(len(features), reference_count)
-    ]
-    across = masks @ torch.cat(means) / counts
+    blocks = _blocks(len(features), reference_count)
+    means = torch.cat([polynomial_kernel(features[rows], reference).mean(dim=1) for rows in blocks])
+    across = masks @ means / counts
     other = sum(kernel.sum() for _, kernel in _others(reference))
     return within / (counts * (counts - 1)) - 2 * across + other / (reference_count * (reference_count - 1))
 

@@ -10,7 +10,7 @@ from benchmarks.metrics._manifold import inside
 def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
     """Recall, a mean over the data's images; None where their features are not known.
 
-    Unlike all other intervals, this one is over the data's images, which `n` counts: what other images of the model
+    Unlike other intervals, this one is over the data's images, which `n` counts: what other images of the model
     would change is not in it.
     """
     data = evidence.references.data_pooled

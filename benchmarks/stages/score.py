@@ -1,66 +1,82 @@
-"""score: one pass of the evaluator over the images of each of a row's cells gives their records.
+"""score: evaluators look at the images of each of a row's cells, and the metrics of what they saw give its record.
 
-The values of images that a metric is the mean of are kept beside, for comparing two cells image by image.
+The work is a queue of units, for one process or many: parts of the cells' images (`look`), and, when all parts of a
+cell are seen, its record. The values of images that a metric is the mean of are kept beside, for comparing two cells
+image by image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import safe_open
 
-from benchmarks import manifest
-from benchmarks.clip import ClipScorer, load_clip
-from benchmarks.features import Evaluator, Features, compare, extract_with_maps
 from benchmarks.metrics import Evidence, metrics
 from benchmarks.params import Suite, Task
 from benchmarks.record import FULL_PRECISION, Cell, Cost, Record, Value
-from benchmarks.stages import files, reference
-from benchmarks.stages.reference import evaluator_of
-from benchmarks.stages.setup import device_of, prompts_of, seed_of, task_of
+from benchmarks.stages import files, look, reference
+from benchmarks.stages.setup import device_of, seed_of, task_of
 from benchmarks.stages.workers import run_units
 
-FEATURES = "features.safetensors"
-MAPS = "maps.safetensors"
+# A part of a cell's images, or None for the cell's record.
+Unit = tuple[Cell, range | None]
 
 
 def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> None:
     """Write the records and the values of images of some cells, ``shards`` processes sharing them.
 
-    A cell that its method does not apply to gets a record that says so. The full-precision cell leaves its features and
-    feature maps for the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, when the others
-    are done.
+    A cell that its method does not apply to gets a record that says so. The full-precision cell leaves what was seen of
+    it for the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, when the others are done.
     """
     device = device_of(device_name)
     torch.set_num_threads(1)
+    units: list[Unit] = []
+    left: dict[Cell, int] = {}
     for cell in cells:
-        evaluator_of(task_of(suite, cell.task), device)  # before there are workers, which then have it too
-    failures = run_units(cells, partial(_score, suite, device), shards, device)
-    evaluator_of.cache_clear()
-    _scorer.cache_clear()
-    for cell, error in failures:
+        task = task_of(suite, cell.task)
+        look.evaluators(task, device)  # before there are workers, which then have them too
+        parts = look.parts(task) if (files.cell_folder(cell) / files.IMAGES).exists() else []
+        left[cell] = len(parts)
+        units += [(cell, part) for part in parts or [None]]
+
+    def then(unit: Unit) -> list[Unit]:
+        cell, part = unit
+        left[cell] -= 1
+        return [(cell, None)] if part is not None and left[cell] == 0 else []
+
+    files.WORK.mkdir(exist_ok=True)
+    with TemporaryDirectory(prefix=".score-", dir=files.WORK) as folder:
+        failures = run_units(units, partial(_do, suite, device, Path(folder)), shards, device, then)
+    look.forget()
+    failed = {cell: error for (cell, _), error in reversed(failures)}
+    for cell, error in failed.items():
         error.add_note(cell.name)
-    if failures:
-        raise ExceptionGroup(f"{len(failures)} of {len(cells)} cells failed", [error for _, error in failures])
+    if failed:
+        raise ExceptionGroup(f"{len(failed)} of {len(cells)} cells failed", list(failed.values()))
 
 
-@lru_cache(maxsize=1)
-def _scorer(folder: Path, device: torch.device) -> ClipScorer:
-    return load_clip(folder, device)
-
-
-def _score(suite: Suite, device: torch.device, cell: Cell) -> None:
+def _do(suite: Suite, device: torch.device, folder: Path, unit: Unit) -> None:
+    cell, part = unit
     task = task_of(suite, cell.task)
+    if part is None:
+        _score(task, cell, device, folder / cell.name)
+    else:
+        look.look(task, cell, device, folder / cell.name, part)
+
+
+def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
+    """Write the record of a cell, with the metrics of what was seen of its images."""
     folder = files.cell_folder(cell)
     outcome = files.read_json(folder / files.OUTCOME)
     measured = outcome["status"] == "measured"
-    evaluator = evaluator_of(task, device)
-    scorer = None if task.clip is None else _scorer(Path(task.clip), device)
-    values, per_image = _measure(task, cell, evaluator, scorer) if measured else ({}, {})
+    evaluator, second = look.evaluators(task, device)
+    made_with = files.read_json(files.reference(task.name) / reference.EVALUATOR)
+    images = {"images": files.sha256_folder(folder / files.IMAGES)} if measured else {}
+    values, per_image = _measure(task, cell, device, looked) if measured else ({}, {})
     record = Record(
         task=task.name,
         task_version=task.version,
@@ -72,7 +88,9 @@ def _score(suite: Suite, device: torch.device, cell: Cell) -> None:
             "task": asdict(task),
             "method": outcome.get("settings", {}),
             "evaluator": evaluator.identity,
-            "clip": None if scorer is None else scorer.identity,
+            "second_evaluator": None if second is None else second.identity,
+            "clip": [scorer.identity for scorer in look.scorers(task, device)],
+            "reference": {key: made_with[key] for key in ("data", "features") if key in made_with},
         },
         status=outcome["status"],
         reason=outcome["reason"],
@@ -80,7 +98,7 @@ def _score(suite: Suite, device: torch.device, cell: Cell) -> None:
         cost=_cost(cell, outcome) if measured else None,
         coverage=_coverage(outcome.get("coverage", [])),
         details=outcome.get("details", {}),
-        inputs=outcome.get("inputs", {}) | ({"images": manifest.sha256(folder / files.IMAGES)} if measured else {}),
+        inputs=outcome.get("inputs", {}) | images,
         environment=outcome.get("environment", {}),
     )
     files.write_tensors(files.scores(cell), per_image)
@@ -88,40 +106,23 @@ def _score(suite: Suite, device: torch.device, cell: Cell) -> None:
 
 
 def _measure(
-    task: Task, cell: Cell, evaluator: Evaluator, scorer: ClipScorer | None
+    task: Task, cell: Cell, device: torch.device, looked: Path
 ) -> tuple[dict[str, Value], dict[str, torch.Tensor]]:
     """All metrics, and the values of images [N] of those that are a mean over images."""
-    images = _images(cell)
-    prompts = [] if scorer is None else prompts_of(task, "sample", range(len(images)))
-    reference_features, reference_statistics, data_statistics = reference.read(task, evaluator)
-    common = {
-        "images": images,
-        "reference_features": reference_features,
-        "reference_statistics": reference_statistics,
-        "data_statistics": data_statistics,
-        "clip_cosines": None if scorer is None else scorer.cosines(images, prompts),
-    }
+    features, seen = look.seen(looked)
+    if "clip_cosines" in seen:
+        seen["clip_cosines"] = seen["clip_cosines"].T
+    paired = {}
     if cell.method == FULL_PRECISION:
-        features, maps = extract_with_maps(evaluator, images)
         with files.new_folder(files.paired(task.name)) as folder:
-            files.write_tensors(folder / FEATURES, vars(features))
-            files.write_tensors(folder / MAPS, {str(index): layer for index, layer in enumerate(maps)})
-        evidence = Evidence(features=features, **common)
+            for path in looked.iterdir():
+                path.rename(folder / path.name)
     else:
-        folder = files.paired(task.name)
-        paired_features = Features(**files.read_tensors(folder / FEATURES))
-        with safe_open(folder / MAPS, "pt") as file:
-            features, distance = compare(evaluator, images, [file.get_slice(str(i)) for i in range(len(file.keys()))])
         errors = files.read_tensors(files.cell_folder(cell) / files.ERRORS)
-        evidence = Evidence(
-            features=features,
-            paired=_images(files.full_precision_cell(cell)),
-            paired_features=paired_features,
-            perceptual_distance=distance,
-            trajectory_error=errors["trajectory"],
-            temporal_error=errors["temporal"],
-            **common,
-        )
+        paired["paired_features"] = look.seen(files.paired(task.name))[0]
+        paired |= {"trajectory_error": errors["trajectory"], "temporal_error": errors["temporal"]}
+    references = reference.read(task, *look.evaluators(task, device))
+    evidence = Evidence(features=features, references=references, **seen, **paired)
     values, per_image = {}, {}
     for name, metric in metrics().items():
         generator = torch.Generator().manual_seed(seed_of("score", name))
@@ -131,10 +132,6 @@ def _measure(
             if metric.per_image is not None:
                 per_image[name] = metric.per_image(evidence)
     return values, per_image
-
-
-def _images(cell: Cell) -> torch.Tensor:
-    return files.read_tensors(files.cell_folder(cell) / files.IMAGES)["images"]
 
 
 def _cost(cell: Cell, outcome: dict) -> Cost:

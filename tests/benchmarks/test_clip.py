@@ -1,9 +1,14 @@
-"""The CLIP score on a tiny random CLIP, against torchmetrics and transformers."""
+"""The CLIP score on tiny random CLIPs, against torchmetrics, transformers and open_clip."""
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
+import open_clip
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torchmetrics.functional.multimodal import clip_score
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTokenizer
 
@@ -41,6 +46,10 @@ def folder(tmp_path_factory):
     return folder
 
 
+def score(scorer):
+    return clip.cosines(scorer, clip.prompt_vectors(scorer, PROMPTS), IMAGES)
+
+
 @pytest.fixture(scope="module")
 def scorer(folder):
     return clip.load_clip(folder, torch.device("cpu"))
@@ -51,7 +60,7 @@ def test_cosines_are_those_of_transformers(scorer):
         tokens = clip.tokenize(scorer.tokenizer, PROMPTS)
         output = scorer.model(tokens, IMAGES.float() / 127.5 - 1)
         expected = output.logits_per_image.diag() / scorer.model.logit_scale.exp()
-    found = scorer.cosines(IMAGES, PROMPTS)
+    found = score(scorer)
     assert found.shape == (5,) and found.std() > 0.01
     torch.testing.assert_close(found, expected)
 
@@ -66,11 +75,11 @@ def test_scores_are_those_of_torchmetrics(scorer):
         get_image_features=lambda *given: scorer.model.get_image_features(*given).pooler_output,
         get_text_features=lambda *given: scorer.model.get_text_features(*given).pooler_output,
     )
-    found = 100 * scorer.cosines(IMAGES, PROMPTS)
+    found = 100 * score(scorer)
     assert (found > 1).any()
-    for image, prompt, score in zip(IMAGES, PROMPTS, found, strict=True):
+    for image, prompt, own in zip(IMAGES, PROMPTS, found, strict=True):
         expected = clip_score(image, prompt, lambda: (model, processor))
-        assert expected.item() == pytest.approx(max(score.item(), 0), abs=1e-3)
+        assert expected.item() == pytest.approx(max(own.item(), 0), abs=1e-3)
 
 
 def test_images_are_resized_and_normalised():
@@ -88,7 +97,15 @@ def test_the_scorer_says_which_weights_it_has(scorer, folder):
 
 def test_every_image_needs_a_prompt(scorer):
     with pytest.raises(ValueError, match="5 images are scored against 1 prompts"):
-        scorer.cosines(IMAGES, PROMPTS[:1])
+        clip.cosines(scorer, clip.prompt_vectors(scorer, PROMPTS[:1]), IMAGES)
+
+
+def test_a_prompt_is_embedded_once(scorer):
+    asked = []
+    counting = SimpleNamespace(embed_prompts=lambda prompts: asked.extend(prompts) or scorer.embed_prompts(prompts))
+    vectors = clip.prompt_vectors(counting, PROMPTS)
+    assert asked == sorted(set(PROMPTS))
+    torch.testing.assert_close(vectors, scorer.embed_prompts(PROMPTS))
 
 
 def test_a_missing_or_damaged_folder_is_named(folder, tmp_path):
@@ -107,3 +124,100 @@ def test_a_missing_or_damaged_folder_is_named(folder, tmp_path):
     (broken / "model" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match="is damaged"):
         clip.load_clip(broken, torch.device("cpu"))
+
+
+OPEN_CLIP = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]},
+}
+# Neither square nor of the network's size, as a preprocessing must take them.
+PICTURES = torch.randint(0, 256, (5, 3, 48, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def open_clip_weights():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.CLIP(**OPEN_CLIP["model_cfg"])
+    return {name: 3 * tensor for name, tensor in model.state_dict().items()}
+
+
+def save_open_clip(folder, weights, name="open_clip_model.safetensors", config=OPEN_CLIP):
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    if name.endswith(".safetensors"):
+        save_file(weights, folder / name)
+    else:
+        torch.save(weights, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_cosines_are_those_of_open_clip(open_clip_weights, tmp_path, name):
+    folder = save_open_clip(tmp_path / "tiny", open_clip_weights, name)
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    pixels = torch.stack([preprocess(Image.fromarray(np.moveaxis(image.numpy(), 0, -1))) for image in PICTURES])
+    with torch.no_grad():
+        images, texts, _ = model.eval()(pixels, open_clip.get_tokenizer(f"local-dir:{folder}")(PROMPTS))
+    scorer = clip.load_clip(folder, torch.device("cpu"))
+    found = clip.cosines(scorer, clip.prompt_vectors(scorer, PROMPTS), PICTURES)
+    assert found.shape == (5,) and found.std() > 0.001
+    torch.testing.assert_close(found, (images * texts).sum(dim=1))
+    assert scorer.identity == f"open_clip tiny {manifest.sha256(folder / name)[:8]}"
+
+
+def test_a_known_architecture_is_named(open_clip_weights, tmp_path, monkeypatch):
+    configs = {"Tiny-B-16": OPEN_CLIP["model_cfg"] | {"quick_gelu": True}}
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-B-32", "Tiny-B-16-quickgelu"])
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: configs.get(name.removesuffix("-quickgelu")))
+    config = OPEN_CLIP | {"model_cfg": configs["Tiny-B-16"]}
+    folder = save_open_clip(tmp_path / "openai", open_clip_weights, config=config)
+    assert clip.load_clip(folder, torch.device("cpu")).identity.startswith("Tiny-B-16 openai ")
+
+
+def test_half_precision_weights_are_computed_in_single(open_clip_weights, tmp_path):
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in open_clip_weights.items()}
+    scorer = clip.load_clip(save_open_clip(tmp_path / "half", half), torch.device("cpu"))
+    assert scorer.embed_images(PICTURES).dtype == scorer.embed_prompts(PROMPTS).dtype == torch.float32
+
+
+def test_pickled_code_in_open_clip_weights_is_not_run(open_clip_weights, tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    folder = save_open_clip(tmp_path / "hostile", open_clip_weights | {"logit_scale": Canary()}, "weights.bin")
+    with pytest.raises(ValueError, match="holds no CLIP that open_clip can load"):
+        clip.load_clip(folder, torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_open_clip_folder_that_is_not_whole_is_named(open_clip_weights, tmp_path):
+    def error(folder):
+        with pytest.raises(ValueError) as found:
+            clip.load_clip(folder, torch.device("cpu"))
+        assert "\n" not in str(found.value)
+        return str(found.value)
+
+    folder = save_open_clip(tmp_path / "two", open_clip_weights)
+    (folder / "other.bin").write_bytes(b"")
+    assert "must hold one file of weights" in error(folder) and "found open_clip_model.safetensors, other.bin" in error(
+        folder
+    )
+    (folder / "other.bin").unlink()
+    path = folder / "open_clip_model.safetensors"
+    manifest.write(folder)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "is damaged" in error(folder)
+    (folder / manifest.NAME).unlink()
+    assert "two holds no CLIP that open_clip can load: fetch it again" in error(folder)
+    path.unlink()
+    assert "found none" in error(folder)
+    wider = OPEN_CLIP | {"model_cfg": OPEN_CLIP["model_cfg"] | {"embed_dim": 8}}
+    folder = save_open_clip(tmp_path / "wider", open_clip_weights, config=wider)
+    assert "size mismatch" in error(folder)
+    assert "no CLIP" in error(save_open_clip(tmp_path / "none", open_clip_weights, config={}))

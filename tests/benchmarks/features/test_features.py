@@ -2,8 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import discover
@@ -38,7 +36,7 @@ class Colour(nn.Module):
 
 
 def evaluator():
-    colour = Extractor("colour", 3, 8, batch=4, distance_label="FD", load=lambda path: Colour())
+    colour = Extractor("colour", 3, 8, 4, "FD", weights="colour", keeps_maps=True, load=lambda path: Colour())
     return Evaluator(colour, "0123456789abcdef", torch.device("cpu"), Colour())
 
 
@@ -68,15 +66,6 @@ def test_compare_gives_what_extract_gives():
     exact = (nn.functional.normalize(a.double(), dim=1) - nn.functional.normalize(b.double(), dim=1)).square()
     torch.testing.assert_close(distance.double(), exact.sum(dim=1).mean(dim=(1, 2)), rtol=1e-3, atol=0)
     assert compare(measured, b, maps)[1].abs().max() == 0
-
-
-def test_maps_are_read_from_a_file_batch_by_batch(tmp_path):
-    measured, a, b = evaluator(), images(6), images(6, seed=1)
-    _, maps = extract_with_maps(measured, b)
-    save_file({"0": maps[0]}, tmp_path / "maps.safetensors")
-    with safe_open(tmp_path / "maps.safetensors", "pt") as file:
-        _, distance = compare(measured, a, [file.get_slice("0")])
-    assert torch.equal(distance, compare(measured, a, maps)[1])
 
 
 def test_perceptual_distance_of_known_maps():
@@ -131,4 +120,5 @@ def test_unknown_evaluator_names_the_nearest():
 def test_every_extractor_is_named_after_its_file(name):
     found = extractor(name)
     assert found.name == name
+    assert found.weights and "_" not in found.weights
     assert (found.distance_label == "FID") == (name == "inception")

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
 
+from benchmarks.metrics import kid_fp
 from benchmarks.metrics.kid_fp import kernel_distances
 
 
@@ -35,6 +36,15 @@ def test_a_mask_is_the_subset():
     both = kernel_distances(a, b, torch.cat([ones(6), mask]))
     assert both[0].item() == pytest.approx(kernel_distances(a, b, ones(6)).item())
     assert both[1].item() == pytest.approx(kernel_distances(a[mask[0].bool()], b, ones(4)).item())
+
+
+def test_a_matrix_cut_into_blocks_is_the_same_matrix(monkeypatch):
+    a, b = features(11, 0), features(9, 1)
+    masks = torch.cat([ones(11), (torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) < 0.8).double()])
+    expected = kernel_distances(a, b, masks)
+    for entries in (1, 40, 100):
+        monkeypatch.setattr(kid_fp, "ENTRIES", entries)
+        torch.testing.assert_close(kernel_distances(a, b, masks), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_is_unbiased():

@@ -10,10 +10,13 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import benchmarks.metrics
 from benchmarks.features import Features
-from benchmarks.metrics import Evidence, ReferenceStatistics, Value, metrics, reference_statistics
+from benchmarks.metrics import Evidence, References, ReferenceStatistics, Value, metrics, reference_statistics
+from benchmarks.metrics._frechet import moments
 
-COUNT = 12
+COUNT, DATA_COUNT = 12, 50
 PAIRED = ("feature_distance", "perceptual", "psnr")
+# Those whose count is not that of the cell's images.
+COUNTS = {"temporal_error": 15, "recall": DATA_COUNT}
 
 
 def features(count, seed, shift=0.0):
@@ -21,26 +24,26 @@ def features(count, seed, shift=0.0):
     return Features(*(torch.rand(count, width, generator=generator) + shift for width in (20, 30, 10)))
 
 
-def images(seed):
-    return torch.randint(0, 256, (COUNT, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def evidence():
     generator = torch.Generator().manual_seed(0)
-    reference = features(40, 3)
+    samples, data = features(40, 3), features(DATA_COUNT, 4)
     return Evidence(
-        images=images(0),
-        paired=images(1),
         features=features(COUNT, 0, shift=0.2),
+        references=References(
+            data_statistics=reference_statistics(data),
+            samples=samples,
+            samples_statistics=reference_statistics(samples),
+            data_pooled=data.pooled,
+            second_data=moments(features(30, 5).pooled),
+        ),
         paired_features=features(COUNT, 1),
+        squared_error=100 * torch.rand(COUNT, generator=generator).double(),
         perceptual_distance=torch.rand(COUNT, generator=generator),
-        reference_features=reference,
-        reference_statistics=reference_statistics(reference),
-        data_statistics=reference_statistics(features(50, 4)),
         trajectory_error=torch.rand(COUNT, 5, generator=generator),
         temporal_error=torch.rand(5, 3, generator=generator),
-        clip_cosines=torch.rand(COUNT, generator=generator) - 0.5,
+        clip_cosines=torch.rand(2, COUNT, generator=generator) - 0.5,
+        second_features=features(COUNT, 6, shift=0.2).pooled,
     )
 
 
@@ -62,7 +65,7 @@ def test_every_metric_gives_a_value_and_repeats_it(name, evidence):
     assert isinstance(value, Value)
     assert value.low <= value.value <= value.high
     assert math.isfinite(value.low) and math.isfinite(value.high)
-    assert value.n == (15 if name == "temporal_error" else COUNT)
+    assert value.n == COUNTS.get(name, COUNT)
     assert (value.low < value.high) == (name != "temporal_error")
     assert score(name, evidence) == value
 
@@ -71,7 +74,7 @@ def test_every_metric_gives_a_value_and_repeats_it(name, evidence):
 def test_full_precision_has_all_but_paired_metrics(name, evidence):
     alone = replace(
         evidence,
-        paired=None,
+        squared_error=None,
         paired_features=None,
         perceptual_distance=None,
         trajectory_error=None,
@@ -80,9 +83,18 @@ def test_full_precision_has_all_but_paired_metrics(name, evidence):
     assert (score(name, alone) is None) == (name in (*PAIRED, "noise_error", "temporal_error"))
 
 
+def test_published_moments_alone_give_the_frechet_distances(evidence):
+    data = evidence.references.data_statistics
+    alone = replace(evidence, references=References(replace(data, spatial=None)), second_features=None)
+    found = {name for name in metrics() if score(name, alone) is not None}
+    missing = {"kid_fp", "fd_fp", "sfd_data", "fd_clean", "kid_data", "precision", "recall"}
+    assert found == set(metrics()) - missing
+    assert score("fd_data", alone) == score("fd_data", evidence)
+
+
 @pytest.mark.parametrize("name", list(metrics()))
 def test_titles(name):
-    title = metrics()[name].title("FD", 512, "toy-clip 57934424")
+    title = metrics()[name].title("FD", 512, ["toy-clip 57934424"], "second FD")
     assert title and "{" not in title
     assert "FID" not in title
 
@@ -93,36 +105,32 @@ def test_titles_carry_the_distance_and_the_count():
     assert metrics()["fd_fp"].title("FID", 2048) == "FID2048 to FP"
     assert metrics()["kid_fp"].title("FD", 512) == "KID to FP"
     assert metrics()["is_score"].title("FD", 512) == "IS512"
-    assert metrics()["clip_score"].title("FD", 512, "toy-clip 57934424") == "CLIP score (toy-clip 57934424)"
+    assert metrics()["fd_clean"].title("FID", 50_000) == "clean FID50k to data"
+    clips = ("ViT-B-32 openai 57934424", "ViT-g-14 laion2b_s12b_b42k 12345678")
+    assert metrics()["clip_score"].title("FD", 512, clips) == "CLIP score (ViT-B-32 openai 57934424)"
+    second = metrics()["clip_score_second"].title("FD", 512, clips)
+    assert second == "CLIP score (ViT-g-14 laion2b_s12b_b42k 12345678)"
+    assert metrics()["clip_score"].title("FD", 512) == "CLIP score (none)"
 
 
 def test_identical_pairs(evidence):
-    same = replace(evidence, paired=evidence.images, paired_features=evidence.features)
+    same = replace(evidence, squared_error=torch.zeros(COUNT).double(), paired_features=evidence.features)
     assert score("feature_distance", same).value == pytest.approx(0, abs=1e-12)
     assert score("psnr", same).value == pytest.approx(10 * math.log10(255**2 * 12))
 
 
 def test_pairs_are_symmetric(evidence):
-    swapped = replace(
-        evidence,
-        images=evidence.paired,
-        paired=evidence.images,
-        features=evidence.paired_features,
-        paired_features=evidence.features,
-    )
-    for name in PAIRED:
-        assert score(name, swapped).value == pytest.approx(score(name, evidence).value, rel=1e-12)
+    swapped = replace(evidence, features=evidence.paired_features, paired_features=evidence.features)
+    expected = score("feature_distance", evidence).value
+    assert score("feature_distance", swapped).value == pytest.approx(expected, rel=1e-12)
 
 
 def test_psnr_equals_torchmetrics(evidence):
-    expected = peak_signal_noise_ratio(
-        evidence.images.double(),
-        evidence.paired.double(),
-        data_range=255.0,
-        dim=(1, 2, 3),
-        reduction="elementwise_mean",
-    )
-    assert score("psnr", evidence).value == pytest.approx(expected.item(), rel=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(0, 256, (COUNT, 3, 8, 8), generator=generator).double() for _ in range(2))
+    expected = peak_signal_noise_ratio(a, b, data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    error = (a - b).square().mean(dim=(1, 2, 3))
+    assert score("psnr", replace(evidence, squared_error=error)).value == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_feature_distance_of_orthogonal_features(evidence):
@@ -143,7 +151,8 @@ def test_means(evidence):
     assert score("noise_error", evidence).value == pytest.approx(evidence.trajectory_error.mean().item())
     assert score("temporal_error", evidence).value == pytest.approx(evidence.temporal_error.mean().item())
     assert score("perceptual", evidence).value == pytest.approx(evidence.perceptual_distance.mean().item())
-    assert score("clip_score", evidence).value == pytest.approx(100 * evidence.clip_cosines.mean().item())
+    for name, cosines in zip(("clip_score", "clip_score_second"), evidence.clip_cosines, strict=True):
+        assert score(name, evidence).value == pytest.approx(100 * cosines.mean().item())
 
 
 @pytest.mark.parametrize("name", [name for name, metric in metrics().items() if metric.per_image])
@@ -153,13 +162,18 @@ def test_values_of_images_have_the_metric_as_their_mean(name, evidence):
     assert values.mean().item() == pytest.approx(score(name, evidence).value, rel=1e-12)
 
 
-def test_images_without_prompts_have_no_clip_score(evidence):
-    assert score("clip_score", replace(evidence, clip_cosines=None)) is None
+def test_there_are_as_many_clip_scores_as_clips(evidence):
+    alone = replace(evidence, clip_cosines=evidence.clip_cosines[:1])
+    assert score("clip_score", alone) == score("clip_score", evidence)
+    assert score("clip_score_second", alone) is None
+    for name in ("clip_score", "clip_score_second"):
+        assert score(name, replace(evidence, clip_cosines=None)) is None
 
 
 def test_distances_grow_with_a_shift(evidence):
-    further = replace(evidence, features=features(COUNT, 0, shift=0.6))
-    for name in ("kid_fp", "fd_fp", "fd_data", "sfd_data"):
+    moved = features(COUNT, 0, shift=0.6)
+    further = replace(evidence, features=moved, second_features=moved.pooled)
+    for name in ("kid_fp", "fd_fp", "fd_data", "sfd_data", "fd_clean", "kid_data"):
         assert score(name, further).value > score(name, evidence).value
 
 
@@ -168,7 +182,6 @@ def test_distances_grow_with_a_shift(evidence):
     [
         ("features", "pooled"),
         ("paired_features", "logits"),
-        ("reference_features", "spatial"),
     ],
 )
 def test_features_that_are_not_finite_are_named(evidence, field, part):
@@ -179,7 +192,17 @@ def test_features_that_are_not_finite_are_named(evidence, field, part):
         replace(evidence, **{field: replace(broken, **{part: tensor})})
 
 
-@pytest.mark.parametrize("field", ["perceptual_distance", "trajectory_error", "temporal_error", "clip_cosines"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "squared_error",
+        "perceptual_distance",
+        "trajectory_error",
+        "temporal_error",
+        "clip_cosines",
+        "second_features",
+    ],
+)
 def test_errors_that_are_not_finite_are_named(evidence, field):
     tensor = getattr(evidence, field).clone()
     tensor[1] = math.inf
@@ -188,20 +211,23 @@ def test_errors_that_are_not_finite_are_named(evidence, field):
 
 
 def test_statistics_that_are_not_finite_are_named(evidence):
-    broken = evidence.data_statistics
-    moments = replace(broken.spatial, covariance=broken.spatial.covariance * math.nan)
-    with pytest.raises(ValueError, match=r"data_statistics\.spatial\.covariance"):
-        replace(evidence, data_statistics=replace(broken, spatial=moments))
+    references = evidence.references
+    statistics = references.data_statistics
+    spatial = replace(statistics.spatial, covariance=statistics.spatial.covariance * math.nan)
+    with pytest.raises(ValueError, match=r"references\.data_statistics\.spatial\.covariance"):
+        replace(evidence, references=replace(references, data_statistics=replace(statistics, spatial=spatial)))
+    with pytest.raises(ValueError, match=r"references\.data_pooled holds 1000 values"):
+        replace(evidence, references=replace(references, data_pooled=references.data_pooled * math.nan))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": torch.zeros(COUNT, 3, 8, 8)}, "uint8 images"),
-        ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "paired": None}, "three or more"),
-        ({"paired": torch.zeros(COUNT, 3, 4, 4, dtype=torch.uint8)}, "cannot be paired"),
-        ({"features": features(5, 0)}, "features has 5 rows"),
-        ({"clip_cosines": torch.rand(5)}, "clip_cosines has 5 rows"),
+        ({"features": features(2, 0)}, "three or more images; got 2"),
+        ({"features": features(5, 0)}, "There are 5 images, but paired_features has 12 rows"),
+        ({"squared_error": torch.rand(5)}, "squared_error has 5 rows"),
+        ({"second_features": torch.rand(5, 20)}, "second_features has 5 rows"),
+        ({"clip_cosines": torch.rand(COUNT)}, r"clip_cosines has the shape \(12,\)"),
     ],
 )
 def test_evidence_must_fit_together(evidence, change, message):
@@ -210,26 +236,25 @@ def test_evidence_must_fit_together(evidence, change, message):
 
 
 def test_reference_statistics_survive_as_tensors(evidence):
-    tensors = evidence.data_statistics.to_tensors()
-    back = ReferenceStatistics.from_tensors(tensors)
-    assert torch.equal(back.spatial.covariance, evidence.data_statistics.spatial.covariance)
-    assert torch.equal(back.pooled.mean, evidence.data_statistics.pooled.mean)
-    assert back.pooled.count == 50
+    statistics = evidence.references.data_statistics
+    back = ReferenceStatistics.from_tensors(statistics.to_tensors())
+    assert torch.equal(back.spatial.covariance, statistics.spatial.covariance)
+    assert torch.equal(back.pooled.mean, statistics.pooled.mean)
+    assert back.pooled.count == DATA_COUNT
+    assert ReferenceStatistics.from_tensors(replace(statistics, spatial=None).to_tensors()).spatial is None
 
 
 @pytest.mark.parametrize("name", list(metrics()))
 def test_three_images_are_enough(name, evidence):
     few = Evidence(
-        images=evidence.images[:3],
         features=Features(*(tensor[:3] for tensor in vars(evidence.features).values())),
-        reference_features=evidence.reference_features,
-        reference_statistics=evidence.reference_statistics,
-        data_statistics=evidence.data_statistics,
-        paired=evidence.paired[:3],
+        references=evidence.references,
         paired_features=Features(*(tensor[:3] for tensor in vars(evidence.paired_features).values())),
+        squared_error=evidence.squared_error[:3],
         perceptual_distance=evidence.perceptual_distance[:3],
         trajectory_error=evidence.trajectory_error[:3],
         temporal_error=evidence.temporal_error,
-        clip_cosines=evidence.clip_cosines[:3],
+        clip_cosines=evidence.clip_cosines[:, :3],
+        second_features=evidence.second_features[:3],
     )
     assert math.isfinite(score(name, few).high)
