@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from tfmq.attention import QuantizedAttention
 from tfmq.cache import CachePlan, cached_projections, insert_cache
 from tfmq.correction import NoiseCorrection, attach_correction
-from tfmq.layers import QuantizedAttention, QuantizedLayer
+from tfmq.layers import QuantizedLayer
 from tfmq.plan import (
     AttentionPlan,
     LayerPlan,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -50,6 +52,16 @@ class StepTracker:
                 f"{len(self.steps)} steps {self.steps.tolist()}; sample with that schedule, or calibrate for yours"
             )
         self.index = int(index[0]) if (index == index[0]).all() else index
+
+    @contextmanager
+    def narrowed(self, rows: slice) -> Iterator[None]:
+        """Let the quantisers inside see some rows of the batch alone."""
+        whole = self.index
+        self.index = whole if isinstance(whole, int) else whole[rows]
+        try:
+            yield
+        finally:
+            self.index = whole
 
     def where(self) -> str:
         """The current time step, for error messages."""

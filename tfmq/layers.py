@@ -1,9 +1,8 @@
-"""Quantised Conv2d, Linear and attention products: drop-in modules for a diffusers UNet."""
+"""Quantised Conv2d and Linear: drop-in modules for a diffusers UNet."""
 
 from __future__ import annotations
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -187,77 +186,3 @@ def quantized_layer(
     splits = splits or (layer.weight.shape[1],)
     twin.set_up(weight_bits, activation_bits, splits, symmetric, dynamic, rank, tracker)
     return twin
-
-
-class QuantizedAttention(nn.Module):
-    """Attention processor with quantised operands of both matrix products: query, key, value and probabilities.
-
-    Dynamic ranges are those of one token of one head, and of one row of probabilities. The products themselves, the
-    softmax and the norms run in floating point. Set with ``Attention.set_processor``.
-    """
-
-    def __init__(
-        self,
-        activation_bits: int,
-        softmax_bits: int,
-        tracker: StepTracker,
-        symmetric: bool = False,
-        dynamic: bool = False,
-    ) -> None:
-        super().__init__()
-        self.symmetric = symmetric
-        self.dynamic = dynamic
-        if dynamic:
-            operands = [DynamicQuantize(activation_bits, -1, symmetric) for _ in range(3)]
-            self.probabilities: nn.Module = DynamicQuantize(softmax_bits, -1, positive=True)
-        else:
-            operands = [FakeQuantize(activation_bits, tracker, symmetric) for _ in range(3)]
-            self.probabilities = FakeQuantize(softmax_bits, tracker, positive=True)
-        self.query, self.key, self.value = operands
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        # diffusers reads this signature to decide which arguments a processor takes.
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-
-    def forward(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-        temb: Tensor | None,
-    ) -> Tensor:
-        """Self- or cross-attention over (B, C, H, W) or (B, tokens, C), as diffusers' own processors compute it."""
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        if residual.dim() == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-
-        by_head = (attn.heads, -1)
-        query = attn.head_to_batch_dim(self.query(attn.to_q(hidden_states).unflatten(-1, by_head)).flatten(2))
-        key = attn.head_to_batch_dim(self.key(attn.to_k(context).unflatten(-1, by_head)).flatten(2))
-        value = attn.head_to_batch_dim(self.value(attn.to_v(context).unflatten(-1, by_head)).flatten(2))
-        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
-        probabilities = attn.get_attention_scores(query, key, mask)
-        by_image = probabilities.unflatten(0, (hidden_states.shape[0], -1))
-        output = torch.bmm(self.probabilities(by_image).flatten(0, 1), value)
-        output = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(output)))
-
-        if residual.dim() == 4:
-            output = output.transpose(1, 2).reshape(residual.shape)
-        if attn.residual_connection:
-            output = output + residual
-        return output / attn.rescale_output_factor

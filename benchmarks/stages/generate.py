@@ -3,17 +3,15 @@
 The work is a queue of units, for one process or many: quantising a cell, then its generation batches and its errors. A
 unit takes one thread on a CPU and depends on no other but the cell's quantised checkpoint, so any number of processes
 gives the same bytes. What is finished is kept in `.resume/`, under a name that holds the hash of settings, inputs and
-code, until all cells are: a run that is killed, or of which a cell fails, goes on from there.
+code, until all cells are: a run that is killed, or of which a cell fails, goes on from there; within a quantisation,
+after the last block that was learned.
 """
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,8 +27,9 @@ from benchmarks.images import TENSOR, batch_name
 from benchmarks.models import Model
 from benchmarks.params import Suite, Task
 from benchmarks.record import FULL_PRECISION, PUBLISHED, Cell
-from benchmarks.stages import calibrate, files, setup
+from benchmarks.stages import calibrate, files, journal, setup
 from benchmarks.stages.files import ERRORS, IMAGES, OUTCOME, QUANTIZED, TRAJECTORY
+from benchmarks.stages.journal import MIB, FolderJournal, peak_memory, restart_peak
 from benchmarks.stages.setup import (
     batches,
     conditioning_of,
@@ -44,14 +43,16 @@ from benchmarks.stages.setup import (
 )
 from benchmarks.stages.workers import run_units
 from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, read_metadata, save_quantized
+from tfmq.journal import journaled
 from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
 from tfmq.sampling import Step, correction_of, predict_noise, sample
 from tfmq.temporal import temporal_feature_error
 from tfmq.unet import UNet, UNetLayout
 
-MIB = 2**20
 PURPOSE = "sample"
+# In the folder of unfinished work: what the quantisation has learned so far.
+LEARNED = "learned"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     torch.set_num_threads(1)
     works = [work for cell in cells if (work := _prepare(suite, cell, device)) is not None]
     failures = run_units((unit for work in works for unit in work.missing), _do, shards, device, then=_then)
-    _quantized_unet.cache_clear()
-    _model.cache_clear()
+    _forget_networks()
     failed = {work.cell: error for (work, _), error in reversed(failures)}
     for work in works:
         if work.cell not in failed:
@@ -144,7 +144,8 @@ def _objection(method: baselines.Method, cell: Cell) -> str:
 def _code() -> list[str]:
     """What besides settings and inputs decides a cell's bytes: source files and the versions of what they call."""
     folders = [Path(package.__file__).parent for package in (tfmq, baselines, models)]
-    sources = files.source_hash(*folders, Path(calibrate.__file__), Path(setup.__file__), Path(__file__))
+    stages = [Path(module.__file__) for module in (calibrate, journal, setup)]
+    sources = files.source_hash(*folders, *stages, Path(__file__))
     return [sources, torch.__version__, diffusers.__version__]
 
 
@@ -165,8 +166,10 @@ def _then(unit: tuple[Work, str]) -> list[tuple[Work, str]]:
 
 
 def _quantize(work: Work) -> None:
+    """Quantise a cell's UNet, or go on where a killed run was, block by block."""
     device = torch.device(work.device)
-    _restart_peak(device)
+    _forget_networks()
+    restart_peak(device)
     model = load_model(work.task, device)
     method = discover.method(work.cell.method)
     config = _config(method, work.cell, work.overrides)
@@ -174,7 +177,9 @@ def _quantize(work: Work) -> None:
     generator = torch.Generator().manual_seed(seed_of(work.task.name, work.task.version, "quantize", work.cell.seed))
     full_bytes = full_precision_bytes(model.unet)
     precision = Precision.parse(work.cell.precision)
-    report = method.quantize(model.unet, pool, precision, config, generator, _protocol(method, work.cell))
+    learned = FolderJournal(work.folder / LEARNED, device)
+    with journaled(learned):
+        report = method.quantize(model.unet, pool, precision, config, generator, _protocol(method, work.cell))
     metadata = {
         "cell": asdict(work.cell),
         "settings": work.settings,
@@ -185,33 +190,14 @@ def _quantize(work: Work) -> None:
         "details": report.details,
         "size_mib": packed_bytes(model.unet) / MIB,
         "full_precision_size_mib": full_bytes / MIB,
-        "peak_memory_mib": _peak_memory(device),
+        "peak_memory_mib": max(peak_memory(device), learned.peak_memory_mib),
     }
     save_quantized(model.unet, work.folder / QUANTIZED, metadata)
+    shutil.rmtree(work.folder / LEARNED, ignore_errors=True)
 
 
 def _protocol(method: baselines.Method, cell: Cell) -> Protocol:
     return method.published if cell.protocol == PUBLISHED else SHARED
-
-
-def _restart_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # Linux only; elsewhere the peak is that of all units the process has done
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory(device: torch.device) -> float:
-    """MiB that this process has held at most, since `_restart_peak` where the system can say that."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MIB
-    status = Path("/proc/self/status")
-    if status.exists():
-        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
 
 
 @lru_cache(maxsize=1)
@@ -224,6 +210,12 @@ def _quantized_unet(path: Path, device: str) -> UNet:
     return load_quantized(path).to(device)
 
 
+def _forget_networks() -> None:
+    """Give back the memory of what earlier units have loaded."""
+    _quantized_unet.cache_clear()
+    _model.cache_clear()
+
+
 def _networks(work: Work) -> tuple[Model, UNet]:
     """The full-precision model, and the UNet of the cell. Both stay loaded for the process's next unit."""
     model = _model(work.task, work.device)
@@ -233,7 +225,7 @@ def _networks(work: Work) -> tuple[Model, UNet]:
 def _sample_batch(work: Work, name: str) -> None:
     """Sample and decode one batch: its images, then the file that says it is done, with what it cost.
 
-    The first of a full-precision cell keeps its trajectory there.
+    The first of a full-precision cell keeps its trajectory there, and the network's size.
     """
     index = int(name[len("part-") :].split(".")[0])
     images = batches(work.task.images, work.task.batch)[index]
@@ -253,9 +245,10 @@ def _sample_batch(work: Work, name: str) -> None:
     )
     decoded = model.decode(latents)
     tensors = {"seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64)}
-    tensors["peak_memory_mib"] = torch.tensor(_peak_memory(torch.device(work.device)), dtype=torch.float64)
+    tensors["peak_memory_mib"] = torch.tensor(peak_memory(torch.device(work.device)), dtype=torch.float64)
     files.write_tensors(work.folder / IMAGES / batch_name(index), {TENSOR: decoded})
     if steps:
+        tensors["size_mib"] = torch.tensor(full_precision_bytes(unet) / MIB, dtype=torch.float64)
         tensors["trajectory.latents"] = torch.stack([step.latents for step in steps]).cpu()
         tensors["trajectory.noise"] = torch.stack([step.noise for step in steps]).cpu()
         tensors["trajectory.timesteps"] = torch.tensor([step.timestep for step in steps])
@@ -304,7 +297,7 @@ def _finish(work: Work) -> None:
         else:
             names = ("latents", "noise", "timesteps")
             files.write_tensors(folder / TRAJECTORY, {name: parts[0][f"trajectory.{name}"] for name in names})
-            size = full_precision_bytes(load_model(work.task, torch.device("cpu")).unet) / MIB
+            size = parts[0]["size_mib"].item()
             outcome |= {
                 "size_mib": size,
                 "full_precision_size_mib": size,

@@ -1,6 +1,7 @@
-"""Units of work for a pool of processes: each computes one unit after the other, on a CPU with one thread.
+"""Units of work for a pool of processes: each computes one unit after the other, on a CPU with one thread, or on a GPU.
 
-One thread a process uses the cores better than many threads of one process, and makes bytes independent of the pool.
+One thread a process uses the cores better than many threads of one process, and makes bytes independent of the pool. On
+a machine with several GPUs the processes take turns in which one they compute on.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.stages.setup import device_of
+
 T = TypeVar("T")
 
 
 def default_shards(device: torch.device) -> int:
-    """Processes unless told otherwise: one a CPU core, or one on a GPU."""
+    """Processes unless told otherwise: one a CPU core, or one a GPU."""
     if device.type == "cuda":
-        return 1
+        return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -55,7 +59,9 @@ def run_units(
                     queue.extend(then(unit))
                 progress.update()
             return failures
-        with ProcessPoolExecutor(shards, _context(device), _end_with, (os.getpid(),)) as executor:
+        context = _context(device)
+        started = context.Value("i", 0)
+        with ProcessPoolExecutor(shards, context, _begin, (os.getpid(), device.type, started)) as executor:
             running = {executor.submit(do, unit): unit for unit in units}
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -85,9 +91,28 @@ def _context(device: torch.device) -> multiprocessing.context.BaseContext:
     return multiprocessing.get_context("fork" if sys.platform == "linux" and device.type == "cpu" else "spawn")
 
 
+def _begin(parent: int, device_name: str, started: Synchronized) -> None:
+    """What each worker does first: take its GPU, and see to it that it ends with its parent.
+
+    ``started`` counts the workers that have begun.
+    """
+    torch.set_num_threads(1)
+    with started.get_lock():
+        worker = started.value
+        started.value += 1
+    if device_name == "cuda":
+        device_of(device_name)  # a new process has none of this one's settings
+        torch.cuda.set_device(gpu_of(worker))
+    _end_with(parent)
+
+
+def gpu_of(worker: int) -> int:
+    """The GPU that a worker computes on, of those that torch sees."""
+    return worker % torch.cuda.device_count()
+
+
 def _end_with(parent: int) -> None:
     """Let this worker end when its parent has died, instead of waiting for work for ever."""
-    torch.set_num_threads(1)
 
     def watch() -> None:
         while os.getppid() == parent:

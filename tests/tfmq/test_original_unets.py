@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.originals.keys import latent_unet
 from tests.tfmq import networks, originals
 from tfmq.calibration import CalibrationRows
 from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, save_quantized
@@ -184,6 +187,35 @@ def test_a_quantised_checkpoint_keeps_the_heads(tmp_path):
     assert torch.equal(found, unet(rows.latents, rows.timesteps).sample)
     set_attention_heads(loaded, 2)
     assert not torch.allclose(loaded(rows.latents, rows.timesteps).sample, found, atol=1e-4)
+
+
+ORACLE = Path(__file__).parents[3] / "shared" / "reference" / "checkpoints"
+
+
+@pytest.mark.skipif(not ORACLE.is_dir(), reason="needs the vectors of the original code beside the repository")
+@torch.no_grad()
+def test_with_its_heads_churches_is_the_original_network(tmp_path):
+    """Which the configuration alone is not; and the quantised one stays near it after saving and loading."""
+    stored = {}
+    for name in ("tiny", "tiny_ema"):
+        stored |= load_file(ORACLE / f"{CHURCHES}_{name}.safetensors")
+    oracle = load_file(ORACLE / f"{CHURCHES}_tiny_io.safetensors")
+    unet = originals.tiny(CHURCHES)
+    weights = {}
+    for source in latent_unet(unet):
+        weights |= source.averaged().split(stored[source.averaged().key])
+    unet.load_state_dict(weights)
+    arguments, expected = (oracle["x"], oracle["t"]), oracle["unet_out_ema"]
+    torch.testing.assert_close(unet(*arguments).sample, expected, rtol=0, atol=1e-5)
+    without = UNet2DModel.from_config(unet.config)
+    without.load_state_dict(weights)
+    assert (without(*arguments).sample - expected).abs().max() > 0.1
+    rows = CalibrationRows(oracle["x"].repeat(4, 1, 1, 1), oracle["t"].repeat(4))
+    config = QuantizationConfig(activation_scales="temporal")
+    quantize_(unet, Precision.parse("w8a8"), config, rows, rows, oracle["t"].unique(), networks.generator())
+    save_quantized(unet, tmp_path / "q.safetensors", {})
+    found = load_quantized(tmp_path / "q.safetensors")(*arguments).sample
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_heads_that_do_not_fit_are_refused_and_nothing_is_changed():

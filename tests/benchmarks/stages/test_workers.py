@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.stages import workers
 from benchmarks.stages.workers import default_shards, run_units
 
 CPU = torch.device("cpu")
@@ -44,5 +47,23 @@ def test_a_process_that_dies_says_what_to_do(tmp_path):
         run_units([("killed", tmp_path)], do, 2, CPU)
 
 
-def test_a_gpu_has_one_process():
-    assert default_shards(torch.device("cuda")) == 1 <= default_shards(CPU)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs workers that inherit the GPUs made up here")
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_every_gpu_has_its_process_and_processes_take_turns(tmp_path, monkeypatch, gpus):
+    """With GPUs that are not there: what each worker asks torch for, and that all units are done."""
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: (chosen / f"{os.getpid()}").write_text(str(index)))
+    monkeypatch.setattr(workers, "_context", lambda device: multiprocessing.get_context("fork"))
+    device = torch.device("cuda")
+    assert default_shards(device) == gpus
+    units = [(f"unit{i}", tmp_path) for i in range(8)]
+    assert not run_units(units, do, 4, device)
+    assert sorted(path.name for path in tmp_path.glob("unit*")) == sorted(name for name, _ in units)
+    assert sorted(int(path.read_text()) for path in chosen.iterdir()) == sorted(i % gpus for i in range(4))
+
+
+def test_a_cpu_has_a_process_a_core():
+    assert default_shards(CPU) >= 1
