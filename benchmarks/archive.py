@@ -1,0 +1,76 @@
+"""Take one member out of a zip archive that nobody vouches for, and check an archive by its own checksums."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+from benchmarks import room
+
+_CHUNK = 1 << 20
+# What zipfile raises for archives that are cut, altered, encrypted or compressed in another way.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+
+
+def extract_member(archive: Path, suffix: str, to: Path) -> None:
+    """Unpack the only member of a zip archive whose name ends with ``suffix`` as the file ``to``.
+
+    The member's own path plays no part in where it goes. Raises ValueError if none or several members match, if the
+    archive is missing or damaged, or if the disk has no room for the member; then ``to`` is as before.
+    """
+    if not archive.is_file():
+        raise ValueError(f"there is no {archive}: fetch it first")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.with_name(f".{to.name}.{os.getpid()}")
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            member = _only_member(opened, suffix)
+            room.check(to.parent, member.file_size)
+            with opened.open(member) as source, temporary.open("wb", buffering=0) as file:
+                while chunk := source.read(_CHUNK):
+                    room.write(file, chunk)
+                os.fsync(file.fileno())
+        temporary.replace(to)
+    except LookupError as error:
+        raise ValueError(f"{archive} {error}") from None
+    except _DAMAGED as error:
+        raise ValueError(f"{archive} is damaged or no zip archive ({error}): delete it and fetch it again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fault(path: Path, name: str, member: str | None) -> str | None:
+    """What is wrong with a file by its own checksums; None if nothing is, or if it is no archive and need not be.
+
+    An archive is needed where ``member`` is to be taken out of it, or where ``name``, the file's, says that it is one.
+    """
+    if not zipfile.is_zipfile(path):
+        needs_archive = member is not None or name.endswith((".zip", ".npz"))
+        return "it is no zip archive, or not all of it" if needs_archive else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if member is not None:
+                _only_member(archive, member)
+            damaged = archive.testzip()
+    except LookupError as error:
+        return f"it {error}"
+    except _DAMAGED as error:
+        return f"it is a damaged archive ({error})"
+    return f"it is a damaged archive (the checksum of {damaged} is wrong)" if damaged else None
+
+
+def _only_member(archive: zipfile.ZipFile, suffix: str) -> zipfile.ZipInfo:
+    """The member that ends with ``suffix``, companions that macOS adds aside; LookupError unless there is just one."""
+    members = [item for item in archive.infolist() if not item.is_dir() and not item.filename.startswith("__MACOSX/")]
+    found = [item for item in members if item.filename.endswith(suffix)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise LookupError(f"has several members that end with {suffix}: {_names(found)}")
+    raise LookupError(f"has no member that ends with {suffix}, but has {_names(members) or 'none at all'}")
+
+
+def _names(members: list[zipfile.ZipInfo]) -> str:
+    return ", ".join(item.filename for item in members[:5]) + (", ..." if len(members) > 5 else "")

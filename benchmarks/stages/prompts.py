@@ -1,0 +1,21 @@
+"""prompts: the captions that the text-to-image task's committed lists name come out of COCO's annotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import captions, sources
+from benchmarks.stages.fetch import DOWNLOADS, SOURCES
+
+NAME = "coco-captions"
+FOLDER = Path("prompts/coco")
+
+
+def run() -> None:
+    """Write ``calibration.txt`` and ``evaluation.txt``, a caption a line, in the order of the lists of ids beside them.
+
+    Raises ValueError if the annotations are not fetched yet or are not those that the lists are of.
+    """
+    archive = DOWNLOADS / sources.find(sources.load(SOURCES), NAME).file
+    counts = captions.write_prompts(archive, FOLDER)
+    print(", ".join(f"{path}: {count:,} captions" for path, count in counts.items()))
