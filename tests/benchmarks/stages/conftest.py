@@ -25,6 +25,7 @@ PARAMS = {
             "version": 1,
             "family": "ldm",
             "checkpoint": "data/toy",
+            "dataset": "emoji",
             "data": "data/emoji",
             "resolution": 32,
             "scheduler": "ddim",

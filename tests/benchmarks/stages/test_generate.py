@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import baselines.nearest
 from benchmarks import manifest, params
-from benchmarks.stages import files
+from benchmarks.images import Images, batch_name
+from benchmarks.record import Cell
+from benchmarks.stages import files, journal
 from benchmarks.stages import generate as stage
+from benchmarks.stages.journal import FolderJournal
 from benchmarks.stages.setup import device_of, draw_noise
 from tfmq.checkpoint import load_quantized
 
@@ -35,14 +38,14 @@ def contents(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.name in (files.IMAGES, files.ERRORS):
+        if path.is_file() and files.IMAGES in path.parts or path.name == files.ERRORS:
             found[name] = path.read_bytes()
         elif path.name == files.QUANTIZED:
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
         elif path.is_file():
-            found[name] = {
-                k: v for k, v in json.loads(path.read_text()).items() if k in ("settings", "inputs", "effort")
-            }
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k in ("settings", "inputs")}
+            effort = json.loads(path.read_text()).get("effort", {})
+            found[name]["effort"] = [effort.get(key) for key in ("unet_evaluations", "optimizer_steps")]
     return found
 
 
@@ -71,8 +74,10 @@ def test_one_process_and_two_give_identical_bytes(suite, generate, root):
 def test_a_cell_has_its_images_errors_checkpoint_and_outcome(suite, generate):
     generate("tfmq", "w4a8")
     assert [path.name for path in ROW.iterdir()] == ["w4a8"]
-    images = load_file(CELL / files.IMAGES)["images"]
-    assert images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8
+    assert sorted(path.name for path in (CELL / files.IMAGES).iterdir()) == [f"0000{i}.safetensors" for i in range(3)]
+    assert all(set(load_file(path)) == {"images"} for path in (CELL / files.IMAGES).iterdir())
+    images = files.read_images(Cell("toy", "tfmq", "w4a8"))
+    assert images.shape == (6, 3, 32, 32) and images.first(6).dtype == torch.uint8
     errors = load_file(CELL / files.ERRORS)
     assert errors["trajectory"].shape == (2, 3) and errors["temporal"].shape[0] == 3
     outcome = json.loads((CELL / files.OUTCOME).read_text())
@@ -85,7 +90,13 @@ def test_a_cell_has_its_images_errors_checkpoint_and_outcome(suite, generate):
 
 
 @pytest.mark.parametrize(
-    ("progress", "shards"), [(files.QUANTIZED, 2), ("part-00000.safetensors", 1), ("part-00002.safetensors", 2)]
+    ("progress", "shards"),
+    [
+        ("*-weights-mid_block.*.safetensors", 1),
+        (files.QUANTIZED, 2),
+        ("part-00000.safetensors", 1),
+        ("part-00002.safetensors", 2),
+    ],
 )
 def test_a_run_killed_anywhere_continues_to_the_same_bytes(suite, generate, root, progress, shards):
     process = start(root, *arguments("generate", "tfmq", shards=shards))
@@ -95,16 +106,76 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(suite, generate, root
     process.kill()
     process.wait()
     time.sleep(1)  # so that the workers have seen it
-    kept = {path: path.stat().st_mtime_ns for path in unfinished() if not path.name.startswith(".")}
-    done = []
+    kept = {path for path in unfinished() if not path.name.startswith(".")}
+    blocks = {path for path in kept if path.parent.name == stage.LEARNED and not quantized(path.parents[1])}
+    done, taken = [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "_do", lambda unit, do=stage._do: (done.append(unit[0].folder / unit[1]), do(unit)))
+        patch.setattr(stage, "FolderJournal", noting(taken))
         assert generate("tfmq") == (0, [])
     resumed = contents(ROW)
     assert kept or ROW.exists()
-    assert not set(kept) & set(done)
+    assert not kept & set(done)
+    assert set(taken) == blocks and (blocks or "weights" not in progress)
     assert generate("tfmq") == (0, [])
     assert contents(ROW) == resumed and not unfinished()
+
+
+def quantized(folder: Path) -> bool:
+    return (folder / files.QUANTIZED).exists()
+
+
+def noting(taken: list[Path]) -> type[FolderJournal]:
+    """A journal that notes the files of the units which it gives back."""
+
+    class Noting(FolderJournal):
+        def get(self, key: str) -> dict[str, torch.Tensor] | None:
+            tensors = super().get(key)
+            if tensors is not None:
+                taken.append(self._path(key))
+            return tensors
+
+    return Noting
+
+
+def test_a_quantisation_that_went_on_has_the_cost_of_a_whole_one(suite, generate, monkeypatch):
+    assert generate("tfmq", "w4a8") == (0, [])
+    whole = json.loads((CELL / files.OUTCOME).read_text())
+    puts = []
+
+    class Stopping(FolderJournal):
+        def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
+            super().put(key, tensors | {"seconds": torch.tensor(1000.0)})
+            puts.append(key)
+            if len(puts) == 5:
+                raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "FolderJournal", Stopping)
+        patch.setattr(journal, "peak_memory", lambda device: 1e6)
+        assert generate("tfmq", "w4a8") == (1, ["error: toy/tfmq/w4a8: stopped"])
+    assert len([path for path in unfinished() if path.parent.name == stage.LEARNED]) == 5
+    assert generate("tfmq", "w4a8") == (0, [])
+    outcome = json.loads((CELL / files.OUTCOME).read_text())
+    counts = ("unet_evaluations", "optimizer_steps")
+    assert [outcome["effort"][key] for key in counts] == [whole["effort"][key] for key in counts]
+    assert outcome["seconds"]["weights"] > 5000 and outcome["seconds"]["activations"] < 5000
+    assert outcome["peak_memory_mib"] == 1e6
+
+
+def test_damage_to_what_was_learned_is_one_line(suite, generate, monkeypatch):
+    def stop(work: stage.Work, *given: object) -> None:
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "save_quantized", stop)
+        assert generate("tfmq", "w4a8")[0] == 1
+    learned = sorted(path for path in unfinished() if path.parent.name == stage.LEARNED)
+    learned[1].write_bytes(learned[1].read_bytes()[:50])
+    code, lines = generate("tfmq", "w4a8")
+    assert code == 1 and len(lines) == 1 and "is damaged or truncated" in lines[0] and learned[1].name in lines[0]
+    learned[1].unlink()
+    assert generate("tfmq", "w4a8") == (0, [])
 
 
 def test_unfinished_work_of_other_settings_is_dropped(suite, generate, monkeypatch):
@@ -296,6 +367,52 @@ def test_the_published_protocol_is_the_methods_own_or_does_not_apply(suite, gene
     assert generate("nearest", table="published") == (0, [])
     record = score("nearest", table="published")["w4a8"]
     assert (record.status, record.reason) == ("not applicable", "no choice of layers of its own is known")
+
+
+def test_images_are_read_a_few_at_a_time_in_their_order(tmp_path):
+    stored = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for index, part in enumerate(stored.split(3)):
+        files.write_tensors(tmp_path / batch_name(index), {"images": part})
+    images = Images(tmp_path)
+    assert len(images) == 7 and images.shape == (7, 3, 4, 4)
+    for size in (1, 2, 3, 4, 7, 100):
+        found = list(images.batches(size))
+        assert [len(batch) for batch in found[:-1]] == [size] * (len(found) - 1) and len(found[-1]) <= size
+        assert torch.equal(torch.cat(found), stored)
+        assert torch.equal(images.first(size), stored[:size])
+
+
+def test_images_that_are_missing_or_damaged_say_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match="images are missing in .*: run `dvc repro`"):
+        files.read_images(Cell("toy", "tfmq", "w4a8"))
+    for index in range(3):
+        files.write_tensors(tmp_path / batch_name(index), {"images": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)})
+    before = files.sha256_folder(tmp_path)
+    (tmp_path / batch_name(1)).rename(tmp_path / "00009.safetensors")
+    assert files.sha256_folder(tmp_path) != before, "names count"
+    with pytest.raises(ValueError, match="images are missing in"):
+        len(Images(tmp_path))
+    (tmp_path / "00009.safetensors").rename(tmp_path / batch_name(1))
+    assert files.sha256_folder(tmp_path) == before
+    (tmp_path / batch_name(2)).write_bytes((tmp_path / batch_name(2)).read_bytes()[:-1])
+    assert files.sha256_folder(tmp_path) != before
+    with pytest.raises(ValueError, match="00002.safetensors is damaged or truncated"):
+        list(Images(tmp_path).batches(2))
+    with pytest.raises(ValueError, match="none is missing: run `dvc repro`"):
+        files.sha256_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_stands_at_two_places(tmp_path, monkeypatch, links):
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "a").write_text("text")
+    files.link(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a").unlink()
+    assert (tmp_path / "b").read_text() == "text"
 
 
 def test_new_folder_appears_whole_or_not_at_all(tmp_path):

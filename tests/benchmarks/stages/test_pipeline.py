@@ -85,7 +85,7 @@ def test_a_cell_without_a_record_stays_visible(suite, run):
 def test_a_record_without_its_images_is_not_shown_as_measured(suite, run, generate, score):
     generate("nearest", "w4a8")
     score("nearest", "w4a8")
-    Path("work/cells/toy/nearest/w4a8/images.safetensors").unlink()
+    Path("work/cells/toy/nearest/w4a8/images/00000.safetensors").unlink()
     assert run("tables") == (0, [])
     assert "failed: its images or their scores are missing" in Path("results/README.md").read_text()
 
@@ -164,7 +164,7 @@ def test_tables_without_any_record_say_what_to_run(suite, run):
 
 def test_a_cell_that_cannot_be_scored_stops_no_other_one(suite, run, generate, score):
     generate("nearest")
-    Path("work/cells/toy/nearest/w4a8/images.safetensors").unlink()
+    Path("work/cells/toy/nearest/w4a8/images/00000.safetensors").unlink()
     code, lines = run("score", "--task", "toy", "--method", "nearest", "--table", "leaderboard", "--shards", "1")
     assert code == 1 and len(lines) == 1 and lines[0].startswith("error: toy/nearest/w4a8: ")
     assert [path.stem for path in Path("results/records/toy/nearest").iterdir()] == ["w4a32"]
