@@ -77,7 +77,8 @@ def download(name: str, source: Source, target: Path) -> tuple[str, str]:
             _state_file(part).unlink(missing_ok=True)
             part.replace(target)
             return digest, url
-    advice = f"{room.AGAIN}, or download {source.file} yourself and give its path with --file"
+    again = room.AGAIN if part.exists() else "run again, which begins anew"
+    advice = f"{again}, or download {source.file} yourself and give its path with --file"
     raise ValueError(
         f"{name} could not be fetched ({'; '.join(reasons)}): {source.gated if denied and source.gated else advice}"
     )
