@@ -38,6 +38,11 @@ class Model:
     conditioning: Callable[[Sequence[str]], Conditioning] | None = None
 
 
+def rounded(images: Tensor) -> Tensor:
+    """Images (B, 3, height, width) of -1 to 1 as uint8 on the CPU, rounded as diffusers' pipelines do."""
+    return (images / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of model.

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, VQModel
 from torch import Tensor
 
 from benchmarks import discover
+from benchmarks.models import rounded
 
 FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 TINY_UNET = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8}
@@ -31,12 +32,11 @@ def load_first_stage(folder: Path) -> VQModel | AutoencoderKL:
 
 
 def decoder(first_stage: VQModel | AutoencoderKL) -> Callable[[Tensor], Tensor]:
-    """Maps latents (B, C, H, W) to images uint8 (B, 3, height, width), rounded as diffusers' pipelines do."""
+    """Maps latents (B, C, H, W) to images uint8 (B, 3, height, width)."""
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        images = first_stage.decode(latents / first_stage.config.scaling_factor).sample
-        return (images / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+        return rounded(first_stage.decode(latents / first_stage.config.scaling_factor).sample)
 
     return decode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,6 +11,12 @@ from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel
 from benchmarks import manifest
 from benchmarks.models import Family, Model
 from benchmarks.models._latent import TINY_UNET, decoder, load_first_stage, tiny_scheduler, tiny_vq
+from tfmq.unet import restore_attention_heads
+
+# Diffusers warns that it does not know the entry of a config from which tfmq restores an attention's heads.
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    lambda record: "'attention_heads'" not in record.getMessage()
+)
 
 
 def load(folder: Path, device: torch.device) -> Model:
@@ -17,6 +24,7 @@ def load(folder: Path, device: torch.device) -> Model:
     manifest.verify(folder)
     unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
     first_stage = load_first_stage(folder / "vqvae")
+    restore_attention_heads(unet)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     for network in (unet, first_stage):
         network.eval().requires_grad_(False).to(device)

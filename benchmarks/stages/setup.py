@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +21,12 @@ if TYPE_CHECKING:  # importing diffusers takes seconds, and not all stages need 
     from tfmq.sampling import Conditioning, SamplingSettings
 
 DEVICES = ("auto", "cpu", "cuda")
-# Classes of diffusers; the names are checked by `benchmarks.params`.
-SCHEDULERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler"}
+# Modules and classes; the names are checked by `benchmarks.params`.
+SCHEDULERS = {
+    "ddim": ("diffusers", "DDIMScheduler"),
+    "ddim_quad": ("benchmarks.models._quad", "QuadDDIMScheduler"),
+    "pndm": ("diffusers", "PNDMScheduler"),
+}
 
 
 def task_of(suite: Suite, name: str) -> Task:
@@ -86,10 +91,9 @@ def device_of(name: str) -> torch.device:
 
 def load_model(task: Task, device: torch.device) -> Model:
     """The full-precision model of a task, on ``device``, with the task's kind of scheduler."""
-    import diffusers
-
     model = discover.family(task.family).load(Path(task.checkpoint), device)
-    scheduler = getattr(diffusers, SCHEDULERS[task.scheduler]).from_config(model.scheduler.config)
+    module, name = SCHEDULERS[task.scheduler]
+    scheduler = getattr(importlib.import_module(module), name).from_config(model.scheduler.config)
     return dataclasses.replace(model, scheduler=scheduler)
 
 
