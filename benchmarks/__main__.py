@@ -13,6 +13,8 @@ from benchmarks.record import FULL_PRECISION
 
 DEVICE_VARIABLE = "TFMQ_BENCH_DEVICE"
 PARAMS = Path("params.yaml")
+# A suite is a folder with params.yaml and dvc.yaml, and all its paths are relative to it.
+SUITES = {"paper": Path(__file__).parent / "paper"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
 
     def stage(name: str, text: str, device: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--suite", choices=tuple(SUITES), help="the suite to work on (default: that of the working directory)"
+        )
         if device:
             command.add_argument(
                 "--device",
@@ -36,6 +41,16 @@ def parser() -> argparse.ArgumentParser:
             "--shards", type=_count, help="processes that share the work (default: one a core, one on a GPU)"
         )
 
+    command = stage("fetch", "Download a file of sources.yaml, or go on with it, and check its hash.", device=False)
+    command.add_argument("--source", required=True, help="a name in sources.yaml")
+    command.add_argument("--file", type=Path, help="take this file, which you have already, instead of downloading it")
+    stage("prompts", "Write the captions that the committed lists name, from COCO's annotations.", device=False)
+    command = stage("weights", "Make the folder of a fetched evaluator or CLIP.", device=False)
+    command.add_argument("--source", required=True, help="a name in sources.yaml")
+    command = stage("convert", "Convert a task's original checkpoint to a diffusers folder.", device=False)
+    command.add_argument("--task", required=True, help="a task of params.yaml")
+    command = stage("plan", "Say what cells will cost: evaluations, steps, images, disk, memory and hours.")
+    command.add_argument("--task", nargs="+", default=[], help="tasks of params.yaml (default: all)")
     for name, text in (
         (
             "calibrate",
@@ -74,10 +89,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     code = 0
     try:
-        suite = params.load(PARAMS)
         module = importlib.import_module(f"benchmarks.stages.{options.command}")
+        given = options.file.resolve() if getattr(options, "file", None) else None
+        if options.suite:
+            os.chdir(SUITES[options.suite])
+        if options.command == "fetch":
+            module.run(options.source, given)
+            return 0
+        if options.command == "weights":
+            module.run(options.source)
+            return 0
+        if options.command == "prompts":
+            module.run()
+            return 0
+        suite = params.load(PARAMS)
         if options.command == "tables":
             print(module.run(suite))
+        elif options.command == "plan":
+            print(module.run(suite, options.task, options.device))
+        elif options.command == "convert":
+            module.run(suite, options.task)
         elif options.command in ("calibrate", "reference"):
             params.check_methods(suite)  # rather now than after these stages
             module.run(suite, options.task, options.device, _shards(options))

@@ -1,0 +1,69 @@
+"""weights: a fetched evaluator or CLIP becomes the folder in `data/` that scores load it from."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import discover, manifest, sources
+from benchmarks.stages import files
+from benchmarks.stages.fetch import DOWNLOADS, SOURCES
+
+DATA = Path("data")
+INCEPTION = "inception"
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """An architecture of open_clip and the name of its weights, which is the folder's and so in the score's heading."""
+
+    architecture: str
+    weights: str
+
+
+# OpenAI's weights were trained with the quick approximation of GELU.
+CLIPS = {
+    "open-clip-vit-b-32": OpenClip("ViT-B-32-quickgelu", "openai"),
+    "open-clip-vit-g-14": OpenClip("ViT-g-14", "laion2b_s12b_b42k"),
+}
+
+
+def run(name: str) -> Path:
+    """Make the folder of a source and return it.
+
+    Raises ValueError with the nearest name for a source that is no evaluator, and if its file is missing or damaged.
+    """
+    if name != INCEPTION and name not in CLIPS:
+        raise discover.unknown("evaluator", name, [INCEPTION, *CLIPS], "Those of sources.yaml are meant.")
+    path = DOWNLOADS / sources.find(sources.load(SOURCES), name).file
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: run `python -m benchmarks --suite paper fetch --source {name}`")
+    folder = DATA / INCEPTION if name == INCEPTION else DATA / "clip" / CLIPS[name].weights
+    with files.new_folder(folder) as temporary:
+        if name == INCEPTION:
+            _inception(path, temporary)
+        else:
+            _clip(path, temporary, CLIPS[name])
+        manifest.write(temporary)
+    return folder
+
+
+def _inception(path: Path, folder: Path) -> None:
+    import torch
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} holds no tensors ({' '.join(str(error).split())[:200]}): fetch it again") from None
+    files.write_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def _clip(path: Path, folder: Path, clip: OpenClip) -> None:
+    import open_clip
+
+    config = {"model_cfg": open_clip.get_model_config(clip.architecture), "preprocess_cfg": {}}
+    files.write_text(folder / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    shutil.copy(path, folder / f"open_clip_model{path.suffix}")
