@@ -24,11 +24,16 @@ _HOMES = {
     "corrected_scheduler": "sampling",
     "correction_of": "sampling",
     "coverage": "plan",
+    "journaled": "journal",
     "load_quantized": "checkpoint",
+    "planned_memory": "memory",
     "quantize_": "quantization",
     "read_metadata": "checkpoint",
+    "restore_attention_heads": "unet",
     "sample": "sampling",
     "save_quantized": "checkpoint",
+    "set_attention_heads": "unet",
+    "waiting_in": "streaming",
 }
 
 __all__ = list(_HOMES)

@@ -1,7 +1,8 @@
 """Going on where a quantisation was stopped: what each unit of learning ends with is kept as soon as it is there.
 
-A unit is what is learned together: the temporal information block, a layer of the time embedding, a block. A journal
-changes nothing of what comes out, so it is no argument of a recipe: it stands around it, as ``torch.no_grad`` does.
+A unit is what is learned together: the temporal information block, a layer of the time embedding, a block. What is
+trained as a whole (TDQ) is none, and begins again. A journal changes nothing of what comes out, so it is no argument of
+a recipe: it stands around it, as ``torch.no_grad`` does.
 
     with journaled(journal):
         method.quantize(...)

@@ -66,7 +66,8 @@ class QuantizationConfig:
         step_sizes: learn activation step sizes block by block, or None.
         caching: which temporal features are looked up instead of computed, or None.
         batch: rows evaluated at once where nothing is learned.
-        memory_bytes: most that calibration rows waiting between blocks may take.
+        memory_bytes: most memory that calibration rows waiting between blocks may take. More wait where
+            `tfmq.streaming.waiting_in` says; without it they are refused.
     """
 
     weight_range: Literal["minmax", "search", "thresholds"] = "search"

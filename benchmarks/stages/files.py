@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -170,6 +172,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def mapped(folder: Path, elements: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor whose memory is a file in ``folder`` that is gone with it. Raises OSError for a full disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):  # to run out of room here, and not when it is written
+            os.posix_fallocate(descriptor, 0, max(elements * dtype.itemsize, 1))
+        return torch.from_file(name, shared=True, size=elements, dtype=dtype)
+    finally:
+        os.close(descriptor)
+        os.unlink(name)
 
 
 def fingerprint(*parts: object) -> str:

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import diffusers
@@ -47,6 +47,7 @@ from tfmq.journal import journaled
 from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
 from tfmq.sampling import Step, correction_of, predict_noise, sample
+from tfmq.streaming import waiting_in
 from tfmq.temporal import temporal_feature_error
 from tfmq.unet import UNet, UNetLayout
 
@@ -178,7 +179,7 @@ def _quantize(work: Work) -> None:
     full_bytes = full_precision_bytes(model.unet)
     precision = Precision.parse(work.cell.precision)
     learned = FolderJournal(work.folder / LEARNED, device)
-    with journaled(learned):
+    with journaled(learned), waiting_in(partial(files.mapped, work.folder)):
         report = method.quantize(model.unet, pool, precision, config, generator, _protocol(method, work.cell))
     metadata = {
         "cell": asdict(work.cell),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tfmq.plan import activation_quantizers, coverage, insert_quantizers, plan_f
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
 from tfmq.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.streaming import BlockStream
+from tfmq.streaming import BlockStream, Place, waiting_in
 from tfmq.temporal import temporal_feature_error
 from tfmq.unet import UNet, UNetLayout
 
@@ -102,7 +103,7 @@ def test_streaming_gives_what_the_whole_network_gives():
     unet, full, pool, _ = quantized(QuantizationConfig(activation_scales="per_step"))
     rows = pool.spaced(5, 4).shuffled(networks.generator())
     for network in (full, unet):
-        stream = BlockStream(network, rows, 6, network.device)
+        stream = BlockStream(network, rows, 6, Place(network.device))
         for block in UNetLayout.of(full).blocks:
             stream.advance(block, stream.outputs(block, stream.inputs(block)))
         expected = network(rows.latents, rows.timesteps).sample
@@ -194,6 +195,28 @@ def test_the_byte_budget_is_kept_or_refused_with_the_row_count_that_fits():
     )
     with pytest.raises(ValueError, match=message):
         quantized(QuantizationConfig(rounding=ROUNDING, memory_bytes=10))
+
+
+def test_rows_that_do_not_fit_wait_elsewhere_and_nothing_else_changes():
+    config = QuantizationConfig(rounding=ROUNDING, step_sizes=StepSizeConfig(iterations=2, batch=8), batch=6)
+    allocated = []
+
+    def allocate(elements: int, dtype: torch.dtype) -> torch.Tensor:
+        allocated.append(elements)
+        return torch.full((elements,), torch.nan, dtype=dtype)
+
+    for build in (networks.unconditional, networks.conditional):
+        rows = networks.pool(networks.unconditional()).spaced(5, 4)
+        if build is networks.conditional:
+            rows = CalibrationRows(rows.latents, rows.timesteps, torch.ones(20, 5, 12))
+        unets = build(), build()
+        given = (rows, rows, rows.timesteps.unique())
+        quantize_(unets[0], W4A8, config, *given, networks.generator())
+        with waiting_in(allocate):
+            quantize_(unets[1], W4A8, replace(config, memory_bytes=10), *given, networks.generator())
+        first, second = (unet.state_dict() for unet in unets)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert allocated
 
 
 def test_rows_that_are_not_the_network_s_inputs_are_refused():

@@ -402,6 +402,36 @@ def test_images_that_are_missing_or_damaged_say_what_to_run(tmp_path):
         files.sha256_folder(tmp_path / "none")
 
 
+def test_tensors_can_lie_on_the_disk_and_leave_no_file(tmp_path, monkeypatch):
+    tensor = files.mapped(tmp_path / "folder", 1000, torch.float32)
+    tensor.copy_(torch.arange(1000))
+    assert torch.equal(tensor[[999, 3]], torch.tensor([999.0, 3.0]))
+    assert not list((tmp_path / "folder").iterdir())
+
+    def full(*given: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left on device"):
+        files.mapped(tmp_path / "folder", 1000, torch.float32)
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_rows_that_do_not_fit_in_memory_wait_on_the_disk(suite, generate, monkeypatch):
+    assert generate("tfmq", "w4a8") == (0, [])
+    before = contents(ROW)
+    allocated = []
+    monkeypatch.setattr(files, "mapped", lambda *given, make=files.mapped: (allocated.append(given), make(*given))[1])
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["methods"]["tfmq"]["memory_gib"] = 1e-6
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    assert generate("tfmq", "w4a8") == (0, [])
+    after = contents(ROW)
+    for name in before:
+        assert before[name] == after[name] or name.endswith(files.OUTCOME)
+    assert allocated and not unfinished()
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_a_file_stands_at_two_places(tmp_path, monkeypatch, links):
     def refuse(source: Path, target: Path) -> None:
