@@ -1,13 +1,14 @@
 """How much memory a quantisation will take, said before it is done, from shapes alone.
 
 Counted are the networks, the rows that wait between two blocks, and the block that takes most while it is learned or
-evaluated; for that, blocks are run on the meta device. It is an estimate: what the kernels themselves use is not in it.
+evaluated; for that, blocks are run on the meta device. It is an estimate, within a few tenths: what kernels and the
+allocator use is only guessed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,9 +24,12 @@ from tfmq.reconstruction import reconstruction_loss
 from tfmq.streaming import BlockStream, Place, stream_bytes
 from tfmq.unet import Block, UNet, UNetLayout
 
+Measure = Callable[[BlockStream, Block], int]
 # Tensors of a weight's shape while its rounding is learned: alpha, its gradient, Adam's two; floor, free scale, h,
-# slope and the stretched sigmoid of AdaRound; the rounded weight and its gradient.
-ROUNDING_TENSORS = 11
+# slope and the stretched sigmoid of AdaRound; the gradient of the rounded weight.
+ROUNDING_TENSORS = 10
+# Tensors of the largest size that are there at once besides: gradients on their way, or what kernels work on.
+WORKING_TENSORS = 3
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _on_meta(rows: CalibrationRows, count: int) -> CalibrationRows:
     return rows[:count].to(torch.device("meta"))
 
 
-def _largest(unet: UNet, layout: UNetLayout, rows: CalibrationRows, measure: object) -> int:
+def _largest(unet: UNet, layout: UNetLayout, rows: CalibrationRows, measure: Measure) -> int:
     """The most that ``measure(stream, block)`` finds at any block that all ``rows`` pass at once."""
     stream = BlockStream(unet, rows, len(rows), Place(unet.device))
     most = 0
@@ -98,7 +102,7 @@ def _largest(unet: UNet, layout: UNetLayout, rows: CalibrationRows, measure: obj
 
 
 def _learning_bytes(stream: BlockStream, block: Block) -> int:
-    """What learning the roundings of a block takes: their state, what the backward pass needs, and the batch."""
+    """What learning the roundings of a block takes: their state, and what the backward pass needs."""
     layers = quantized_layers(stream.unet.get_submodule(block.path)).values()
     state = sum(ROUNDING_TENSORS * layer.weight.nbytes for layer in layers)
     own = {layer.learn_rounding() for layer in layers}
@@ -116,7 +120,7 @@ def _learning_bytes(stream: BlockStream, block: Block) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = stream.evaluate(stream.unet, block, inputs, slice(None))
         loss = reconstruction_loss(output, torch.empty_like(output), 2.0)
-    found = state + sum(saved.values()) + sum(part.nbytes for part in inputs) + 2 * output.nbytes
+    found = state + sum(saved.values()) + WORKING_TENSORS * max(saved.values(), default=0)
     del loss
     for layer in layers:
         layer.rounding = None
@@ -124,12 +128,12 @@ def _learning_bytes(stream: BlockStream, block: Block) -> int:
 
 
 def _evaluation_bytes(stream: BlockStream, block: Block) -> int:
-    """What evaluating a block takes: the batch, its outputs, and twice the largest tensor that a layer puts out."""
+    """What evaluating a block takes: the batch, and so many times the largest tensor that a layer puts out."""
     sizes = [0]
     inputs = stream.inputs(block)
     with torch.no_grad(), _watched(stream.unet.get_submodule(block.path), sizes):
         output = stream.evaluate(stream.unet, block, inputs, slice(None))
-    return sum(part.nbytes for part in inputs) + output.nbytes + 2 * max(sizes)
+    return sum(part.nbytes for part in inputs) + output.nbytes + WORKING_TENSORS * max(sizes)
 
 
 @contextmanager
