@@ -60,18 +60,21 @@ class Files:
 
 
 def folder(
-    path: Path, original: Original, order: Callable[[Iterable[str]], list[str]] = sorted, listing: Path | None = None
+    path: Path,
+    original: Original,
+    order: Callable[[Iterable[str]], list[str]] = sorted,
+    names: list[str] | None = None,
 ) -> Files:
-    """The images of a folder and of those in it.
+    """The images of a folder and of those in it: those that its `LIST` names, else ``names``, else all in ``order``.
 
-    All of them in the given order of their paths, or those of its `LIST` (or of ``listing``, a file elsewhere) in the
-    order of the lines. Raises ValueError if there are none, or for a file that is missing or has another name than
-    originals have.
+    Raises ValueError if there are none, or for a file that is missing or has another name than originals have.
     """
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}: {original.advice}")
-    listing = path / LIST if listing is None else listing
-    names = listed(listing) if listing.is_file() else order(_walk(path))
+    if (path / LIST).is_file():
+        names = listed(path / LIST)
+    elif names is None:
+        names = order(_walk(path))
     if not names:
         raise ValueError(f"{path} has no images: {original.advice}")
     wrong = [name for name in names if not re.fullmatch(original.names, PurePosixPath(name).name)]
@@ -82,21 +85,21 @@ def folder(
         try:
             found = (path / name).stat()
         except OSError:
-            raise ValueError(f"{path / name} is missing, but {listing} lists it: {original.advice}") from None
+            raise ValueError(f"{path / name} is missing, one of {len(names)}: {original.advice}") from None
         digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return Files(path, names, lambda name: path / name, digest.hexdigest())
 
 
 def listed(listing: Path) -> list[str]:
     """The lines of a list of images. Raises ValueError for one that is given twice or leads out of the folder."""
-    names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    outside = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    if outside:
-        raise ValueError(f"{listing} lists {outside[0]}: give paths inside the folder")
-    if len(set(names)) < len(names):
-        twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise ValueError(f"{listing} lists {twice} twice: remove one of them")
-    return names
+    names: dict[str, None] = {}
+    for line in filter(None, map(str.strip, listing.read_text(encoding="utf-8").splitlines())):
+        if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
+            raise ValueError(f"{listing} lists {line}: give paths inside the folder")
+        if line in names:
+            raise ValueError(f"{listing} lists {line} twice: remove one of them")
+        names[line] = None
+    return list(names)
 
 
 def images(files: Files, original: Original, resolution: int, resize: Resize) -> Images:

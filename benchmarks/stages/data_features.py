@@ -86,10 +86,10 @@ def measure(task: Task, device: torch.device, folder: Path, shards: int) -> Data
     pieces = -(-count // CHUNK)
     for index in range(pieces):  # even ones: a covariance takes two images
         chunk = range(count * index // pieces, count * (index + 1) // pieces)
-        if not _file(folder, "chunk", chunk).exists():
-            _fold(
-                _extract_chunk(task, device, folder, chunk, shards), _file(folder, "chunk", chunk), CHUNK - chunk.start
-            )
+        finished = _file(folder, "chunk", chunk)
+        if not finished.exists():
+            paths = _extract_chunk(task, device, folder, chunk, shards)
+            _fold(paths, finished, CHUNK - chunk.start)
     rows, digests = (torch.cat([part[name] for part in _chunks(folder)]) for name in (POOLED, DIGESTS))
     pixels = hashlib.sha256(digests.numpy().tobytes()).hexdigest()
     second = None if task.second_evaluator is None else _merged(folder, SECOND)

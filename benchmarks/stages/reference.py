@@ -37,13 +37,15 @@ from benchmarks.stages.setup import (
 )
 from benchmarks.stages.workers import run_all
 
-__all__ = ["data_identity", "evaluator_of", "read", "run", "second_evaluator_of"]
+__all__ = ["evaluator_of", "read", "run", "second_evaluator_of"]
 
 FEATURES = "features.safetensors"
 STATISTICS = "statistics.safetensors"
 DATA_STATISTICS = "data_statistics.safetensors"
 DATA_POOLED = "data_pooled.safetensors"
 SECOND_DATA = "second_data.safetensors"
+# Which evaluators ("identity", "second") saw what: "data" is the data set with its preprocessing or the published file,
+# in which case "features" is the data set, if there is one.
 EVALUATOR = "evaluator.json"
 PURPOSE = "reference"
 
@@ -57,12 +59,12 @@ def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
     device = device_of(device_name)
     torch.set_num_threads(1)
     evaluators = evaluator_of(task, device), second_evaluator_of(task, device)  # before there are workers
-    tensors, sources = {}, []
+    tensors, made_with = {}, {}
     if task.statistics is not None:
         path = Path(task.statistics)
         _published.check_evaluator(path, task.evaluator)
         tensors[DATA_STATISTICS] = _published.read(path).to_tensors()
-        sources.append(_published.identity(path))
+        made_with["data"] = _published.identity(path)
     unfinished = _unfinished(task, device, evaluators)
     if task.reference_images:
         samples = _features_of_samples(task, device, unfinished, shards)
@@ -73,13 +75,13 @@ def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
         tensors[DATA_POOLED] = {"pooled": found.pooled}
         if found.second is not None:
             tensors[SECOND_DATA] = tensors_of(found.second, "pooled")
-        sources.append(found.identity)
+        made_with["features" if task.statistics else "data"] = found.identity
     for cached in (evaluator_of, second_evaluator_of, data_of, _model):
         cached.cache_clear()
     evaluator, second = evaluators
-    identities = {"identity": evaluator.identity, "second": None if second is None else second.identity}
+    made_with |= {"identity": evaluator.identity, "second": None if second is None else second.identity}
     with files.new_folder(files.reference(task.name)) as folder:
-        files.write_json(folder / EVALUATOR, identities | {"data": "; ".join(sources)})
+        files.write_json(folder / EVALUATOR, made_with)
         for name, content in tensors.items():
             files.write_tensors(folder / name, content)
     shutil.rmtree(unfinished)
@@ -110,11 +112,6 @@ def read(task: Task, evaluator: Evaluator, second: Evaluator | None = None) -> R
         data_pooled=None if data_pooled is None else data_pooled["pooled"],
         second_data=None if second_data is None else moments_in(second_data, "pooled"),
     )
-
-
-def data_identity(task: Task) -> str:
-    """What a task's images are compared with: data set, preprocessing, count and pixels, or published file and hash."""
-    return files.read_json(files.reference(task.name) / EVALUATOR)["data"]
 
 
 @lru_cache(maxsize=1)
