@@ -1,5 +1,6 @@
-"""Precision and recall of Kynkaanniemi et al. (2019, arXiv:1904.06991), as torch-fidelity computes them.
+"""Precision and recall of Kynkaanniemi et al. (2019, arXiv:1904.06991), as torch-fidelity computes them of features.
 
+The features are the evaluator's, as in guided-diffusion's evaluator; torch-fidelity takes those of VGG-16 unless told.
 A set of images spans the union of the balls around each of them that reach to its third nearest neighbour in the set.
 Precision is the share of a model's images inside the data's balls, recall the share of the data inside the model's.
 """

@@ -33,7 +33,8 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     it for the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, when the others are done.
     """
     device = device_of(device_name)
-    torch.set_num_threads(1)
+    if device.type == "cpu":  # beside a GPU, one process has all cores for its metrics
+        torch.set_num_threads(1)
     units: list[Unit] = []
     left: dict[Cell, int] = {}
     for cell in cells:

@@ -83,6 +83,7 @@ def test_scores_equal_those_of_torch_fidelity(weights, measured):
         isc=True,
         kid=True,
         prc=True,
+        feature_extractor="inception-v3-compat",
         isc_splits=2,
         kid_subset_size=COUNT // 2,
         samples_shuffle=False,
@@ -120,12 +121,12 @@ def test_clean_features_and_distance_equal_those_of_clean_fid(weights, measured,
 
     torch.jit.trace(Base().eval(), torch.zeros(1, 3, 299, 299)).save(str(tmp_path / "inception-2015-12-05.pt"))
     network = InceptionV3W(str(tmp_path), download=False)
-    ours, theirs = [], []
+    ours, theirs, count = [], [], 4
     clean = load_evaluator("inception_clean", weights)
     for seed in (0, 1):
-        pixels = images(COUNT, seed, size=48)
+        pixels = images(count, seed, size=48)
         ours.append(extract(clean, pixels).pooled)
-        paths = [str(tmp_path / f"{seed}-{index}.png") for index in range(COUNT)]
+        paths = [str(tmp_path / f"{seed}-{index}.png") for index in range(count)]
         for image, path in zip(pixels, paths, strict=True):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
         theirs.append(
@@ -136,8 +137,8 @@ def test_clean_features_and_distance_equal_those_of_clean_fid(weights, measured,
     expected = cleanfid.fid_from_feats(*(features[:, :100] for features in theirs))
     assert frechet_distance(ours[0][:, :100], moments(ours[1][:, :100])) == pytest.approx(expected, rel=1e-3)
     # The resize matters.
-    other = extract(measured, images(COUNT, 0, size=48)).pooled
-    assert (ours[0] - other).abs().max() > 10 * (ours[0] - torch.from_numpy(theirs[0])).abs().max()
+    other = extract(measured, images(1, 0, size=48)).pooled
+    assert (ours[0][:1] - other).abs().max() > 10 * (ours[0] - torch.from_numpy(theirs[0])).abs().max()
 
 
 @pytest.mark.parametrize("size", [32, 256, 299, 512])
@@ -146,7 +147,7 @@ def test_the_clean_resize_is_clean_fids(size):
     resizer = build_resizer("clean")
     for image, resized in zip(pixels, resize_clean(pixels), strict=True):
         expected = resizer(image.permute(1, 2, 0).numpy()).transpose(2, 0, 1)
-        assert np.abs(resized.numpy() - expected).max() < 1e-3
+        assert np.abs(resized.numpy() - expected).max() < 1e-4
 
 
 def test_spatial_features_are_the_first_channels_with_channels_last(measured):
