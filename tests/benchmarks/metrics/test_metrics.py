@@ -16,7 +16,7 @@ from benchmarks.metrics._frechet import moments
 COUNT, DATA_COUNT = 12, 50
 PAIRED = ("feature_distance", "perceptual", "psnr")
 # Those whose count is not that of the cell's images.
-COUNTS = {"temporal_error": 15, "recall": DATA_COUNT}
+COUNTS = {"temporal_error": 15, "recall_data": DATA_COUNT}
 
 
 def features(count, seed, shift=0.0):
@@ -87,7 +87,7 @@ def test_published_moments_alone_give_the_frechet_distances(evidence):
     data = evidence.references.data_statistics
     alone = replace(evidence, references=References(replace(data, spatial=None)), second_features=None)
     found = {name for name in metrics() if score(name, alone) is not None}
-    missing = {"kid_fp", "fd_fp", "sfd_data", "fd_clean", "kid_data", "precision", "recall"}
+    missing = {"kid_fp", "fd_fp", "sfd_data", "fd_clean", "kid_data", "precision_data", "recall_data"}
     assert found == set(metrics()) - missing
     assert score("fd_data", alone) == score("fd_data", evidence)
 

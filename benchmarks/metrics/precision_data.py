@@ -14,7 +14,7 @@ def per_image(evidence: Evidence) -> Tensor | None:
 
 
 METRIC = Metric(
-    name="precision",
+    name="precision_data",
     position=72,
     label="Precision{count}",
     better="higher",

@@ -17,4 +17,4 @@ def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
     return None if data is None else mean_with_interval(inside(data, evidence.features.pooled), generator)
 
 
-METRIC = Metric(name="recall", position=74, label="Recall{count}", better="higher", digits=3, compute=compute)
+METRIC = Metric(name="recall_data", position=74, label="Recall{count}", better="higher", digits=3, compute=compute)
