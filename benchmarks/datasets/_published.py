@@ -30,17 +30,8 @@ POOLED, SPATIAL = 2048, 2023
 TENSORFLOW, CLEAN = "inception", "inception_clean"
 ADVICE = "download it again, or give another file of published statistics"
 # What a damaged archive may raise. ValueError is also for pickled objects, which are never read.
-BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    KeyError,
-    ValueError,
-    MemoryError,
-    RuntimeError,
-)
+ZIP = (zipfile.BadZipFile, zlib.error, struct.error)
+BROKEN = (*ZIP, EOFError, OSError, KeyError, ValueError, MemoryError, RuntimeError)
 # Of the largest value: what rounding to float32 leaves of asymmetry, and of eigenvalues below zero.
 TOLERANCE = 1e-5
 
