@@ -79,7 +79,7 @@ def test_rows_wait_and_batches_count_where_something_is_learned():
     assert learned.waiting == 2 * planned(QuantizationConfig(rounding=ROUNDING), 10).waiting
     assert learned.block > nearest.block and learned.networks == nearest.networks
     more = planned(QuantizationConfig(rounding=RoundingConfig(iterations=1, batch=16)))
-    assert 1.2 < more.block / learned.block < 2
+    assert learned.block < more.block < 2 * learned.block
 
 
 def test_networks_with_weights_are_refused():

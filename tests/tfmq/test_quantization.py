@@ -208,7 +208,8 @@ def test_rows_that_do_not_fit_wait_elsewhere_and_nothing_else_changes():
     for build in (networks.unconditional, networks.conditional):
         rows = networks.pool(networks.unconditional()).spaced(5, 4)
         if build is networks.conditional:
-            rows = CalibrationRows(rows.latents, rows.timesteps, torch.ones(20, 5, 12))
+            context = torch.randn(20, 5, 12, generator=networks.generator())
+            rows = CalibrationRows(rows.latents, rows.timesteps, context)
         unets = build(), build()
         given = (rows, rows, rows.timesteps.unique())
         quantize_(unets[0], W4A8, config, *given, networks.generator())
