@@ -101,8 +101,8 @@ def test_scores_equal_those_of_torch_fidelity(weights, measured):
     assert score == pytest.approx(expected["inception_score_mean"], rel=1e-4)
     assert found["fd_data"].value == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
     assert found["kid_data"].value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)
-    assert found["precision"].value == pytest.approx(expected["precision"])
-    assert found["recall"].value == pytest.approx(expected["recall"])
+    assert found["precision_data"].value == pytest.approx(expected["precision"])
+    assert found["recall_data"].value == pytest.approx(expected["recall"])
 
 
 def test_clean_features_and_distance_equal_those_of_clean_fid(weights, measured, tmp_path, monkeypatch):

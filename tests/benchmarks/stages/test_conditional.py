@@ -49,7 +49,7 @@ def words(suite, request):
     task = {"family": family, "scheduler": scheduler, "checkpoint": "data/words", "prompts": "prompts"}
     if family == "stable_diffusion":
         save_clip(Path("data/toy-clip"))
-        task["clip"] = "data/toy-clip"
+        task["clip"] = ["data/toy-clip"]
     task |= {"eta": 0.0, "guidance_scale": 3.0, "calibration_images": 2}
     document["tasks"]["words"] = document["tasks"]["toy"] | task
     table = {"protocol": "shared", "tasks": ["words"], "precisions": ["w8a8", "w4a8"], "seeds": {"w4a8": 2}}
@@ -82,13 +82,12 @@ def test_a_conditional_task_goes_through_all_stages(words, run):
         assert record.status == "measured" and record.seed == seed
         assert record.inputs["calibration"] == files.sha256(files.calibration("words") / files.pool(seed))
         assert record.inputs["prompts"] == files.sha256(Path("prompts/evaluation.txt"))
-        assert ("clip_score" in record.metrics) == (words.clip is not None)
+        assert ("clip_score" in record.metrics) == bool(words.clip)
         errors = load_file(files.cell_folder(record.cell) / files.ERRORS)
         assert errors["trajectory"].shape == (2, evaluations) and errors["timesteps"].shape == (evaluations,)
     assert records[0].inputs["trajectory"] == records[1].inputs["trajectory"]
     assert records[0].inputs["images"] != records[1].inputs["images"]
-    if words.clip is not None:
-        assert records[0].settings["clip"].startswith("toy-clip ")
+    assert [name.split()[0] for name in records[0].settings["clip"]] == [Path(folder).name for folder in words.clip]
     assert run("tables") == (0, [])
 
 
