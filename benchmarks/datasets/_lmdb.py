@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from benchmarks.datasets._originals import LIST, Files, Original, listed
 
@@ -14,7 +14,7 @@ LOCK = threading.Lock()
 
 
 def database(path: Path, original: Original) -> Files:
-    """All images of the database in the folder ``path``, by key, or those that its `LIST` names, suffixes aside.
+    """All images of the database in the folder ``path``, by key, or those that its `LIST` names.
 
     Raises ValueError if the package lmdb is missing, the database is damaged, or keys are not those of the original.
     """
@@ -31,10 +31,11 @@ def database(path: Path, original: Original) -> Files:
         raise ValueError(f"{path / DATABASE} cannot be read ({error}): {original.advice}") from None
     if (path / LIST).is_file():
         known = set(keys)
-        keys = [PurePosixPath(name).stem for name in listed(path / LIST)]
+        keys = listed(path / LIST)
         missing = [key for key in keys if key not in known]
         if missing:
-            raise ValueError(f"{path} has no image {missing[0]}, but {path / LIST} lists it: {original.advice}")
+            some = f"{len(missing)} of {len(keys)} images are missing in {path}, the first is {missing[0]}"
+            raise ValueError(f"{some}: {original.advice}")
     wrong = [key for key in keys if not re.fullmatch(original.names, f"{key}.webp")]
     if wrong or not keys:
         found = f"the key {wrong[0]}" if wrong else "no images"

@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.datasets import Images
 
-# A text file in a data set's folder that lists the images to use, a path a line, instead of all in the order of names.
+# A text file in a data set's folder that lists the images to use, a name a line, instead of all in the order of names.
 LIST = "images.txt"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy", ".npz")
 # Files, evenly spread, that are looked at before the first image is used.
@@ -63,42 +64,41 @@ def folder(
     path: Path,
     original: Original,
     order: Callable[[Iterable[str]], list[str]] = sorted,
-    names: list[str] | None = None,
+    wanted: list[str] | None = None,
 ) -> Files:
-    """The images of a folder and of those in it: those that its `LIST` names, else ``names``, else all in ``order``.
+    """The images of a folder and of those in it: those that its `LIST` names, else ``wanted``, else all in ``order``.
 
     Raises ValueError if there are none, or for a file that is missing or has another name than originals have.
     """
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}: {original.advice}")
+    found = _walk(path)
     if (path / LIST).is_file():
-        names = listed(path / LIST)
-    elif names is None:
-        names = order(_walk(path))
+        wanted = listed(path / LIST)
+    names = order(found) if wanted is None else _chosen(path, found, wanted, original)
     if not names:
         raise ValueError(f"{path} has no images: {original.advice}")
-    wrong = [name for name in names if not re.fullmatch(original.names, PurePosixPath(name).name)]
+    wrong = [name for name in names if not _named_as(original, name)]
     if wrong:
         raise ValueError(f"{path / wrong[0]} is not named as the original's images are: {original.advice}")
     digest = hashlib.sha256()
     for name in names:
-        try:
-            found = (path / name).stat()
-        except OSError:
-            raise ValueError(f"{path / name} is missing, one of {len(names)}: {original.advice}") from None
-        digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        status = (path / name).stat()
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return Files(path, names, lambda name: path / name, digest.hexdigest())
 
 
 def listed(listing: Path) -> list[str]:
-    """The lines of a list of images. Raises ValueError for one that is given twice or leads out of the folder."""
+    """The names of images that a file lists, a line each, without folders and suffixes, in which lists differ.
+
+    Raises ValueError for one that is given twice.
+    """
     names: dict[str, None] = {}
     for line in filter(None, map(str.strip, listing.read_text(encoding="utf-8").splitlines())):
-        if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
-            raise ValueError(f"{listing} lists {line}: give paths inside the folder")
-        if line in names:
-            raise ValueError(f"{listing} lists {line} twice: remove one of them")
-        names[line] = None
+        name = PurePosixPath(line).stem
+        if name in names:
+            raise ValueError(f"{listing} lists {name} twice: remove one of them")
+        names[name] = None
     return list(names)
 
 
@@ -134,6 +134,25 @@ def images(files: Files, original: Original, resolution: int, resize: Resize) ->
         return torch.from_numpy(np.array(resize(pixels, resolution))).permute(2, 0, 1)
 
     return Images(len(files.names), read, files.stamp)
+
+
+def _named_as(original: Original, name: str) -> bool:
+    return re.fullmatch(original.names, PurePosixPath(name).name) is not None
+
+
+def _chosen(path: Path, found: list[str], wanted: list[str], original: Original) -> list[str]:
+    """The files among ``found`` that are ``wanted``, in that order; other files do not matter."""
+    files: dict[str, str] = {}
+    for name in filter(partial(_named_as, original), found):
+        stem = PurePosixPath(name).stem
+        if stem in files:
+            raise ValueError(f"{path} has both {files[stem]} and {name}: remove the copy")
+        files[stem] = name
+    missing = [name for name in wanted if name not in files]
+    if missing:
+        some = f"{len(missing)} of {len(wanted)} images are missing in {path}, the first is {missing[0]}"
+        raise ValueError(f"{some}: {original.advice}")
+    return [files[name] for name in wanted]
 
 
 def _walk(path: Path) -> list[str]:

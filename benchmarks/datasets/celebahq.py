@@ -5,9 +5,9 @@ for non-commercial research. The result is `imgHQ00000.npy` and so on, which los
 folder, with sub-folders or not, of `imgHQ00000.png` or `00000.png` and so on. The JPEG images of CelebAMask-HQ and
 copies of 256 x 256 pixels are refused: both are encoded again.
 
-All images in the order of their numbers, or those that `images.txt` in the folder lists. Latent diffusion takes the
-25,000 of taming-transformers' list `celebahqtrain.txt`: as `images.txt`, with `.npy` changed to `.png`, it gives the
-reference of its paper, "the entire training set".
+All images in the order of their numbers, or those that `images.txt` in the folder lists; suffixes in it do not matter.
+Latent diffusion takes the 25,000 of taming-transformers' list `celebahqtrain.txt` (`imgHQ00562.npy` and so on): as
+`images.txt` it gives the reference of latent diffusion's paper, which compares with all training images.
 
 Each image: RGB, shrunk with OpenCV's bilinear filter, which does not average: at 256 a pixel is the mean of the middle
 four of sixteen. It is what taming-transformers' loader does, through albumentations.

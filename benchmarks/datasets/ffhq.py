@@ -4,9 +4,9 @@ Where: NVIDIA's repository `ffhq-dataset`, the folder `images1024x1024` (89 GB);
 the data set is CC BY-NC-SA 4.0. Layout: a folder, with sub-folders or not, of `00000.png` and so on. The thumbnails and
 copies of 256 x 256 pixels are refused: their filter is another.
 
-All images in the order of their numbers, or those that `images.txt` in the folder lists. Latent diffusion takes the
-60,000 of taming-transformers' list `ffhqtrain.txt`: as `images.txt`, with the paths of the folder, it gives the
-reference of its paper, "the entire training set".
+All images in the order of their numbers, or those that `images.txt` in the folder lists; folders in it do not matter.
+Latent diffusion takes the 60,000 of taming-transformers' list `ffhqtrain.txt`: as `images.txt` it gives the reference
+of latent diffusion's paper, which compares with all training images.
 
 Each image: RGB, shrunk with OpenCV's bilinear filter, which does not average: at 256 a pixel is the mean of the middle
 four of sixteen. It is what taming-transformers' loader does, through albumentations.

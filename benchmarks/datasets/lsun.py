@@ -6,8 +6,9 @@ Where: the databases `<category>_train_lmdb.zip` of LSUN's own site (yf.io/p/lsu
   writes the stored bytes, so nothing is encoded again. The originals are lossy: a PNG here is a copy.
 
 All images, in the order of their names (hashes, so any beginning is a random sample), or those that `images.txt` in the
-folder lists. Latent diffusion splits the training images in two, and its lists are public beside its models; with its
-training list as `images.txt` the reference is the one of its paper, "the entire training set".
+folder lists; folders and suffixes in it do not matter. Latent diffusion splits the images in two, and its lists are
+public beside its models: its training list as `images.txt` gives the reference of its paper, which compares with all
+training images.
 
 Each image: RGB, centre square as wide as the shorter side, PIL's bicubic to the resolution. Latent diffusion's loader
 flips half of the images at random while it trains; here none is, since a reference must not depend on chance.

@@ -56,7 +56,7 @@ def coco(folder: Path) -> int:
     names = [f"COCO_val2014_{index:012d}.jpg" for index in range(COUNT)]
     for index, name in enumerate(names):
         save(picture(64, 48, index), folder / "val2014" / name, "JPEG")
-    (folder / "val2014" / "images.txt").write_text("\n".join(names))
+    (folder / "images.txt").write_text("\n".join(names))
     return 32
 
 
@@ -72,7 +72,8 @@ def _faces(folder: Path, name: str) -> int:
     for index in range(COUNT):
         path = folder / name.format(index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(1024, 1024, index).save(path, compress_level=1)
+        coarse = np.random.default_rng(index).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(coarse.repeat(8, 0).repeat(8, 1)).save(path, compress_level=1)
     return 64
 
 
