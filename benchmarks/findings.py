@@ -37,8 +37,11 @@ INTRODUCTION = (
     " these follow, and a claim that they do not agree on is open, whatever its interval; where they have one, a"
     " difference no larger than the spread over seeds that is given for the task decides nothing about other"
     " calibrations. Nothing corrects for the number of claims: of a hundred without any effect some five would be"
-    " decided. And what is found here is found on small models, with few iterations; it says nothing yet of the models"
-    " of the papers."
+    " decided."
+)
+SMALL = (
+    " And what is found here is found on small models, with few iterations; it says nothing yet of the models of the"
+    " papers."
 )
 NO_DIFFERENCE = Value(0.0, 0.0, 0.0, 1)
 
@@ -130,13 +133,14 @@ def page(
     images: Mapping[Cell, Mapping[str, np.ndarray]],
     metrics: Mapping[str, Metric],
     claims: Sequence[Claim] = CLAIMS,
+    small: bool = True,
 ) -> str:
     """Markdown: for each task, every claim with its two rows' values and their difference under the verdict.
 
     ``images`` holds the values of each cell's images [N] by metric, for metrics that are a mean over images. Claims are
-    judged at seed 0; the differences at other seeds stand beside.
+    judged at seed 0; the differences at other seeds stand beside. ``small`` says that the models are not the papers'.
     """
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION + SMALL * small]
     for task in dict.fromkeys(record.task for record in records):
         cells = {r.cell: r for r in records if r.task == task and r.status == "measured"}
         lines: dict[str, list[str]] = {name: [] for name in VERDICTS}

@@ -127,12 +127,30 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Reported:
+    """Which numbers of papers stand beside a suite's own, and how near is near.
+
+    ``tasks`` maps a task to the names that its numbers go by in `baselines/reported.csv`, ``tolerances`` a metric, or
+    ``size_mib`` for that of the UNet, to the largest difference from a reported number that counts as none. What the
+    papers report of full precision is a gate like those of `Suite.gates`.
+    """
+
+    tasks: dict[str, tuple[str, ...]]
+    tolerances: dict[str, float]
+
+    def __post_init__(self) -> None:
+        for metric, tolerance in self.tolerances.items():
+            if tolerance < 0:
+                raise ValueError(f"reported.tolerances.{metric} is {tolerance}, but must be at least 0")
+
+
+@dataclass(frozen=True)
 class Suite:
     """All cells of a benchmark: those of its tables and one full-precision cell a task.
 
     ``methods`` maps each method's name to the settings that differ from its defaults. ``gates`` bounds metrics of a
     task's full-precision row, ``{task: {fd_data: [low, high]}}``: where it is outside, all cells of the task are shown
-    as unverified.
+    as unverified. ``reported`` shows the papers' numbers beside the suite's.
     """
 
     name: str
@@ -140,10 +158,14 @@ class Suite:
     tables: dict[str, Table]
     methods: dict[str, dict[str, object]]
     gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    reported: Reported | None = None
 
     def __post_init__(self) -> None:
         if FULL_PRECISION in self.methods:
             raise ValueError(f"methods has {FULL_PRECISION}: the full-precision row is always there, remove it")
+        for task in self.reported.tasks if self.reported else ():
+            if task not in self.tasks:
+                raise discover.unknown("task in reported", task, self.tasks, "Tasks stand above.")
         for task, bounds in self.gates.items():
             if task not in self.tasks:
                 raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")

@@ -26,17 +26,23 @@ Draw = Callable[[str, str, figures.Figure], None]
 
 
 def run(suite: Suite) -> str:
-    """Write everything that is generated from records; returns what the top README shows.
+    """Write everything that is generated from records; returns what the suite's README shows.
 
-    That is the summary over the tasks of the leaderboard, or all of the first table where that has one task.
+    That is the comparison with the papers' numbers where the suite has one, else the summary over the tasks of the
+    leaderboard, or all of the first table where that has one task.
 
-    A cell without a record is shown as failed. Raises ValueError if no cell has one.
+    A cell without a record is shown as failed, and as not measured beside the papers' numbers. Raises ValueError if no
+    cell has one, unless there are papers' numbers to show.
     """
     read = [_read(suite, cell) for cell in suite.cells()]
-    if all(record.status == "failed" for record in read):
+    if suite.reported is None and all(record.status == "failed" for record in read):
         raise ValueError("there are no records in results/records: run `dvc repro`")
     known = metrics()
-    records = {record.cell: record for record in tables.gated(read, suite.gates)}
+    reported = pd.read_csv(REPORTED, dtype=str, keep_default_na=False)
+    numbers = [] if suite.reported is None else tables.numbers_of(reported)
+    gates = tables.reported_gates(read, suite, numbers)
+    gates = {task: gates.get(task, {}) | suite.gates.get(task, {}) for task in suite.tasks}
+    records = {record.cell: record for record in tables.gated(read, gates)}
     full = [record for cell, record in records.items() if cell.method == FULL_PRECISION]
     measured = {name: [records[cell] for cell in suite.measured(name)] for name in suite.tables}
     shown = {
@@ -48,14 +54,19 @@ def run(suite: Suite) -> str:
         for name, table in suite.tables.items()
     }
     first = next(iter(shown))
-    table = tables.across_tasks(shown[first], known) or tables.RENDERERS[first](shown[first], known)
+    if suite.reported is None:
+        comparison = ""
+        table = tables.across_tasks(shown[first], known) or tables.RENDERERS[first](shown[first], known)
+    else:
+        scored = [record for cell, record in records.items() if files.record_file(cell).is_file()]
+        table = comparison = tables.paper(scored, suite, numbers)
     drawn = _figures(suite, shown, known)
-    reported = pd.read_csv(REPORTED, dtype=str, keep_default_na=False)
-    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn))
+    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, comparison))
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
     images = {cell: _image_values(cell) for cell, record in records.items() if record.metrics}
-    files.write_text(files.RESULTS / "FINDINGS.md", findings.page(list(records.values()), images, known))
+    found = findings.page(list(records.values()), images, known, small=suite.reported is None)
+    files.write_text(files.RESULTS / "FINDINGS.md", found)
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), table))
     return table
@@ -67,8 +78,8 @@ def _read(suite: Suite, cell: Cell) -> Record:
     if path.is_file():
         record = Record.from_json(path.read_text(encoding="utf-8"))
         images = files.cell_folder(cell) / files.IMAGES
-        there = images.is_file() and files.scores(cell).is_file()
-        if not record.metrics or (there and files.sha256(images) == record.inputs["images"]):
+        there = images.is_dir() and files.scores(cell).is_file()
+        if not record.metrics or (there and files.sha256_folder(images) == record.inputs["images"]):
             return record
         reason = "its images or their scores are missing or newer than its record; run `dvc repro`"
     task = suite.tasks[cell.task]
@@ -141,8 +152,8 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
 
 def _draw_grid(draw: Draw, task: Task, name: str, text: str, records: Sequence[Record]) -> None:
     """The first images of some rows, under their prompts where the task has any."""
-    grid = {_label(record): _images(record) for record in records}
-    columns = min(GRID_COLUMNS, *(len(images) for images in grid.values()))
+    grid = {_label(record): files.read_images(record.cell).first(GRID_COLUMNS).numpy() for record in records}
+    columns = min(len(images) for images in grid.values())
     prompts = [] if task.prompts is None else prompts_of(task, "sample", range(columns))
     same = "noise and prompt" if prompts else "noise"
     draw(f"{name}-samples", f"{text}: the same {same} in each column", figures.sample_grid(grid, columns, prompts))
@@ -158,10 +169,6 @@ def _curves(records: Sequence[Record]) -> tuple[dict[str, np.ndarray], np.ndarra
     errors = {_label(record): files.read_tensors(files.cell_folder(record.cell) / files.ERRORS) for record in records}
     timesteps = next(iter(errors.values()))["timesteps"].numpy()
     return {name: tensors["temporal"].mean(1).numpy() for name, tensors in errors.items()}, timesteps
-
-
-def _images(record: Record) -> np.ndarray:
-    return files.read_tensors(files.cell_folder(record.cell) / files.IMAGES)["images"].numpy()
 
 
 def _image_values(cell: Cell) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from benchmarks.record import FULL_PRECISION, SHARED, Record, Value
 from benchmarks.tables.comparison import QUALITY, ranking
 
 NOTHING = "–"
+SCHEDULERS = {"ddim": "DDIM", "ddim_quad": "DDIM (quadratic)", "pndm": "PNDM"}
 LEFT = ("Precision", "Method", "Its own protocol", "Note")
 SHARED_TEXT = (
     "Protocol `shared`: every method quantises the same layers (all Conv2d and Linear at the stated bits, the first and"
@@ -32,15 +33,13 @@ def caption(records: Sequence[Record]) -> str:
     costs = [record.cost for record in records if record.cost is not None]
     devices = sorted({cost.device for cost in costs})
     executions = sorted({cost.execution for cost in costs})
-    eta = f" eta {task['eta']:g}," if task["scheduler"] == "ddim" else ""
+    count = task["reference_images"]
+    others = f"{count} of its samples from other seeds, or, for paired columns," if count else "for paired columns,"
     sentences = [
         f"Version {first.task_version}.",
         *([SHARED_TEXT] if all(record.protocol == SHARED for record in records) else []),
-        f"{task['images']} images a cell at {task['resolution']} x {task['resolution']},"
-        f" {task['steps']} {task['scheduler'].upper()} steps,{eta} guidance {task['guidance_scale']:g};"
-        f" calibrated on {task['calibration_images']} images.",
-        f"FP is the full-precision model: {task['reference_images']} of its samples from other seeds, or, for paired"
-        " columns, its sample from the same noise.",
+        sampling(task),
+        f"FP is the full-precision model: {others} its sample from the same noise.",
         f"Evaluator `{task['evaluator']}`; brackets are 95 % intervals.",
     ]
     if task.get("prompts"):
@@ -60,6 +59,16 @@ def caption(records: Sequence[Record]) -> str:
             " recording the calibration pool."
         )
     return " ".join(sentences)
+
+
+def sampling(task: Mapping[str, object]) -> str:
+    """How the images of a task are drawn, from its settings: a sentence."""
+    eta = "" if task["scheduler"] == "pndm" else f" eta {task['eta']:g},"
+    return (
+        f"{task['images']} images a cell at {task['resolution']} x {task['resolution']},"
+        f" {task['steps']} {SCHEDULERS[task['scheduler']]} steps,{eta} guidance {task['guidance_scale']:g};"
+        f" calibrated on {task['calibration_images']} images."
+    )
 
 
 def cells_table(
@@ -87,7 +96,7 @@ def cells_table(
             values = over_seeds.get((record.cell.row, record.precision), [])
             row[f"Over {count} seeds"] = _spread(values, metrics[QUALITY].digits) if len(values) == count else NOTHING
         if cost:
-            row["Quantisation time"] = _duration(record)
+            row["Quantisation time"] = duration(record)
             row["UNet (MiB)"] = NOTHING if record.cost is None else f"{record.cost.size_mib:.2f}"
         rows.append(row | {"Note": note(record)})
     return table(rows)
@@ -110,8 +119,9 @@ def measured(metrics: Mapping[str, Metric], records: Sequence[Record]) -> dict[s
 def heading(metric: Metric, records: Sequence[Record]) -> str:
     """A metric's title over the records of one task, with an arrow to its better side."""
     task = records[0].settings["task"]
-    clips = [str(record.settings["clip"]) for record in records if record.settings.get("clip")]
-    title = metric.title(extractor(task["evaluator"]).distance_label, task["images"], *clips[:1])
+    clips = next((record.settings["clip"] for record in records if record.settings.get("clip")), ())
+    second = [extractor(task["second_evaluator"]).distance_label] if task.get("second_evaluator") else []
+    title = metric.title(extractor(task["evaluator"]).distance_label, task["images"], clips, *second)
     return title + {"lower": " ↓", "higher": " ↑", None: ""}[metric.better]
 
 
@@ -140,7 +150,8 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def _duration(record: Record) -> str:
+def duration(record: Record) -> str:
+    """How long quantising took, in seconds, minutes or hours."""
     if record.cost is None or record.method == FULL_PRECISION:
         return NOTHING
     seconds = record.cost.quantization_seconds

@@ -12,6 +12,7 @@ TASK = {
     "version": 1,
     "family": "ldm",
     "checkpoint": "data/emoji-ldm4",
+    "dataset": "emoji",
     "data": "data/emoji",
     "resolution": 32,
     "scheduler": "ddim",

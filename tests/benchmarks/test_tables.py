@@ -8,6 +8,7 @@ import pytest
 from benchmarks import tables
 from benchmarks.metrics import metrics
 from benchmarks.record import Cost, Value
+from benchmarks.tables.frame import STATUS_KEYS
 
 COLUMNS = metrics()
 
@@ -47,6 +48,10 @@ def test_a_frame_has_a_row_a_cell_in_reading_order(records):
     assert pd.isna(table.loc[0, "kid_fp"])
     assert table.loc[1, "quantization_seconds"] == 25.0
     assert table.loc[1, "seconds_sample"] == 100.0
+
+
+def test_no_metric_has_the_name_of_another_column():
+    assert not set(COLUMNS) & {"table", "rank", *STATUS_KEYS}
 
 
 def test_csv_reads_back(records):
@@ -151,11 +156,11 @@ def test_ranks_are_those_within_a_seed(make_record):
 
 
 def test_a_clip_score_names_its_clip_and_is_left_out_where_there_is_none(make_record, task_settings):
-    scored = {"task": task_settings | {"clip": "data/toy-clip"}, "method": {}, "clip": "toy-clip 57934424"}
+    scored = {"task": task_settings | {"clip": ["data/toy-clip"]}, "method": {}, "clip": ["toy-clip 57934424"]}
     text = tables.leaderboard(
         [
             make_record(method="tfmq", settings=scored, metrics={"clip_score": Value(21.5, 21.0, 22.0, 512)}),
-            make_record(settings=scored | {"clip": None}, status="failed", reason="x", metrics={}, cost=None),
+            make_record(settings=scored | {"clip": []}, status="failed", reason="x", metrics={}, cost=None),
         ],
         COLUMNS,
     )

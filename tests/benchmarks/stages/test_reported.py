@@ -1,0 +1,64 @@
+"""The pages of a suite that shows the papers' numbers, of which nothing is measured yet."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import params, tables
+from benchmarks.stages import tables as stage
+
+TASK = {
+    "version": 1,
+    "family": "class_ldm",
+    "checkpoint": "data/imagenet",
+    "statistics": "downloads/imagenet.npz",
+    "resolution": 256,
+    "scheduler": "ddim",
+    "steps": 20,
+    "eta": 0.0,
+    "guidance_scale": 3.0,
+    "images": 50000,
+    "batch": 50,
+    "calibration_images": 512,
+    "reference_images": 0,
+    "evaluator": "inception",
+    "prompts": "prompts/imagenet",
+}
+
+
+@pytest.fixture
+def suite():
+    table = {"protocol": "published", "tasks": ["imagenet-ldm4"], "precisions": ["w4a8"], "methods": ["tfmq", "ptqd"]}
+    return params.parse(
+        {
+            "name": "paper",
+            "tasks": {"imagenet-ldm4": TASK},
+            "tables": {"published": table},
+            "methods": {"tfmq": {}, "ptqd": {}},
+            "reported": {"tasks": {"imagenet-ldm4": ["imagenet"]}, "tolerances": {"fd_data": 0.3}},
+        }
+    )
+
+
+def test_pages_without_any_record_show_what_is_reported(suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text(f"# The papers\n\n{tables.START}\n{tables.END}\n")
+    returned = stage.run(suite)
+    page = Path("results/README.md").read_text()
+    region = tables.region(Path("README.md").read_text())
+    assert region == returned.strip() and region in page and "## Reported" in page
+    rows = [line for line in region.splitlines() if re.match(r"\| w\d", line)]
+    reported = pd.read_csv(stage.REPORTED, dtype=str)
+    cells = reported[reported["task"] == "imagenet"]
+    assert len(rows) == len(cells.groupby(["method", "precision"]))
+    assert region.count("not measured here |") == len(cells) and "failed" not in region
+    for value in cells["value"]:
+        assert f" {value}" in region
+    assert page.count("no record; run `dvc repro`") >= 3, "the suite's own tables say what to do"
+    assert "this suite changes" in Path("results/METHODS.md").read_text()
+    assert "small models" not in Path("results/FINDINGS.md").read_text()
+    assert len(pd.read_csv("results/cells.csv")) == 3
