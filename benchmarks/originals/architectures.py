@@ -150,15 +150,15 @@ def _vq(widths: Sequence[int], layers: int, side: int, codes: int) -> dict[str, 
     }
 
 
-def _kl(widths: Sequence[int], layers: int, side: int, scale: float) -> dict[str, object]:
+def _kl(widths: Sequence[int], layers: int, side: int, scale: float = 1.0) -> dict[str, object]:
     return _first_stage(widths, layers, side, 4) | {"_class_name": "AutoencoderKL", "scaling_factor": scale}
 
 
-def _text(vocabulary: int, width: int, inner: int, layers: int, heads: int, projection: int) -> dict[str, object]:
+def _text(tokens: int, width: int, inner: int, layers: int, heads: int, projection: int) -> dict[str, object]:
     """CLIP's text tower; the last two tokens mark a text's beginning and end."""
     return {
         "_class_name": "CLIPTextModel",
-        "vocab_size": vocabulary,
+        "vocab_size": tokens,
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -167,18 +167,23 @@ def _text(vocabulary: int, width: int, inner: int, layers: int, heads: int, proj
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
         "projection_dim": projection,
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
+        "bos_token_id": tokens - 2,
+        "eos_token_id": tokens - 1,
         "pad_token_id": 1,
     }
 
 
-def _latent_schedule(first: float, last: float) -> dict[str, object]:
-    """Latent diffusion's, which calls itself linear: the square root of beta is linear in the time step."""
+def _latent_schedule(sampler: str, first: float, last: float) -> dict[str, object]:
+    """Latent diffusion's, which calls itself linear: the square root of beta is linear in the time step.
+
+    PNDM has no use for ``clip_sample``; DDIM would clip where a sampler made from its settings does not find it.
+    """
     return {
+        "_class_name": sampler,
         "beta_end": last,
         "beta_schedule": "scaled_linear",
         "beta_start": first,
+        "clip_sample": False,
         "num_train_timesteps": 1000,
         "prediction_type": "epsilon",
         "set_alpha_to_one": False,
@@ -187,32 +192,35 @@ def _latent_schedule(first: float, last: float) -> dict[str, object]:
     }
 
 
-DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
-
 ARCHITECTURES = {
     "ldm4": Architecture(
         title="unconditional LDM-4 (LSUN-Bedrooms, CelebA-HQ, FFHQ)",
         family="ldm",
-        scheduler=_latent_schedule(0.0015, 0.0195) | DDIM,
+        scheduler=_latent_schedule("DDIMScheduler", 0.0015, 0.0195),
         full=Size(
-            unet=_plain((224, 448, 672, 896), (1, 2, 3), 2, 3, 64, head=32),
-            first_stage=_vq((128, 256, 512), 2, 256, codes=8192),
+            unet=_plain((224, 448, 672, 896), (1, 2, 3), layers=2, channels=3, side=64, head=32),
+            first_stage=_vq((128, 256, 512), layers=2, side=256, codes=8192),
         ),
-        tiny=Size(unet=_plain((32, 64, 32), (1, 2), 1, 3, 16, head=16), first_stage=_vq((32, 32), 1, 32, codes=64)),
+        tiny=Size(
+            unet=_plain((32, 64, 32), (1, 2), layers=1, channels=3, side=16, head=16),
+            first_stage=_vq((32, 32), layers=1, side=32, codes=64),
+        ),
         pipeline="LDMPipeline",
         averaged=True,
     ),
     "ldm8-churches": Architecture(
         title="LDM-8 LSUN-Churches",
         family="ldm",
-        scheduler=_latent_schedule(0.0015, 0.0155) | DDIM,
+        scheduler=_latent_schedule("DDIMScheduler", 0.0015, 0.0155),
         full=Size(
-            unet=_resampling((192, 384, 384, 768, 768), (0, 1, 2, 3), 2, 32, head=24),
-            first_stage=_kl((128, 256, 512, 512), 2, 256, scale=1.0),
+            unet=_resampling((192, 384, 384, 768, 768), (0, 1, 2, 3), layers=2, side=32, head=24),
+            first_stage=_kl((128, 256, 512, 512), layers=2, side=256),
             heads=8,
         ),
         tiny=Size(
-            unet=_resampling((32, 64, 32), (0, 1), 1, 16, head=8), first_stage=_kl((32, 32), 1, 32, scale=1.0), heads=4
+            unet=_resampling((32, 64, 32), (0, 1), layers=1, side=16, head=8),
+            first_stage=_kl((32, 32), layers=1, side=32),
+            heads=4,
         ),
         averaged=True,
         scale_in_file=True,
@@ -220,50 +228,51 @@ ARCHITECTURES = {
     "ldm4-imagenet": Architecture(
         title="class-conditional LDM-4 (ImageNet, cin256-v2)",
         family="class_ldm",
-        scheduler=_latent_schedule(0.0015, 0.0195) | DDIM,
+        scheduler=_latent_schedule("DDIMScheduler", 0.0015, 0.0195),
         full=Size(
-            unet=_conditioned((192, 384, 576, 960), (1, 2, 3), 2, 3, 64, heads=1, context=512),
-            first_stage=_vq((128, 256, 512), 2, 256, codes=8192),
+            unet=_conditioned((192, 384, 576, 960), (1, 2, 3), layers=2, channels=3, side=64, heads=1, context=512),
+            first_stage=_vq((128, 256, 512), layers=2, side=256, codes=8192),
             classes=1000,
         ),
         tiny=Size(
-            unet=_conditioned((32, 32, 64), (1, 2), 1, 3, 16, heads=1, context=24),
-            first_stage=_vq((32, 64), 1, 32, codes=64),
+            unet=_conditioned((32, 32, 64), (1, 2), layers=1, channels=3, side=16, heads=1, context=24),
+            first_stage=_vq((32, 64), layers=1, side=32, codes=64),
             classes=10,
         ),
     ),
     "sd-v1": Architecture(
         title="Stable Diffusion v1",
         family="stable_diffusion",
-        scheduler=_latent_schedule(0.00085, 0.012) | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+        scheduler=_latent_schedule("PNDMScheduler", 0.00085, 0.012) | {"skip_prk_steps": True},
         full=Size(
-            unet=_conditioned((320, 640, 1280, 1280), (0, 1, 2), 2, 4, 64, heads=8, context=768),
-            first_stage=_kl((128, 256, 512, 512), 2, 512, scale=0.18215),
-            text_encoder=_text(49408, 768, 3072, 12, 12, 768),
+            unet=_conditioned((320, 640, 1280, 1280), (0, 1, 2), layers=2, channels=4, side=64, heads=8, context=768),
+            first_stage=_kl((128, 256, 512, 512), layers=2, side=512, scale=0.18215),
+            text_encoder=_text(tokens=49408, width=768, inner=3072, layers=12, heads=12, projection=768),
         ),
         tiny=Size(
-            unet=_conditioned((32, 32, 64), (0, 1), 2, 4, 16, heads=4, context=32),
-            first_stage=_kl((32, 32), 1, 32, scale=0.18215),
-            text_encoder=_text(100, 32, 64, 2, 4, 32),
+            unet=_conditioned((32, 32, 64), (0, 1), layers=2, channels=4, side=16, heads=4, context=32),
+            first_stage=_kl((32, 32), layers=1, side=32, scale=0.18215),
+            text_encoder=_text(tokens=100, width=32, inner=64, layers=2, heads=4, projection=32),
         ),
         pipeline="StableDiffusionPipeline",
     ),
     "ddim-cifar10": Architecture(
         title="DDIM CIFAR-10",
         family="ddpm",
-        scheduler=DDIM
-        | {
+        scheduler={
+            "_class_name": "DDIMScheduler",
             "beta_end": 0.02,
             "beta_schedule": "linear",
             "beta_start": 0.0001,
+            "clip_sample": False,
             "num_train_timesteps": 1000,
             "prediction_type": "epsilon",
             "set_alpha_to_one": True,
             "steps_offset": 0,
             "timestep_spacing": "leading",
         },
-        full=Size(unet=_pixels((128, 256, 256, 256), (1,), 32)),
-        tiny=Size(unet=_pixels((32, 64, 32, 32), (1,), 16)),
+        full=Size(unet=_pixels((128, 256, 256, 256), (1,), side=32)),
+        tiny=Size(unet=_pixels((32, 64, 32, 32), (1,), side=16)),
         pipeline="DDIMPipeline",
         flat=True,
     ),

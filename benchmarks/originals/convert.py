@@ -11,10 +11,12 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from benchmarks import room
 from benchmarks.originals import expected, torch_file
 from benchmarks.originals.architectures import Architecture
 from benchmarks.originals.expected import Part
@@ -47,7 +49,8 @@ TOKENIZER = {
 def convert(architecture: Architecture, checkpoint: Path, folder: Path) -> None:
     """Write the networks and the scheduler of ``checkpoint`` into ``folder``, with one network in memory at a time.
 
-    Raises ValueError for a file that is missing, damaged, of another architecture, or of another noise schedule.
+    Raises ValueError for a file that is missing, damaged, of another architecture, or of another noise schedule, and if
+    the disk has no room for its networks.
     """
     with torch_file.opened(checkpoint) as file:
         parts = expected.match(architecture, file).parts
@@ -55,6 +58,7 @@ def convert(architecture: Architecture, checkpoint: Path, folder: Path) -> None:
         _check_schedule(scheduler, file)
         if architecture.scale_in_file:
             parts["vqvae"].network.register_to_config(scaling_factor=_scale(file))
+        room.check(folder, sum(part.bytes for part in parts.values()))
         for name, part in parts.items():
             _write_part(part, file, folder / name)
     scheduler.save_pretrained(folder / "scheduler")
@@ -96,7 +100,11 @@ def _write_part(part: Part, file: TorchFile, folder: Path) -> None:
         part.network.config.save_pretrained(folder)
     else:
         part.network.save_config(folder)
-    save_file(tensors, folder / (SAFE_WEIGHTS_NAME if of_transformers else SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
+    path = folder / (SAFE_WEIGHTS_NAME if of_transformers else SAFETENSORS_WEIGHTS_NAME)
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise ValueError(f"{path} could not be written ({error}): make room on the disk and run again") from None
 
 
 def _origin(member: object) -> list[str]:

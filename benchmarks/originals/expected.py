@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -31,6 +32,11 @@ class Part:
 
     network: nn.Module
     sources: list[Source]
+
+    @property
+    def bytes(self) -> int:
+        """The size of its numbers, as float32."""
+        return sum(4 * math.prod(source.shape) for source in self.sources)
 
 
 @dataclass(frozen=True)
@@ -80,22 +86,18 @@ def match(architecture: Architecture, file: TorchFile) -> Expected:
     """What a checkpoint of ``architecture`` holds, at the size of ``file``.
 
     Raises ValueError if ``file`` does not hold just that, naming the first tensor that is missing, unexpected, of
-    another shape or not float32; or the architecture that the file is of, if it is more like another one.
+    another shape or not float32; or the architecture that the file is of, if it is more like that one.
     """
     ours = max((expected(architecture, size) for size in _sizes(architecture)), key=lambda one: _likeness(one, file))
     faults = _faults(ours, architecture, file)
     if not faults:
         return ours
-    others = [
-        (_likeness(expected(other, size), file), other.title)
-        for other in ARCHITECTURES.values()
-        if other is not architecture
-        for size in _sizes(other)
-    ]
-    likeness, title = max(others)
-    if likeness > max(_likeness(ours, file), 0.5):
-        raise ValueError(f"{file.path} is a checkpoint of {title}, not of {architecture.title}: give the right one")
-    more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    likeness = _likeness(ours, file)
+    if likeness < 0.9:
+        for other in ARCHITECTURES.values():
+            if any(_likeness(expected(other, size), file) > max(likeness, 0.5) for size in _sizes(other)):
+                raise ValueError(f"{file.path} is a checkpoint of {other.title}, not of {architecture.title}")
+    more = f" (the first of {len(faults)} faults)" if len(faults) > 1 else ""
     raise ValueError(f"{file.path} is no checkpoint of {architecture.title}: {faults[0]}{more}")
 
 

@@ -92,11 +92,11 @@ class _RebuildFromType(StandIn):
 
 
 REBUILD = {
-    "_rebuild_tensor": _RebuildTensor,
-    "_rebuild_tensor_v2": _RebuildTensor,
-    "_rebuild_parameter": _RebuildParameter,
-    "_rebuild_parameter_with_state": _RebuildParameter,
-    "_rebuild_from_type_v2": _RebuildFromType,
+    ("torch._utils", "_rebuild_tensor"): _RebuildTensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor,
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _RebuildParameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _RebuildFromType,
 }
 
 
@@ -107,8 +107,8 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("collections", "OrderedDict"):
             return Dictionary
-        if module == "torch._utils" and name in REBUILD:
-            return REBUILD[name]()
+        if (module, name) in REBUILD:
+            return REBUILD[module, name]()
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         return StandIn
