@@ -38,7 +38,8 @@ def cut(document: dict[str, object]) -> dict[str, object]:
         table |= {"precisions": [PRECISION], "seeds": {}}
     for task in small["tasks"].values():
         for key, limit in TASK_LIMITS.items():
-            task[key] = min(task.get(key) or limit, limit)
+            if task.get(key) != 0:
+                task[key] = min(task.get(key) or limit, limit)
     for name, settings in small["methods"].items():
         for field in dataclasses.fields(discover.method(name).config):
             if field.name.endswith("iterations"):

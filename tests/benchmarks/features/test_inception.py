@@ -1,7 +1,5 @@
 """The FID Inception evaluators against torch-fidelity and clean-fid, with random weights of the right shapes."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from cleanfid.resize import build_resizer
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from benchmarks.features import extract, extract_with_maps, extractor, load_evaluator
 from benchmarks.features.inception import load
@@ -21,15 +18,9 @@ from benchmarks.features.inception_clean import resize_clean
 from benchmarks.metrics import Evidence, References, metrics, reference_statistics
 from benchmarks.metrics._frechet import frechet_distance, moments
 from benchmarks.metrics.is_score import inception_score
+from tests.benchmarks.inception import write_weights
 
 COUNT = 8
-
-
-class Untrained(FeatureExtractorInceptionV3):
-    """torch-fidelity's network as it is before it reads its weights."""
-
-    def load_state_dict(self, state_dict):
-        pass
 
 
 class Images(Dataset):
@@ -54,18 +45,8 @@ def images(count, seed, size=32):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    empty.seek(0)
-    network = Untrained("untrained", ["2048"], feature_extractor_weights_path=empty)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            # Keeps the signal's size through the ReLUs, as trained weights do.
-            torch.nn.init.kaiming_normal_(module.weight)
-    torch.nn.init.normal_(network.fc.weight)
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(network.state_dict(), path)
+    write_weights(path)
     return path
 
 
