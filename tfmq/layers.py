@@ -95,7 +95,9 @@ class QuantizedLayer(nn.Module):
     def _spread(self, per_group: Tensor) -> Tensor:
         """(output channels, groups) -> a shape that broadcasts against the weight."""
         if len(self.splits) > 1:
-            per_group = per_group.repeat_interleave(torch.tensor(self.splits, device=per_group.device), 1)
+            per_group = per_group.repeat_interleave(
+                torch.tensor(self.splits, device=per_group.device), 1, output_size=sum(self.splits)
+            )
         return per_group.view(*per_group.shape, *[1] * (self.weight.dim() - 2))
 
     def learn_rounding(self) -> AdaRound:
