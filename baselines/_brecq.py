@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from baselines import Arguments, Settings
 from tfmq.calibration import CalibrationSet
 from tfmq.fake_quantize import ActivationRange
 from tfmq.plan import Protocol
@@ -24,7 +25,7 @@ Temporal = Literal["blocks", "joint", "frozen", "full_precision"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings; the defaults are those of TFMQ-DM's released LSUN recipe without its treatment of time.
 
     Attributes:
@@ -65,6 +66,32 @@ class Config:
     caching: Caching | None = None
     memory_gib: float = 64.0
 
+    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+        """See `Settings`."""
+        if self.temporal == "full_precision":
+            protocol = replace(protocol, bits={**protocol.bits, "time_embedding": FULL, "time_projections": FULL})
+        rounding = RoundingConfig(self.iterations, self.batch, self.learning_rate)
+        step_sizes = None
+        if self.activation_iterations:
+            step_sizes = StepSizeConfig(self.activation_iterations, self.batch, self.activation_learning_rate)
+        setting = QuantizationConfig(
+            split_shortcuts=self.split_shortcuts,
+            freeze_temporal=self.temporal == "frozen",
+            temporal=replace(rounding, iterations=self.temporal_iterations) if self.temporal == "joint" else None,
+            rounding=rounding,
+            activation_range=self.activation_range,
+            activation_momentum=self.momentum,
+            activation_batch=self.range_batch,
+            activation_scales=self.activation_scales,
+            step_sizes=step_sizes,
+            caching=self.caching,
+            memory_bytes=int(self.memory_gib * 2**30),
+        )
+        rows = pool.spaced(self.steps, self.images)
+        range_steps = pool.steps if self.range_steps is None else self.range_steps
+        range_rows = pool.spaced(range_steps, self.range_images).shuffled(generator)
+        return setting, rows, range_rows, protocol
+
 
 def quantize(
     unet: UNet,
@@ -75,26 +102,5 @@ def quantize(
     protocol: Protocol,
 ) -> QuantizationReport:
     """Quantise ``unet`` in place."""
-    if config.temporal == "full_precision":
-        protocol = replace(protocol, bits={**protocol.bits, "time_embedding": FULL, "time_projections": FULL})
-    rounding = RoundingConfig(config.iterations, config.batch, config.learning_rate)
-    step_sizes = None
-    if config.activation_iterations:
-        step_sizes = StepSizeConfig(config.activation_iterations, config.batch, config.activation_learning_rate)
-    setting = QuantizationConfig(
-        split_shortcuts=config.split_shortcuts,
-        freeze_temporal=config.temporal == "frozen",
-        temporal=replace(rounding, iterations=config.temporal_iterations) if config.temporal == "joint" else None,
-        rounding=rounding,
-        activation_range=config.activation_range,
-        activation_momentum=config.momentum,
-        activation_batch=config.range_batch,
-        activation_scales=config.activation_scales,
-        step_sizes=step_sizes,
-        caching=config.caching,
-        memory_bytes=int(config.memory_gib * 2**30),
-    )
-    rows = pool.spaced(config.steps, config.images)
-    range_steps = pool.steps if config.range_steps is None else config.range_steps
-    range_rows = pool.spaced(range_steps, config.range_images).shuffled(generator)
+    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
     return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from baselines import Arguments, Settings
 from tfmq.calibration import CalibrationRows, CalibrationSet, normal_steps
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
@@ -15,7 +16,7 @@ from tfmq.unet import UNet
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings; the defaults are the paper's.
 
     Attributes:
@@ -33,6 +34,19 @@ class Config:
     momentum: float = 0.9
     range_batch: int = 256
 
+    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+        """See `Settings`."""
+        deviation = math.sqrt(pool.steps / 2) / pool.steps if self.deviation is None else self.deviation
+        draw = mispaired_rows if self.mispaired else CalibrationSet.normal
+        rows = draw(pool, self.rows, self.mean, deviation, generator).shuffled(generator)
+        setting = QuantizationConfig(
+            weight_range="thresholds",
+            activation_range="thresholds",
+            activation_momentum=self.momentum,
+            activation_batch=self.range_batch,
+        )
+        return setting, rows, rows, protocol
+
 
 def quantize(
     unet: UNet,
@@ -43,16 +57,8 @@ def quantize(
     protocol: Protocol,
 ) -> QuantizationReport:
     """Quantise ``unet`` in place."""
-    deviation = math.sqrt(pool.steps / 2) / pool.steps if config.deviation is None else config.deviation
-    draw = mispaired_rows if config.mispaired else CalibrationSet.normal
-    rows = draw(pool, config.rows, config.mean, deviation, generator).shuffled(generator)
-    setting = QuantizationConfig(
-        weight_range="thresholds",
-        activation_range="thresholds",
-        activation_momentum=config.momentum,
-        activation_batch=config.range_batch,
-    )
-    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator, protocol)
+    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
+    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
 
 
 def mispaired_rows(

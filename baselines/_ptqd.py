@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from baselines import _brecq
 from tfmq.calibration import CalibrationSet
 from tfmq.correction import attach_correction, measure_correction
+from tfmq.effort import PlannedEffort
 from tfmq.fake_quantize import ActivationRange
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
@@ -40,6 +41,11 @@ class Config(_brecq.Config):
     activation_iterations: int = 5_000
     correction_images: int = 1024
 
+    def effort(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> PlannedEffort:
+        """See `Settings`."""
+        base = super().effort(unet, pool, precision, protocol)
+        return replace(base, activation_evaluations=base.activation_evaluations + correction_evaluations(pool, self))
+
 
 def quantize(
     unet: UNet,
@@ -59,5 +65,10 @@ def correct(unet: UNet, pool: CalibrationSet, config: Config, report: Quantizati
     """Measure the quantised UNet's error on the pool's trajectory and store the correction in it."""
     with report.timed("activations"):
         attach_correction(unet, measure_correction(unet, pool, config.correction_images, config.range_batch))
+    report.effort.unet_evaluations += correction_evaluations(pool, config)
+
+
+def correction_evaluations(pool: CalibrationSet, config: Config) -> int:
+    """Sample evaluations that one pass over the pool's trajectory takes."""
     halves = 1 if pool.unconditional is None else 2
-    report.effort.unet_evaluations += halves * pool.steps * min(config.correction_images, pool.images)
+    return halves * pool.steps * min(config.correction_images, pool.images)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from baselines import Arguments, Settings
 from tfmq.calibration import CalibrationSet
+from tfmq.effort import PlannedEffort
 from tfmq.plan import Protocol, activation_quantizers, insert_quantizers, plan_for
 from tfmq.precision import Precision
-from tfmq.quantization import QuantizationReport, check_weights
+from tfmq.quantization import QuantizationConfig, QuantizationReport, check_weights
 from tfmq.step_network import FitConfig, StepNetworks, fit_networks, sample_activations, with_silu_grids
 from tfmq.unet import UNet, UNetLayout
 
@@ -17,7 +19,7 @@ PUBLISHED = Protocol("published", {"boundary": 32, "time_embedding": 32, "time_p
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of the networks and of their data.
 
     Attributes:
@@ -38,6 +40,15 @@ class Config:
     fit_learning_rate: float = 3e-3
     weight_decay: float = 0.01
     forward_batch: int = 64
+
+    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+        """See `Settings`; what evaluates the rows is not `quantize_`, but takes no more."""
+        rows = pool.normal(self.rows, self.mean, self.deviation, generator)
+        return QuantizationConfig(activation_batch=self.forward_batch), rows, rows, protocol
+
+    def effort(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> PlannedEffort:
+        """See `Settings`; the networks are fitted to what is kept of one pass, without the UNet."""
+        return replace(super().effort(unet, pool, precision, protocol), optimizer_steps=self.fit_iterations)
 
 
 def prepare(unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> None:

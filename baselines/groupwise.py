@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from baselines import Method, applies_always
+from baselines import Arguments, Method, Settings, applies_always
 from tfmq.calibration import CalibrationSet
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
@@ -32,10 +32,16 @@ from tfmq.unet import UNet
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Input channels in a group; the default is Q-DiT's."""
 
     group: int = 128
+
+    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+        """See `Settings`."""
+        setting = QuantizationConfig(weight_range="minmax", weight_group=self.group, dynamic_activations=True)
+        rows = pool.spaced(1, 1)
+        return setting, rows, rows, protocol
 
 
 def quantize(
@@ -47,9 +53,8 @@ def quantize(
     protocol: Protocol,
 ) -> QuantizationReport:
     """Quantise ``unet`` in place; the pool is not looked at."""
-    setting = QuantizationConfig(weight_range="minmax", weight_group=config.group, dynamic_activations=True)
-    rows = pool.spaced(1, 1)
-    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator, protocol)
+    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
+    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
 
 
 METHOD = Method("Group-wise, dynamic", "arXiv 2406.17343", Config, quantize, applies_always)

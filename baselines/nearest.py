@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from baselines import Method, applies_always
+from baselines import Arguments, Method, Settings, applies_always
 from tfmq.calibration import CalibrationSet
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
@@ -19,12 +19,18 @@ from tfmq.unet import UNet
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Steps of the schedule and images at each step that activation ranges are taken from."""
 
     steps: int = 20
     images: int = 64
     batch: int = 64
+
+    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+        """See `Settings`."""
+        setting = QuantizationConfig(weight_range="minmax", activation_batch=self.batch, batch=self.batch)
+        rows = pool.spaced(self.steps, self.images)
+        return setting, rows, rows, protocol
 
 
 def quantize(
@@ -36,9 +42,8 @@ def quantize(
     protocol: Protocol,
 ) -> QuantizationReport:
     """Quantise ``unet`` in place."""
-    rows = pool.spaced(config.steps, config.images)
-    setting = QuantizationConfig(weight_range="minmax", activation_batch=config.batch, batch=config.batch)
-    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator, protocol)
+    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
+    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
 
 
 METHOD = Method("Round-to-nearest", "plain baseline", Config, quantize, applies_always)

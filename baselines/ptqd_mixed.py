@@ -23,6 +23,7 @@ from torch import Tensor
 from baselines import Method, _brecq, _ptqd
 from tfmq.calibration import CalibrationSet
 from tfmq.correction import quantized_noise
+from tfmq.effort import PlannedEffort
 from tfmq.plan import Protocol, coverage, plan_for
 from tfmq.precision import FULL, Precision
 from tfmq.quantization import QuantizationConfig, QuantizationReport, calibrate_activations
@@ -38,6 +39,27 @@ class Config(_ptqd.Config):
     """See `_ptqd.Config`; ``snr_power`` is that of ||eps|| / ||eps_hat - eps|| where it is compared."""
 
     snr_power: float = 1.0
+
+    def effort(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> PlannedEffort:
+        """The most that `quantize` will spend: which widths it learns, and on how many steps, the measurement decides.
+
+        It calibrates the small width for judging it, then each width, if both are chosen; one pass over the trajectory
+        judges, one measures the correction.
+        """
+        whole, base = (
+            _ptqd.Config.effort(config, unet, pool, precision, protocol)
+            for config in (self, replace(self, activation_iterations=0))
+        )
+        ranges = base.activation_evaluations - _ptqd.correction_evaluations(pool, self)
+        widths = len(_widths(precision))
+        learning = whole.activation_evaluations - base.activation_evaluations
+        judging = ranges + _ptqd.correction_evaluations(pool, self)
+        return replace(
+            whole,
+            activation_evaluations=base.activation_evaluations + judging + widths * (ranges + learning),
+            optimizer_steps=base.optimizer_steps + widths * (whole.optimizer_steps - base.optimizer_steps),
+            learned_rows=base.learned_rows + widths * (whole.learned_rows - base.learned_rows),
+        )
 
 
 def quantize(

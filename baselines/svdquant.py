@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from baselines import Method, applies_always
+from baselines import Arguments, Method, Settings, applies_always
 from tfmq.calibration import CalibrationSet
 from tfmq.low_rank import LowRankConfig
 from tfmq.plan import Protocol
@@ -36,7 +36,7 @@ from tfmq.unet import UNet
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings; rank and group are the paper's at 4 bits.
 
     Attributes:
@@ -54,6 +54,17 @@ class Config:
     candidates: int = 20
     search_rows: int = 64
 
+    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+        """See `Settings`."""
+        setting = QuantizationConfig(
+            weight_range="minmax",
+            weight_group=self.group,
+            low_rank=LowRankConfig(self.rank, self.candidates, self.search_rows),
+            dynamic_activations=True,
+        )
+        rows = pool.spaced(self.steps, self.images)
+        return setting, rows, rows, protocol
+
 
 def quantize(
     unet: UNet,
@@ -64,14 +75,8 @@ def quantize(
     protocol: Protocol,
 ) -> QuantizationReport:
     """Quantise ``unet`` in place."""
-    setting = QuantizationConfig(
-        weight_range="minmax",
-        weight_group=config.group,
-        low_rank=LowRankConfig(config.rank, config.candidates, config.search_rows),
-        dynamic_activations=True,
-    )
-    rows = pool.spaced(config.steps, config.images)
-    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator, protocol)
+    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
+    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
 
 
 METHOD = Method("SVDQuant", "arXiv 2411.05007", Config, quantize, applies_always)

@@ -22,12 +22,13 @@ Where the released code and the paper differ, what they leave open, and what is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from baselines import Method, _tdq
 from tfmq.calibration import CalibrationSet
+from tfmq.effort import PlannedEffort
 from tfmq.plan import Protocol, activation_quantizers, coverage
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationReport
@@ -53,6 +54,17 @@ class Config(_tdq.Config):
     learning_rate: float = 5e-5
     network_learning_rate: float = 5e-5
     warmup: float = 0.025
+
+    def effort(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> PlannedEffort:
+        """See `Settings`."""
+        fitting = super().effort(unet, pool, precision, protocol)
+        trained = self.iterations * self.batch
+        steps = fitting.optimizer_steps + self.iterations
+        return replace(fitting, weight_evaluations=trained, optimizer_steps=steps, learned_rows=trained)
+
+    def memory(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> None:
+        """Not known: the whole network is trained at once."""
+        return None
 
 
 def quantize(
