@@ -62,9 +62,9 @@ class Source:
     heads: int = 1
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """What the original tensor becomes, by name."""
+        """What the original tensor becomes, by name; no two share memory."""
         parts = (tensor,) if len(self.to) == 1 else tensor.unflatten(0, (self.heads, len(self.to), -1)).unbind(1)
-        return {name: part.reshape(shape) for (name, shape), part in zip(self.to.items(), parts, strict=True)}
+        return {name: part.reshape(shape).clone() for (name, shape), part in zip(self.to.items(), parts, strict=True)}
 
     def averaged(self) -> Source:
         """The same tensor averaged over training (EMA), which has a name without dots."""

@@ -26,6 +26,8 @@ def run(suite: Suite, task_name: str) -> None:
     if task.name not in TASKS:
         raise discover.unknown("original of task", task.name, TASKS, "Only their checkpoints are converted.")
     architecture = ARCHITECTURES[TASKS[task.name]]
+    if task.family != architecture.family:
+        raise ValueError(f"task {task.name} has family {task.family}, but its original is one of {architecture.family}")
     checkpoint, member = _fetched(task.name)
     with files.new_folder(Path(task.checkpoint)) as folder:
         if member is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -135,6 +136,9 @@ def test_a_task_without_an_original_is_refused(suite):
         convert.run(suite, "toy")
     with pytest.raises(ValueError, match="unknown task 'lsun-church-ldm8': did you mean 'lsun-churches-ldm8'"):
         convert.run(suite, "lsun-church-ldm8")
+    tasks = suite.tasks | {CHURCHES: dataclasses.replace(suite.tasks[CHURCHES], family="ddpm")}
+    with pytest.raises(ValueError, match="has family ddpm, but its original is one of ldm"):
+        convert.run(dataclasses.replace(suite, tasks=tasks), CHURCHES)
 
 
 def test_every_task_of_the_paper_suite_that_samples_a_published_model_has_an_original(root):
