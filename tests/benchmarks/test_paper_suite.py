@@ -28,6 +28,8 @@ from tests.benchmarks.inception import write_weights
 from tests.benchmarks.loopback import Loopback
 from tests.benchmarks.originals.tiny import write_original, write_tokenizer
 
+# Of the images of the tiny originals.
+SIDE, CIFAR_SIDE = 32, 16
 PAPER = Path(command_line.__file__).parent / "paper"
 CLIP = {
     "embed_dim": 16,
@@ -70,11 +72,12 @@ def suite(tmp_path_factory: pytest.TempPathFactory, originals: Path) -> Path:
     settings = smoke.cut(yaml.safe_load((PAPER / "params.yaml").read_text(encoding="utf-8")))
     settings["tables"] = {"published": settings["tables"]["published"] | {"methods": ["tfmq"]}}
     for task in settings["tasks"].values():
-        task |= {"images": 4, "batch": 2}
+        side = CIFAR_SIDE if task["family"] == "ddpm" else SIDE
+        task |= {"images": 4, "batch": 2, "data_images": None, "resolution": side}
         if "data" in task:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cifar10, "RECORDS", 1)
-                WRITERS[task["dataset"]](folder / task["data"])
+            WRITERS[task["dataset"]](folder / task["data"])
+    for path in (folder / "images" / "cifar10").iterdir():
+        path.write_bytes(path.read_bytes()[: 1 + 3 * CIFAR_SIDE**2])
     (folder / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return folder
 
@@ -85,6 +88,7 @@ def run(suite: Path, originals: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.chdir(suite)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(cifar10, "RECORDS", 1)
+    monkeypatch.setattr(cifar10, "SIDE", CIFAR_SIDE)
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: CLIP)
     with Loopback(originals) as server:
         document = yaml.safe_load((PAPER / "sources.yaml").read_text(encoding="utf-8"))
