@@ -1,0 +1,151 @@
+"""plan: what a suite or some of its tasks will cost, from settings, structure and one timed evaluation of each network.
+
+Neither checkpoints nor downloads have to be there: what is not is planned from the architecture's published settings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+
+from benchmarks import params, sources
+from benchmarks.originals import expected
+from benchmarks.originals.architectures import ARCHITECTURES, TASKS
+from benchmarks.params import Suite, Task
+from benchmarks.plan import FLOAT, Item, Network, Planner, Rate
+from benchmarks.sources import Source
+from benchmarks.stages import fetch
+from benchmarks.stages.journal import MIB, peak_memory, restart_peak
+from benchmarks.stages.setup import SCHEDULERS, device_of, task_of
+from benchmarks.tables.plan import plan
+from tfmq.unet import UNet, restore_attention_heads
+
+SHARED = "downloads for several tasks"
+UNET, SCHEDULER, TEXT = "unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"
+
+
+@dataclass(frozen=True)
+class Described:
+    """The settings of a task's networks, and the bytes of the folder that they are or will be in."""
+
+    unet: Mapping[str, object]
+    scheduler: Mapping[str, object]
+    tokens: int
+    stored: int
+
+
+def run(suite: Suite, tasks: Sequence[str], device_name: str) -> str:
+    """A table for each of ``tasks``, or for all; nothing is written.
+
+    Raises ValueError for unknown names, and for a task whose checkpoint is not there and of no known architecture.
+    """
+    params.check_methods(suite)
+    chosen = [task_of(suite, name) for name in tasks or suite.tasks]
+    device = device_of(device_name)
+    torch.set_num_threads(1)
+    shared = [name for name in _sources() if name not in suite.tasks]
+    planned: dict[str, list[Item]] = {SHARED: _downloads(shared)} if shared else {}
+    rates: dict[str, Rate] = {}
+    timed: dict[str, Rate] = {}
+    for task in chosen:
+        described = _describe(task)
+        network = Network(_build(described.unet, torch.device("meta")), _timesteps(task, described), described.tokens)
+        rows = 1 if device.type == "cpu" else task.batch * (1 if task.guidance_scale == 1 else 2)
+        key = json.dumps([described.unet, rows], sort_keys=True, default=str)
+        if key not in timed:
+            timed[key] = _time(described, device, rows)
+        rates[task.name] = timed[key]
+        found = [*_downloads([task.name]), Item("checkpoint", disk=described.stored)]
+        planned[task.name] = [*found, *Planner(suite, task, network, rates[task.name]).items()]
+    return plan(planned, rates)
+
+
+def _describe(task: Task) -> Described:
+    folder = Path(task.checkpoint)
+    if (folder / UNET).is_file():
+        text = folder / TEXT
+        stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        tokens = _json(text)["max_position_embeddings"] if text.is_file() else 1
+        return Described(_json(folder / UNET), _json(folder / SCHEDULER), tokens, stored)
+    if task.name not in TASKS:
+        raise ValueError(f"{folder} is missing, and no architecture is known of {task.name}: run `dvc pull`")
+    architecture = ARCHITECTURES[TASKS[task.name]]
+    size = architecture.full
+    parts = expected.expected(architecture, size).parts.values()
+    stored = FLOAT * sum(parameter.numel() for part in parts for parameter in part.network.parameters())
+    heads = {} if size.heads is None else {"attention_heads": size.heads}
+    tokens = 1 if size.text_encoder is None else size.text_encoder["max_position_embeddings"]
+    return Described({**size.unet, **heads}, architecture.scheduler, tokens, stored)
+
+
+def _json(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _timesteps(task: Task, described: Described) -> torch.Tensor:
+    module, name = SCHEDULERS[task.scheduler]
+    scheduler = getattr(importlib.import_module(module), name).from_config(dict(described.scheduler))
+    scheduler.set_timesteps(task.steps)
+    return torch.as_tensor(scheduler.timesteps)
+
+
+def _build(settings: Mapping[str, object], device: torch.device) -> UNet:
+    """A UNet with random weights."""
+    with torch.device(device):
+        unet = getattr(diffusers, settings["_class_name"]).from_config(dict(settings))
+    restore_attention_heads(unet)
+    return unet.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _time(described: Described, device: torch.device, rows: int) -> Rate:
+    """Time one evaluation of so many samples at once; on a GPU after another one, which makes it ready."""
+    unet = _build(described.unet, device)
+    size, width = unet.config.sample_size, getattr(unet.config, "cross_attention_dim", None)
+    latents = torch.randn(rows, unet.config.in_channels, size, size, device=device)
+    context = () if width is None else (torch.randn(rows, described.tokens, width, device=device),)
+    on_gpu = device.type == "cuda"
+    try:
+        if on_gpu:
+            unet(latents, torch.tensor(1, device=device), *context)
+            torch.cuda.synchronize(device)
+        restart_peak(device)
+        before = torch.cuda.memory_allocated(device) / MIB if on_gpu else peak_memory(device)
+        start = time.perf_counter()
+        unet(latents, torch.tensor(1, device=device), *context)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    except torch.cuda.OutOfMemoryError:
+        raise ValueError(
+            f"{rows} samples at once do not fit in the GPU's memory: give the task a smaller batch"
+        ) from None
+    held = max(peak_memory(device) - before, 0) * MIB
+    name = torch.cuda.get_device_name(device) if on_gpu else "one thread of a CPU"
+    return Rate(name, rows, seconds / rows, held / rows)
+
+
+def _sources() -> dict[str, Source]:
+    return sources.load(fetch.SOURCES) if fetch.SOURCES.is_file() else {}
+
+
+def _downloads(names: Sequence[str]) -> list[Item]:
+    """Files of `sources.yaml`; a checkpoint whose size no one publishes has that of its tensors."""
+    found = []
+    for name, source in _sources().items():
+        if name in names:
+            size = source.bytes
+            if size is None and name in TASKS:
+                architecture = ARCHITECTURES[TASKS[name]]
+                shapes = expected.expected(architecture, architecture.full).shapes.values()
+                size = FLOAT * sum(math.prod(shape) for shape in shapes)
+            found.append(Item(f"fetch {name}", disk=size))
+    return found

@@ -1,0 +1,86 @@
+"""What is planned is what the stages then take."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers.models.attention_processor import Attention
+
+from benchmarks import __main__ as command_line
+from benchmarks import params
+from benchmarks.originals.architectures import ARCHITECTURES
+from benchmarks.stages import plan
+
+
+def read(text):
+    """Rows of each table, by task and by step."""
+    found, task = {}, ""
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            task = line or task
+            continue
+        row = [cell.strip() for cell in line.split("|")[1:-1]]
+        rows = found.setdefault(task, [])
+        rows.append(dict(zip(rows[0], row, strict=True)) if rows else row)
+    return {task: {row["Step"]: row for row in rows[2:]} for task, rows in found.items()}
+
+
+def count(text):
+    return 0 if text == "–" else int(text.replace(",", ""))
+
+
+def test_counts_are_those_of_the_records_and_sizes_those_of_the_files(suite, generate, score, capsys):
+    assert command_line.main(["plan", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    rows = read(out)["toy"]
+    pool = Path("work/calibration/toy/pool.safetensors").stat().st_size / 2**30
+    assert float(rows["calibrate"]["Disk (GiB)"].replace("–", "0")) == pytest.approx(pool, abs=0.01)
+    assert count(rows["calibrate"]["Pool"]) == 3 * 4 and count(rows["reference"]["Reference"]) == 3 * 4
+    assert rows["nearest-published/w4a8"]["Note"] == "not applicable"
+    for method in ("nearest", "tfmq"):
+        assert generate(method, "w4a8") == (0, [])
+        cost = score(method, "w4a8")["w4a8"].cost
+        row = rows[f"{method}/w4a8"]
+        planned = sum(count(cells) for cells in (rows["calibrate"]["Pool"], row["Weights"], row["Activations"]))
+        assert (planned, count(row["Optimiser steps"])) == (cost.unet_evaluations, cost.optimizer_steps)
+    assert "s an evaluation on one thread of a CPU, 1 at once" in out
+
+
+def test_errors_are_one_line(suite, run):
+    assert run("plan", "--task", "toi")[1][0].startswith("error: unknown task 'toi': did you mean 'toy'?")
+    Path("data/toy/unet/config.json").unlink()
+    code, lines = run("plan", "--task", "toy")
+    assert code == 1 and lines == ["error: data/toy is missing, and no architecture is known of toy: run `dvc pull`"]
+
+
+def test_a_checkpoint_that_is_not_there_is_planned_from_its_architecture(root, tmp_path, monkeypatch):
+    """Without the timing, for which a full-size network would have to be built."""
+    monkeypatch.chdir(tmp_path)
+    document = yaml.safe_load((root / "benchmarks/paper/params.yaml").read_text(encoding="utf-8"))
+    suite = params.parse(document)
+    described = plan._describe(suite.tasks["coco-sd-v1-4"])
+    unet = plan._build(described.unet, torch.device("meta"))
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
+    assert described.tokens == 77 and described.stored > 4 * 859_520_964
+    assert len(plan._timesteps(suite.tasks["coco-sd-v1-4"], described)) == 51
+    churches = plan._describe(suite.tasks["lsun-churches-ldm8"])
+    assert churches.unet["attention_heads"] == ARCHITECTURES["ldm8-churches"].full.heads
+    modules = plan._build(churches.unet, torch.device("meta")).modules()
+    assert {module.heads for module in modules if isinstance(module, Attention)} == {8}
+
+
+def test_downloads_have_their_published_size_or_that_of_their_tensors(root, monkeypatch):
+    monkeypatch.chdir(root / "benchmarks/paper")
+    (given,) = plan._downloads(["coco-sd-v1-4"])
+    (shaped,) = plan._downloads(["lsun-bedrooms-ldm4"])
+    assert given.disk == 4_265_380_512
+    keys = root.parent / "shared/reference/checkpoints/ldm4_lsun_bedrooms.keys.json"
+    if not keys.exists():
+        pytest.skip(f"{keys} is not here")
+    shapes = [entry["shape"] for entry in json.loads(keys.read_text())["keys"].values()]
+    assert shaped.disk == pytest.approx(4 * sum(math.prod(shape) for shape in shapes), rel=1e-4)
