@@ -27,6 +27,7 @@ from tests.benchmarks.datasets.originals import WRITERS
 from tests.benchmarks.inception import write_weights
 from tests.benchmarks.loopback import Loopback
 from tests.benchmarks.originals.tiny import write_original, write_tokenizer
+from tests.benchmarks.test_captions import annotations
 
 # Of the images of the tiny originals.
 SIDE, CIFAR_SIDE = 32, 16
@@ -57,8 +58,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(files["coco-captions"], "w") as archive:
         for purpose, member in captions.MEMBERS.items():
             ids = (PAPER / "prompts" / "coco" / f"{purpose}.ids").read_text().split()
-            found = [{"id": int(one), "image_id": int(one), "caption": f"a photograph, number {one}"} for one in ids]
-            archive.writestr(member, json.dumps({"annotations": found}))
+            archive.writestr(f"annotations/{member}", json.dumps(annotations(map(int, ids))))
     for name in ("adm-imagenet256", "adm-lsun-bedroom256"):
         np.savez(files[name], **ADM)
     return folder
@@ -78,6 +78,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory, originals: Path) -> Path:
             WRITERS[task["dataset"]](folder / task["data"])
     for path in (folder / "images" / "cifar10").iterdir():
         path.write_bytes(path.read_bytes()[: 1 + 3 * CIFAR_SIDE**2])
+    for name in ("calibration", "evaluation"):  # the tiny checkpoint has ten classes
+        (folder / "prompts" / "imagenet" / f"{name}.txt").write_text("\n".join("0123456789") + "\n")
     (folder / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return folder
 
