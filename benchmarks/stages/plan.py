@@ -21,11 +21,11 @@ from benchmarks.originals import expected
 from benchmarks.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.params import Suite, Task
 from benchmarks.plan import FLOAT, Item, Network, Planner, Rate
+from benchmarks.plan_table import plan
 from benchmarks.sources import Source
 from benchmarks.stages import fetch
 from benchmarks.stages.journal import MIB, peak_memory, restart_peak
 from benchmarks.stages.setup import SCHEDULERS, device_of, task_of
-from benchmarks.tables.plan import plan
 from tfmq.unet import UNet, restore_attention_heads
 
 SHARED = "downloads for several tasks"

@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from timm.models import create_model
 
 import baselines.nearest
-from benchmarks import params, plan
+from benchmarks import params, plan, plan_table
 from benchmarks.features.efficientnet_lite0 import EfficientNetLite0
 from benchmarks.plan import Item, Network, Planner, Rate
-from benchmarks.tables import plan as shown
 from tests.tfmq import networks
 from tfmq.checkpoint import save_quantized
 from tfmq.plan import SHARED
@@ -140,13 +139,15 @@ def test_a_method_that_does_not_say_what_it_takes_is_shown(monkeypatch):
 
 
 def test_the_text_has_a_line_a_step_and_sums_up():
-    planned = {"downloads": [Item("fetch it", disk=None)], "toy": planner().items()}
-    text = shown.plan(planned, {"toy": RATE})
+    downloads = [Item("fetch it", disk=None), Item("fetch that", disk=3 * 2**30)]
+    planned = {"downloads": downloads, "toy": planner().items()}
+    text = plan_table.plan(planned, {"toy": RATE})
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines}
     assert rows["prev/w4a8"]["Weights"] == "12" and rows["prev/w4a8"]["Reference"] == "–"
     assert rows["fetch it"]["Disk (GiB)"] == "?"
     whole = plan.total("total", planned["toy"])
+    assert "\ndownloads: at least 3.00 GiB of disk.\n" in text
     assert rows["total"]["Sampling"] == f"{whole.sampling:,}" == str(35 + 2 * 50)
     assert f"toy: {whole.evaluations:,} evaluations of the UNet" in text
     assert "0.5 s an evaluation on a test, 2 at once" in text and text.count("all: ") == 1

@@ -50,6 +50,8 @@ def _table(found: Sequence[Item]) -> str:
 
 
 def _summary(name: str, whole: Item, rate: Rate | None) -> str:
+    if not whole.evaluations:
+        return f"{name}: {whole.note} {_gib(whole.disk)} GiB of disk.".replace(":  ", ": ")
     timed = ""
     if rate is not None:
         timed = f" ({rate.seconds:.3g} s an evaluation on {rate.device}, {rate.rows} at once)"
