@@ -29,17 +29,21 @@ def verify(folder: Path) -> str:
     """
     listing = folder / NAME
     if not listing.is_file():
-        raise ValueError(f"there is no checkpoint in {folder} ({NAME} is missing): run `dvc pull data.dvc`")
+        raise ValueError(
+            f"there is no checkpoint in {folder} ({NAME} is missing): run `dvc pull data.dvc`, or `dvc repro` in the paper suite"
+        )
     try:
         hashes = dict(json.loads(listing.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ValueError(f"{listing} is damaged: delete it and run `dvc pull data.dvc`") from None
+        raise ValueError(
+            f"{listing} is damaged: delete it and run `dvc pull data.dvc`, or `dvc repro` in the paper suite"
+        ) from None
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing: run `dvc pull data.dvc`")
+            raise ValueError(f"{path} is missing: run `dvc pull data.dvc`, or `dvc repro` in the paper suite")
         if sha256(path) != expected:
             raise ValueError(
-                f"{path} is damaged (its SHA-256 is not the manifest's): delete it and run `dvc pull data.dvc`"
+                f"{path} is damaged (its SHA-256 is not the manifest's): delete it and run `dvc pull data.dvc`, or `dvc repro` in the paper suite"
             )
     return sha256(listing)
