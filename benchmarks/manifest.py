@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 NAME = "manifest.json"
+AGAIN = "run `dvc pull data.dvc`, or `dvc repro` in the paper suite"
 
 
 def sha256(path: Path) -> str:
@@ -29,21 +30,15 @@ def verify(folder: Path) -> str:
     """
     listing = folder / NAME
     if not listing.is_file():
-        raise ValueError(
-            f"there is no checkpoint in {folder} ({NAME} is missing): run `dvc pull data.dvc`, or `dvc repro` in the paper suite"
-        )
+        raise ValueError(f"there is no checkpoint in {folder} ({NAME} is missing): {AGAIN}")
     try:
         hashes = dict(json.loads(listing.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ValueError(
-            f"{listing} is damaged: delete it and run `dvc pull data.dvc`, or `dvc repro` in the paper suite"
-        ) from None
+        raise ValueError(f"{listing} is damaged: delete it and {AGAIN}") from None
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing: run `dvc pull data.dvc`, or `dvc repro` in the paper suite")
+            raise ValueError(f"{path} is missing: {AGAIN}")
         if sha256(path) != expected:
-            raise ValueError(
-                f"{path} is damaged (its SHA-256 is not the manifest's): delete it and run `dvc pull data.dvc`, or `dvc repro` in the paper suite"
-            )
+            raise ValueError(f"{path} is damaged (its SHA-256 is not the manifest's): delete it and {AGAIN}")
     return sha256(listing)
