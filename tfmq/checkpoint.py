@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -200,8 +201,7 @@ def _description(path: Path) -> dict[str, str]:
 def _stored(path: Path, described: dict[str, str]) -> dict[str, Tensor]:
     """The file's tensors. Raises ValueError if they are not those of the description's hash."""
     try:
-        with safe_open(path, "pt") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        stored = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is {DAMAGED} ({error})") from None
     if described.get("tensors_sha256") != _tensors_hash(stored):
