@@ -262,20 +262,16 @@ def run_prompts(settings: Settings) -> None:
 
 
 def run_measure(settings: Settings) -> None:
-    """Measure the published models, and draw reconstructions and samples: the figures of the data card.
-
-    The text-to-image model is left out while it is not there.
-    """
+    """Measure the published models, and draw reconstructions and samples: the figures of the data card."""
     reference = measure.load_reference(PUBLISHED)
     images = data.load_images(PUBLISHED / "emoji", data.TILE)
     unconditional = {name: load_pipeline(LDMPipeline, name) for name in ("emoji-ldm4", "emoji-ldm8")}
     figures = measure.measure_first_stage(unconditional["emoji-ldm4"], reference, FIGURES)
     figures |= measure.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
     figures |= measure.measure_kl(unconditional["emoji-ldm8"], images, reference.held_out, FIGURES)
-    if (PUBLISHED / "emoji-text").is_dir():
-        text, clip_folder = load_pipeline(StableDiffusionPipeline, "emoji-text"), PUBLISHED / "emoji-clip"
-        names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
-        figures |= measure.measure_text_to_image(text, clip_folder, images, reference.rows, names, FIGURES)
+    text, clip_folder = load_pipeline(StableDiffusionPipeline, "emoji-text"), PUBLISHED / "emoji-clip"
+    names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
+    figures |= measure.measure_text_to_image(text, clip_folder, images, reference.rows, names, FIGURES)
     export.write_json(figures, LOGS / "figures.json")
     for name, pipeline in unconditional.items():
         samples = measure.sample(pipeline, measure.SAMPLES, seed=0)
