@@ -44,7 +44,8 @@ class Config(Settings):
         activation_iterations, activation_learning_rate: of the step sizes of each block; 0 iterations learn none.
         caching: which temporal features are looked up in a table: ``all``, or by selection for each ``projection`` or
             at each ``step``; None computes them.
-        memory_gib: most that calibration rows waiting between blocks may take.
+        memory_gib: most of the host's memory that calibration rows waiting between blocks may take; where they take
+            more, they wait on the disk.
     """
 
     steps: int = 20

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import params
@@ -89,31 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     code = 0
     try:
-        module = importlib.import_module(f"benchmarks.stages.{options.command}")
-        given = options.file.resolve() if getattr(options, "file", None) else None
+        stage = importlib.import_module(f"benchmarks.stages.{options.command}")
+        if getattr(options, "file", None):
+            options.file = options.file.resolve()
         if options.suite:
             os.chdir(SUITES[options.suite])
-        if options.command == "fetch":
-            module.run(options.source, given)
-            return 0
-        if options.command == "weights":
-            module.run(options.source)
-            return 0
-        if options.command == "prompts":
-            module.run()
-            return 0
-        suite = params.load(PARAMS)
-        if options.command == "tables":
-            print(module.run(suite))
-        elif options.command == "plan":
-            print(module.run(suite, options.task, options.device))
-        elif options.command == "convert":
-            module.run(suite, options.task)
-        elif options.command in ("calibrate", "reference"):
-            params.check_methods(suite)  # rather now than after these stages
-            module.run(suite, options.task, options.device, _shards(options))
-        else:
-            _run_cells(module, suite, options)
+        found = stage.run(*ARGUMENTS[options.command](options))
+        if isinstance(found, str):
+            print(found)
     except* (ValueError, OSError) as group:
         for error in group.exceptions:
             print(": ".join(["error", *getattr(error, "__notes__", []), str(error)]), file=sys.stderr)
@@ -121,13 +105,35 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _run_cells(module: object, suite: params.Suite, options: argparse.Namespace) -> None:
+def _of_task(options: argparse.Namespace) -> tuple:
+    suite = params.load(PARAMS)
+    params.check_methods(suite)  # rather now than after these stages
+    return suite, options.task, options.device, _shards(options)
+
+
+def _of_cells(options: argparse.Namespace) -> tuple:
     from benchmarks.stages import setup
 
+    suite = params.load(PARAMS)
     if options.method != FULL_PRECISION and not options.table:
         raise ValueError(f"--table is missing: give one of {', '.join(suite.tables)}")
-    named = (options.table, options.task, options.method, options.precision, options.seed)
-    module.run(suite, setup.cells_of(suite, *named), options.device, _shards(options))
+    cells = setup.cells_of(suite, options.table, options.task, options.method, options.precision, options.seed)
+    return suite, cells, options.device, _shards(options)
+
+
+# What the `run` of each stage is called with.
+ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
+    "fetch": lambda options: (options.source, options.file),
+    "prompts": lambda options: (),
+    "weights": lambda options: (options.source,),
+    "convert": lambda options: (params.load(PARAMS), options.task),
+    "plan": lambda options: (params.load(PARAMS), options.task, options.device),
+    "calibrate": _of_task,
+    "reference": _of_task,
+    "generate": _of_cells,
+    "score": _of_cells,
+    "tables": lambda options: (params.load(PARAMS),),
+}
 
 
 def _count(text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -41,21 +41,25 @@ def methods(suite: Suite, reported: pd.DataFrame) -> str:
         method = discover.method(name)
         shown = f"`baselines/{name}.py` · {method.source} · in {', '.join(found)}"
         parts.append(f"## {method.label}\n\n{shown}\n\n{discover.text(discover.METHODS, name)}")
-        parts.append(_settings(method.config, suite.methods[name], name))
+        used = read(method.config, suite.methods[name], f"methods.{name}")
+        parts.append(f"Settings here: {_differences(method.config(), used)}.")
+        for task in suite.tasks.values():
+            if name in task.methods:
+                on_task = read(method.config, suite.settings(task.name, name), f"tasks.{task.name}.methods.{name}")
+                parts.append(f"On {task.name}: {_differences(used, on_task)}.")
         numbers = reported[(reported["method"] == name) & reported["metric"].isin(QUALITY)]
         if len(numbers):
             parts.append(f"Reported:\n\n{_reported(numbers)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _settings(config: type, overrides: Mapping[str, object], name: str) -> str:
-    default, used = config(), read(config, overrides, f"methods.{name}")
+def _differences(default: object, used: object) -> str:
     changed = [
         f"`{field.name}` {getattr(used, field.name)} (default {getattr(default, field.name)})"
-        for field in dataclasses.fields(config)
+        for field in dataclasses.fields(used)
         if getattr(used, field.name) != getattr(default, field.name)
     ]
-    return f"Settings here: {', '.join(changed)}." if changed else "Settings here: the defaults."
+    return ", ".join(changed) or "the defaults"
 
 
 def _reported(numbers: pd.DataFrame) -> str:

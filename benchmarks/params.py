@@ -33,7 +33,8 @@ class Task:
     `benchmarks/datasets`), or the published ``statistics`` of a data set, or features of the one and moments of the
     other. ``evaluator`` sees all images; ``second_evaluator`` gives one more distance to the data. ``prompts`` is a
     folder with what images are made from, a prompt a line in ``calibration.txt`` and ``evaluation.txt``, and ``clip``
-    are those with the CLIPs that score how well they match; an unconditional task has neither.
+    are those with the CLIPs that score how well they match; an unconditional task has neither. ``methods`` maps a
+    method to the settings that it has on this task alone.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Task:
     second_evaluator: str | None = None
     prompts: str | None = None
     clip: tuple[str, ...] = ()
+    methods: dict[str, dict[str, object]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         counts = ("images", "batch", "calibration_images", "data_images")
@@ -182,6 +184,11 @@ class Suite:
                 if method not in self.methods:
                     advice = f"Add `{method}: {{}}` under methods, or the settings that differ from its defaults."
                     raise discover.unknown(f"method in tables.{name}", method, self.methods, advice)
+        for task in self.tasks.values():
+            for method in task.methods:
+                if method not in self.methods:
+                    where = f"method in tasks.{task.name}.methods"
+                    raise discover.unknown(where, method, self.methods, "Methods stand below.")
         cells = self.cells()
         if len(set(cells)) < len(cells):
             twice = next(cell for cell in cells if cells.count(cell) > 1)
@@ -195,6 +202,10 @@ class Suite:
     def pools(self) -> int:
         """Calibration pools of each task: as many as any table has calibration seeds."""
         return max((count for table in self.tables.values() for count in table.seeds.values()), default=1)
+
+    def settings(self, task: str, method: str) -> dict[str, object]:
+        """The settings of a method on a task that differ from its defaults."""
+        return self.methods.get(method, {}) | self.tasks[task].methods.get(method, {})
 
     def cells(self) -> list[Cell]:
         """Every cell: the full-precision ones, then table by table."""
@@ -253,6 +264,9 @@ def check_methods(suite: Suite) -> None:
     """Raise ValueError for settings that a method does not have, naming the nearest one. Imports every method."""
     for name, overrides in suite.methods.items():
         read(discover.method(name).config, overrides, f"methods.{name}")
+    for task in suite.tasks.values():
+        for name, overrides in task.methods.items():
+            read(discover.method(name).config, overrides, f"tasks.{task.name}.methods.{name}")
 
 
 def _named(name: str, task: object) -> object:

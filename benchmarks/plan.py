@@ -212,7 +212,7 @@ class Planner:
         protocol = method.published if cell.protocol == PUBLISHED else SHARED
         if protocol is None or method.objection(precision):
             return Item(name, note="not applicable")
-        config = read(method.config, self.suite.methods[cell.method], f"methods.{cell.method}")
+        config = read(method.config, self.suite.settings(cell.task, cell.method), f"methods.{cell.method}")
         if not isinstance(config, Settings):
             return Item(name, disk=None, memory=None, note="its settings do not say what it takes")
         effort = config.effort(self.network.unet, self.pool, precision, protocol)

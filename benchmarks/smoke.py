@@ -40,6 +40,8 @@ def cut(document: dict[str, object]) -> dict[str, object]:
         for key, limit in TASK_LIMITS.items():
             if task.get(key) != 0:
                 task[key] = min(task.get(key) or limit, limit)
+        for settings in task.get("methods", {}).values():
+            settings |= {key: min(value, ITERATIONS) for key, value in settings.items() if key.endswith("iterations")}
     for name, settings in small["methods"].items():
         for field in dataclasses.fields(discover.method(name).config):
             if field.name.endswith("iterations"):

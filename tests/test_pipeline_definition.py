@@ -1,29 +1,44 @@
-"""dvc.yaml and params.yaml agree with the files that they name."""
+"""The dvc.yaml and params.yaml of each suite agree with each other and with the files that they name."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from benchmarks import params
+from benchmarks import params, sources
+
+TABLES = {".": params.TABLES, "benchmarks/paper": ("leaderboard", "published")}
+TABLES_OF_SUITES = [(suite, table) for suite, tables in TABLES.items() for table in tables]
+# What a suite's stages make, and what users bring.
+MADE = ("work", "data", "results", "downloads", "images")
+PAPER = "benchmarks/paper"
+PURPOSES = ("calibration", "evaluation")
 
 
-@pytest.fixture
-def stages(root: Path) -> dict[str, dict]:
-    return yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+def definition(root: Path, suite: str) -> dict[str, dict]:
+    return yaml.safe_load((root / suite / "dvc.yaml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("table", params.TABLES)
-def test_a_row_depends_on_its_file_and_all_shared_recipes(root, stages, table):
-    deps = stages[f"generate_{table}"]["deps"]
+def dependencies(root: Path, suite: str, stage: dict) -> Iterator[str]:
+    """Of a stage, as paths from the repository's root; what it makes itself keeps its name."""
+    for dep in stage.get("do", stage).get("deps", []):
+        yield os.path.normpath(Path(suite) / dep) if dep.startswith("..") else dep
+
+
+@pytest.mark.parametrize(("suite", "table"), TABLES_OF_SUITES)
+def test_a_row_depends_on_its_file_and_all_shared_recipes(root, suite, table):
+    deps = list(dependencies(root, suite, definition(root, suite)["stages"][f"generate_{table}"]))
     recipes = {f"baselines/{path.name}" for path in (root / "baselines").glob("_*.py")}
     assert {dep for dep in deps if dep.startswith("baselines")} == recipes | {"baselines/${item.method}.py"}
 
 
-@pytest.mark.parametrize("table", params.TABLES)
-def test_a_row_depends_on_the_settings_and_cells_of_its_own_table(stages, table):
+@pytest.mark.parametrize(("suite", "table"), TABLES_OF_SUITES)
+def test_a_row_depends_on_the_settings_and_cells_of_its_own_table(root, suite, table):
+    stages = definition(root, suite)["stages"]
     for stage in ("generate", "score"):
         entry = stages[f"{stage}_{table}"]
         assert f"--table {table} " in entry["cmd"] and entry["cmd"].startswith(f"python -m benchmarks {stage} ")
@@ -38,18 +53,52 @@ def test_a_row_depends_on_the_settings_and_cells_of_its_own_table(stages, table)
     assert outs == {f"results/records/{row}", f"work/scores/{row}"}
 
 
-def test_pools_depend_on_the_seeds_of_all_tables(stages):
-    used = stages["calibrate"]["do"]["params"]
-    assert {f"tables.{table}.seeds" for table in params.TABLES} == {name for name in used if name.startswith("tables.")}
+@pytest.mark.parametrize("suite", TABLES)
+def test_stages_of_one_name_depend_on_the_same_in_both_suites(root, suite):
+    stages, of_small = definition(root, suite)["stages"], definition(root, ".")["stages"]
+    for name in ("calibrate", "full_precision", "score_full_precision", *(f"score_{table}" for table in TABLES[suite])):
+        code = [
+            {dep for dep in dependencies(root, where, found[name]) if dep.endswith(".py") or dep.startswith("tfmq")}
+            for where, found in ((suite, stages), (".", of_small))
+        ]
+        assert code[0] == code[1], name
 
 
-def test_other_dependencies_exist(root, stages):
-    for name, stage in stages.items():
-        for dep in stage.get("do", stage)["deps"]:
-            if "$" not in dep and not dep.startswith(("work", "data", "results")):
-                assert (root / dep).exists(), f"{name} depends on {dep}"
+@pytest.mark.parametrize("suite", TABLES)
+def test_pools_depend_on_the_seeds_of_all_tables(root, suite):
+    used = definition(root, suite)["stages"]["calibrate"]["do"]["params"]
+    wanted = {f"tables.{table}.seeds" for table in TABLES[suite]}
+    assert wanted == {name for name in used if name.startswith("tables.")}
 
 
-def test_the_suite_is_valid(root):
-    suite = params.load(root / "params.yaml")
-    assert set(suite.tables) == set(params.TABLES)
+@pytest.mark.parametrize("suite", TABLES)
+def test_other_dependencies_exist(root, suite):
+    for name, stage in definition(root, suite)["stages"].items():
+        for dep in dependencies(root, suite, stage):
+            if "$" not in dep and not dep.startswith(MADE):
+                there = root / dep if dep.startswith(("benchmarks", "tfmq", "baselines")) else root / suite / dep
+                assert there.exists(), f"{name} depends on {dep}"
+
+
+@pytest.mark.parametrize("suite", TABLES)
+def test_the_suite_is_valid(root, suite):
+    found = params.load(root / suite / "params.yaml")
+    assert set(found.tables) == set(TABLES[suite])
+    params.check_methods(found)
+
+
+def test_the_files_of_the_papers_tasks_are_those_of_their_settings(root):
+    document = definition(root, PAPER)
+    suite, (variables,) = params.load(root / PAPER / "params.yaml"), document["vars"]
+    assert list(variables["inputs"]) == list(suite.tasks)
+    known = sources.load(root / PAPER / "sources.yaml")
+    assert document["stages"]["fetch"]["foreach"] == {name: source.file for name, source in known.items()}
+    for name, inputs in variables["inputs"].items():
+        task = suite.tasks[name]
+        nothing = ["prompts/nothing"] * 2
+        prompts = nothing if task.prompts is None else [f"{task.prompts}/{purpose}.txt" for purpose in PURPOSES]
+        assert inputs["family"] == task.family
+        assert inputs["original"] == f"downloads/{known[name].file}"
+        assert inputs["data"] == (task.data or task.statistics)
+        assert [inputs["calibration_prompts"], inputs["evaluation_prompts"]] == prompts
+        assert [inputs["clip"], inputs["second_clip"]] == (list(task.clip) or nothing)

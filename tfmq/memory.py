@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from tfmq.calibration import CalibrationRows
 from tfmq.checkpoint import full_precision_bytes
@@ -95,10 +97,25 @@ def _largest(unet: UNet, layout: UNetLayout, rows: CalibrationRows, measure: Mea
     """The most that ``measure(stream, block)`` finds at any block that all ``rows`` pass at once."""
     stream = BlockStream(unet, rows, len(rows), Place(unet.device))
     most = 0
-    for block in layout.blocks:
-        most = max(most, measure(stream, block))
-        stream.advance(block, stream.outputs(block, stream.inputs(block)))
+    with _FusedAttention():
+        for block in layout.blocks:
+            most = max(most, measure(stream, block))
+            stream.advance(block, stream.outputs(block, stream.inputs(block)))
     return most
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention in floating point without its matrix of probabilities, as CPUs and GPUs compute it.
+
+    The meta device has the unfused form alone.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if function is functional.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return function(*args, **(kwargs or {}))
 
 
 def _learning_bytes(stream: BlockStream, block: Block) -> int:

@@ -107,7 +107,7 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
 def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
     """The work of a cell, with its folder in `.resume/`; None where the method objects, which is then the outcome."""
     task = task_of(suite, cell.task)
-    overrides, settings, inputs = suite.methods.get(cell.method, {}), {}, {}
+    overrides, settings, inputs = suite.settings(cell.task, cell.method), {}, {}
     if cell.method != FULL_PRECISION:
         method = discover.method(cell.method)
         settings = asdict(_config(method, cell, overrides))
@@ -304,6 +304,7 @@ def _finish(work: Work) -> None:
                 "full_precision_size_mib": size,
                 "peak_memory_mib": max(part["peak_memory_mib"].item() for part in parts),
             }
+        outcome["images"] = files.sha256_folder(folder / IMAGES)
         files.write_json(folder / OUTCOME, outcome)
 
 

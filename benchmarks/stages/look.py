@@ -45,6 +45,16 @@ def scorers(task: Task, device: torch.device) -> list[Scorer]:
     return [_scorer(Path(folder), device) for folder in task.clip]
 
 
+def seen_by(task: Task, device: torch.device) -> dict[str, object]:
+    """The identities of the task's evaluators and CLIPs."""
+    evaluator, second = evaluators(task, device)
+    return {
+        "evaluator": evaluator.identity,
+        "second_evaluator": None if second is None else second.identity,
+        "clip": [scorer.identity for scorer in scorers(task, device)],
+    }
+
+
 def forget() -> None:
     """Let go of evaluators and CLIPs."""
     for cached in (evaluator_of, second_evaluator_of, _scorer):

@@ -22,6 +22,8 @@ from benchmarks.stages import files, look, reference
 from benchmarks.stages.setup import device_of, seed_of, task_of
 from benchmarks.stages.workers import run_units
 
+# In the folder of what was seen of full precision: who saw it.
+SEEN_BY = "seen_by.json"
 # A part of a cell's images, or None for the cell's record.
 Unit = tuple[Cell, range | None]
 
@@ -74,9 +76,8 @@ def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
     folder = files.cell_folder(cell)
     outcome = files.read_json(folder / files.OUTCOME)
     measured = outcome["status"] == "measured"
-    evaluator, second = look.evaluators(task, device)
     made_with = files.read_json(files.reference(task.name) / reference.EVALUATOR)
-    images = {"images": files.sha256_folder(folder / files.IMAGES)} if measured else {}
+    images = {"images": outcome["images"]} if measured else {}
     values, per_image = _measure(task, cell, device, looked) if measured else ({}, {})
     record = Record(
         task=task.name,
@@ -88,9 +89,7 @@ def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
         settings={
             "task": asdict(task),
             "method": outcome.get("settings", {}),
-            "evaluator": evaluator.identity,
-            "second_evaluator": None if second is None else second.identity,
-            "clip": [scorer.identity for scorer in look.scorers(task, device)],
+            **look.seen_by(task, device),
             "reference": {key: made_with[key] for key in ("data", "features") if key in made_with},
         },
         status=outcome["status"],
@@ -118,6 +117,8 @@ def _measure(
         with files.new_folder(files.paired(task.name)) as folder:
             for path in looked.iterdir():
                 path.rename(folder / path.name)
+            # A change of evaluators or CLIPs shows here, in what all other cells of the task are compared with.
+            files.write_json(folder / SEEN_BY, look.seen_by(task, device))
     else:
         errors = files.read_tensors(files.cell_folder(cell) / files.ERRORS)
         paired["paired_features"] = look.seen(files.paired(task.name))[0]

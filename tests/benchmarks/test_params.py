@@ -10,6 +10,7 @@ PLUGINS = {
     discover.METHODS: ("full_precision", "nearest", "prev", "tfmq"),
     discover.FAMILIES: ("ldm",),
     discover.EXTRACTORS: ("efficientnet_lite0",),
+    discover.DATASETS: ("emoji",),
 }
 
 
@@ -128,7 +129,7 @@ def test_only_ddim_adds_noise(document):
         (("tasks", "emoji-ldm4", "guidance_scale"), -2.0, "guidance_scale is -2.0, but must be at least 0"),
         (
             ("tasks", "emoji-ldm4", "clip"),
-            "data/clip",
+            ["data/clip"],
             "clip scores how images match prompts, but there are no prompts",
         ),
     ],
@@ -166,4 +167,15 @@ def test_gates_are_bounds_of_known_tasks(document):
         parse(document)
     document["gates"] = {"emoji-ldm8": {"fd_data": [1, 2]}}
     with pytest.raises(ValueError, match="unknown task in gates 'emoji-ldm8': did you mean 'emoji-ldm4'"):
+        parse(document)
+
+
+def test_a_task_may_have_settings_of_its_own_for_a_method(document):
+    document["tasks"]["emoji-ldm8"] = document["tasks"]["emoji-ldm4"] | {"methods": {"tfmq": {"batch": 8}}}
+    suite = parse(document)
+    assert suite.settings("emoji-ldm4", "tfmq") == {"iterations": 1000}
+    assert suite.settings("emoji-ldm8", "tfmq") == {"iterations": 1000, "batch": 8}
+    assert suite.settings("emoji-ldm8", "full_precision") == {}
+    document["tasks"]["emoji-ldm8"]["methods"] = {"tfqm": {"batch": 8}}
+    with pytest.raises(ValueError, match="unknown method in tasks.emoji-ldm8.methods 'tfqm': did you mean 'tfmq'"):
         parse(document)

@@ -87,3 +87,11 @@ def test_networks_with_weights_are_refused():
     rows = rows_of(unet)
     with pytest.raises(ValueError, match="on the meta device, and this one is on cpu"):
         planned_memory(unet, W4A8, QuantizationConfig(), rows, rows)
+
+
+def test_attention_in_floating_point_takes_no_matrix_of_probabilities():
+    unet = networks.conditional().to("meta")
+    latents = torch.empty(8, unet.config.in_channels, 64, 64, device="meta")
+    rows = CalibrationRows(latents, torch.arange(8), torch.empty(8, 5, 12, device="meta"))
+    planned = planned_memory(unet, Precision.parse("w4a32"), QuantizationConfig(rounding=ROUNDING), rows, rows)
+    assert planned.block < len(rows) * 4 * (64 * 64) ** 2

@@ -82,7 +82,8 @@ def save_cell(cell, images):
     for index, part in enumerate(images.split(TASK.batch)):
         (folder / files.IMAGES).mkdir(parents=True, exist_ok=True)
         save_file({"images": part.contiguous()}, folder / files.IMAGES / batch_name(index))
-    files.write_json(folder / files.OUTCOME, {"status": "measured", "reason": ""} | COST)
+    hashed = files.sha256_folder(folder / files.IMAGES)
+    files.write_json(folder / files.OUTCOME, {"status": "measured", "reason": "", "images": hashed} | COST)
     errors = {"trajectory": torch.rand(4, 2), "temporal": torch.rand(2, 3)}
     save_file(errors, folder / files.ERRORS)
 
@@ -174,3 +175,12 @@ def test_without_the_full_precision_cell_a_row_says_what_to_run(suite):
     with pytest.raises(ExceptionGroup) as group:
         score.run(suite, [ROW], "cpu", 1)
     assert "run `dvc repro`, which makes it" in str(group.value.exceptions[0])
+
+
+def test_what_cells_are_paired_with_says_who_has_seen_it(suite, monkeypatch):
+    score.run(suite, [FULL], "cpu", 1)
+    before = files.sha256_folder(files.paired("toy"))
+    load = Clip.__init__
+    monkeypatch.setattr(Clip, "__init__", lambda self, folder: load(self, folder.with_name(f"new-{folder.name}")))
+    score.run(suite, [FULL], "cpu", 1)
+    assert files.sha256_folder(files.paired("toy")) != before, "a changed CLIP changes what other scores depend on"
