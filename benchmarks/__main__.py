@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from benchmarks import params
 from benchmarks.record import FULL_PRECISION
 
@@ -52,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--task", required=True, help="a task of params.yaml")
     command = stage("plan", "Say what cells will cost: evaluations, steps, images, disk, memory and hours.")
     command.add_argument("--task", nargs="+", default=[], help="tasks of params.yaml (default: all)")
+    command = stage("rehearse", "Quantise a task's network with random weights, to see what it takes and covers.")
+    command.add_argument("--task", required=True, help="a task of params.yaml")
+    command.add_argument("--method", required=True, help="a method of the table")
+    command.add_argument("--table", required=True, help="a table of params.yaml")
+    command.add_argument("--precision", default="w4a8", help="such as w8a8 (default: w4a8)")
+    command.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the method, such as iterations=100"
+    )
     for name, text in (
         (
             "calibrate",
@@ -121,6 +131,20 @@ def _of_cells(options: argparse.Namespace) -> tuple:
     return suite, cells, options.device, _shards(options)
 
 
+def _of_rehearsal(options: argparse.Namespace) -> tuple:
+    from benchmarks.stages import setup
+
+    suite = params.load(PARAMS)
+    (cell,) = setup.cells_of(suite, options.table, options.task, options.method, [options.precision], 0)
+    changes = {}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text}: write NAME=VALUE, such as iterations=100")
+        changes[name] = yaml.safe_load(value)
+    return suite, cell, changes, options.device
+
+
 # What the `run` of each stage is called with.
 ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "fetch": lambda options: (options.source, options.file),
@@ -128,6 +152,7 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "weights": lambda options: (options.source,),
     "convert": lambda options: (params.load(PARAMS), options.task),
     "plan": lambda options: (params.load(PARAMS), options.task, options.device),
+    "rehearse": _of_rehearsal,
     "calibrate": _of_task,
     "reference": _of_task,
     "generate": _of_cells,

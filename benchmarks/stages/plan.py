@@ -56,8 +56,8 @@ def run(suite: Suite, tasks: Sequence[str], device_name: str) -> str:
     rates: dict[str, Rate] = {}
     timed: dict[str, Rate] = {}
     for task in chosen:
-        described = _describe(task)
-        network = Network(_build(described.unet, torch.device("meta")), _timesteps(task, described), described.tokens)
+        described = describe(task)
+        network = Network(build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens)
         rows = 1 if device.type == "cpu" else task.batch * (1 if task.guidance_scale == 1 else 2)
         key = json.dumps([described.unet, rows], sort_keys=True, default=str)
         if key not in timed:
@@ -68,7 +68,11 @@ def run(suite: Suite, tasks: Sequence[str], device_name: str) -> str:
     return plan(planned, rates)
 
 
-def _describe(task: Task) -> Described:
+def describe(task: Task) -> Described:
+    """What is known of a task's networks, from its folder or else from its architecture's published settings.
+
+    Raises ValueError where there is neither.
+    """
     folder = Path(task.checkpoint)
     if (folder / UNET).is_file():
         text = folder / TEXT
@@ -90,14 +94,15 @@ def _json(path: Path) -> dict[str, object]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _timesteps(task: Task, described: Described) -> torch.Tensor:
+def timesteps_of(task: Task, described: Described) -> torch.Tensor:
+    """The time steps (T,) of a task's schedule."""
     module, name = SCHEDULERS[task.scheduler]
     scheduler = getattr(importlib.import_module(module), name).from_config(dict(described.scheduler))
     scheduler.set_timesteps(task.steps)
     return torch.as_tensor(scheduler.timesteps)
 
 
-def _build(settings: Mapping[str, object], device: torch.device) -> UNet:
+def build(settings: Mapping[str, object], device: torch.device) -> UNet:
     """A UNet with random weights."""
     with torch.device(device):
         unet = getattr(diffusers, settings["_class_name"]).from_config(dict(settings))
@@ -108,7 +113,7 @@ def _build(settings: Mapping[str, object], device: torch.device) -> UNet:
 @torch.no_grad()
 def _time(described: Described, device: torch.device, rows: int) -> Rate:
     """Time one evaluation of so many samples at once; on a GPU after another one, which makes it ready."""
-    unet = _build(described.unet, device)
+    unet = build(described.unet, device)
     size, width = unet.config.sample_size, getattr(unet.config, "cross_attention_dim", None)
     latents = torch.randn(rows, unet.config.in_channels, size, size, device=device)
     context = () if width is None else (torch.randn(rows, described.tokens, width, device=device),)

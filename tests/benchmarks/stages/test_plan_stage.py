@@ -63,14 +63,14 @@ def test_a_checkpoint_that_is_not_there_is_planned_from_its_architecture(root, t
     monkeypatch.chdir(tmp_path)
     document = yaml.safe_load((root / "benchmarks/paper/params.yaml").read_text(encoding="utf-8"))
     suite = params.parse(document)
-    described = plan._describe(suite.tasks["coco-sd-v1-4"])
-    unet = plan._build(described.unet, torch.device("meta"))
+    described = plan.describe(suite.tasks["coco-sd-v1-4"])
+    unet = plan.build(described.unet, torch.device("meta"))
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
     assert described.tokens == 77 and described.stored > 4 * 859_520_964
-    assert len(plan._timesteps(suite.tasks["coco-sd-v1-4"], described)) == 51
-    churches = plan._describe(suite.tasks["lsun-churches-ldm8"])
+    assert len(plan.timesteps_of(suite.tasks["coco-sd-v1-4"], described)) == 51
+    churches = plan.describe(suite.tasks["lsun-churches-ldm8"])
     assert churches.unet["attention_heads"] == ARCHITECTURES["ldm8-churches"].full.heads
-    modules = plan._build(churches.unet, torch.device("meta")).modules()
+    modules = plan.build(churches.unet, torch.device("meta")).modules()
     assert {module.heads for module in modules if isinstance(module, Attention)} == {8}
 
 

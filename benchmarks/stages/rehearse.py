@@ -1,0 +1,143 @@
+"""rehearse: quantise a task's network with random weights, to see what it takes and covers before there are weights.
+
+Architecture, schedule, method, layers and precision are the cell's own; weights, latents and prompts are random, so
+nothing is said about images. Settings can be made smaller than the suite's for a machine that is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from baselines import Settings
+from benchmarks import discover, environment, rehearsal_table
+from benchmarks.fields import read
+from benchmarks.params import Suite, Task
+from benchmarks.plan import Network
+from benchmarks.record import FULL_PRECISION, PUBLISHED, Cell
+from benchmarks.stages import files, setup
+from benchmarks.stages.journal import MIB, FolderJournal, peak_memory, restart_peak
+from benchmarks.stages.plan import build, describe, timesteps_of
+from tfmq.calibration import CalibrationSet
+from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, save_quantized
+from tfmq.journal import journaled
+from tfmq.plan import SHARED
+from tfmq.precision import Precision
+from tfmq.sampling import SamplingSettings
+from tfmq.streaming import waiting_in
+from tfmq.unet import UNet
+
+FOLDER = files.RESULTS / "rehearsals"
+PAGE = files.RESULTS / "REHEARSALS.md"
+
+
+def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: str) -> str:
+    """Quantise once; writes what it took to ``results/rehearsals`` and returns the page of all rehearsals.
+
+    ``changes`` are settings of the method. Raises ValueError for unknown settings, methods that do not apply at the
+    precision, and a task of no known architecture.
+    """
+    task, device = setup.task_of(suite, cell.task), setup.device_of(device_name)
+    if cell.method == FULL_PRECISION:
+        raise ValueError(f"{cell.name}: there is nothing to rehearse where nothing is quantised")
+    method, settings = discover.method(cell.method), suite.settings(cell.task, cell.method)
+    usual = read(method.config, settings, f"methods.{cell.method}")
+    config = read(method.config, settings | dict(changes), f"settings of {cell.method}")
+    precision = Precision.parse(cell.precision)
+    protocol = method.published if cell.protocol == PUBLISHED else SHARED
+    objection = "no choice of layers of its own is known" if protocol is None else method.objection(precision)
+    if objection:
+        raise ValueError(f"{cell.name} is not applicable: {objection}")
+    described = describe(task)
+    network = Network(build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens)
+    pool = _pool(task, network, config, device)
+    held = config.memory(network.unet, _on_meta(pool), precision, protocol) if isinstance(config, Settings) else None
+    files.WORK.mkdir(exist_ok=True)
+    restart_peak(device)
+    idle = peak_memory(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = build(described.unet, device)
+    full_bytes = full_precision_bytes(unet)
+    before = _predict(unet, pool)
+    with TemporaryDirectory(prefix=".rehearse-", dir=files.WORK) as name:
+        journal = FolderJournal(Path(name) / "learned", device)
+        with journaled(journal), waiting_in(partial(files.mapped, Path(name))):
+            report = method.quantize(unet, pool, precision, config, torch.Generator().manual_seed(0), protocol)
+        peak = max(peak_memory(device), journal.peak_memory_mib)
+        after, size = _predict(unet, pool), packed_bytes(unet)
+        path = Path(name) / "quantized.safetensors"
+        save_quantized(unet, path, {})
+        del unet
+        again = _predict(load_quantized(path).to(device), pool)
+        stored = path.stat().st_size
+    if not torch.equal(again, after):
+        raise ValueError(f"{cell.name}: the stored network predicts other noise than the one that was stored")
+    changed = {
+        field.name: [getattr(usual, field.name), getattr(config, field.name)]
+        for field in dataclasses.fields(config)
+        if getattr(usual, field.name) != getattr(config, field.name)
+    }
+    files.write_json(
+        FOLDER / f"{cell.task}-{cell.row}-{cell.precision}.json",
+        {
+            "cell": dataclasses.asdict(cell),
+            "changed_settings": changed,
+            "images_of_the_pool": pool.images,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "seconds": report.seconds,
+            "effort": dataclasses.asdict(report.effort),
+            "peak_memory_mib": peak,
+            "idle_memory_mib": idle,
+            "planned_memory_mib": None if held is None else held.memory / MIB,
+            "full_precision_size_mib": full_bytes / MIB,
+            "size_mib": size / MIB,
+            "stored_mib": stored / MIB,
+            "relative_error": ((after - before).norm() / before.norm()).item(),
+            "coverage": [dataclasses.asdict(row) for row in report.coverage],
+            "environment": environment.describe(str(device)),
+        },
+    )
+    found = [files.read_json(path) for path in sorted(FOLDER.glob("*.json"))]
+    text = rehearsal_table.page(found)
+    files.write_text(PAGE, text)
+    return text
+
+
+def _pool(task: Task, network: Network, config: object, device: torch.device) -> CalibrationSet:
+    """Random rows at the time steps of the schedule, as many as the method's settings ask for."""
+    wanted = max(getattr(config, name, None) or 1 for name in ("images", "range_images"))
+    steps, images = len(network.timesteps), min(wanted, task.calibration_images)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(steps, images, *network.latent_shape, generator=generator).to(device)
+    width = getattr(network.unet.config, "cross_attention_dim", None)
+    context = None if width is None else torch.randn(images, network.tokens, width, generator=generator).to(device)
+    return CalibrationSet(
+        latents=latents,
+        timesteps=network.timesteps,
+        noise=torch.randn(latents.shape, generator=generator).to(device),
+        samples=latents[-1].clone(),
+        alphas=torch.linspace(0.01, 1, steps + 1, dtype=torch.float64),
+        settings=SamplingSettings(task.steps, task.eta, task.guidance_scale),
+        context=context,
+        unconditional=None if task.guidance_scale == 1 or context is None else torch.zeros_like(context),
+    )
+
+
+def _on_meta(pool: CalibrationSet) -> CalibrationSet:
+    tensors = {name: tensor.to("meta") for name, tensor in pool.tensors.items() if name not in ("timesteps", "alphas")}
+    return dataclasses.replace(pool, **tensors)
+
+
+@torch.no_grad()
+def _predict(unet: UNet, pool: CalibrationSet) -> torch.Tensor:
+    """The noise that a network predicts of the first image at the middle of the schedule, (1, C, H, W)."""
+    middle = pool.steps // 2
+    context = () if pool.context is None else (pool.context[:1],)
+    return unet(pool.latents[middle, :1], pool.timesteps[middle].to(pool.latents.device), *context).sample.cpu()
