@@ -31,8 +31,9 @@ def run(suite: Suite) -> str:
     That is the comparison with the papers' numbers where the suite has one, else the summary over the tasks of the
     leaderboard, or all of the first table where that has one task.
 
-    A cell without a record is shown as failed, and as not measured beside the papers' numbers. Raises ValueError if no
-    cell has one, unless there are papers' numbers to show.
+    A cell without a record is shown as failed. A suite with papers' numbers is one that people run in parts: there such
+    a cell is not measured beside the papers' number, and in no other table. Raises ValueError if no cell has a record,
+    unless there are papers' numbers to show.
     """
     read = [_read(suite, cell) for cell in suite.cells()]
     if suite.reported is None and all(record.status == "failed" for record in read):
@@ -43,23 +44,25 @@ def run(suite: Suite) -> str:
     gates = tables.reported_gates(read, suite, numbers)
     gates = {task: gates.get(task, {}) | suite.gates.get(task, {}) for task in suite.tasks}
     records = {record.cell: record for record in tables.gated(read, gates)}
+    if suite.reported is not None:
+        records = {cell: record for cell, record in records.items() if files.record_file(cell).is_file()}
     full = [record for cell, record in records.items() if cell.method == FULL_PRECISION]
-    measured = {name: [records[cell] for cell in suite.measured(name)] for name in suite.tables}
+    measured = {name: [records[cell] for cell in suite.measured(name) if cell in records] for name in suite.tables}
     shown = {
         name: [
             *(record for record in full if record.task in table.tasks),
-            *(records[cell] for cell in suite.beside(name)),
+            *(records[cell] for cell in suite.beside(name) if cell in records),
             *measured[name],
         ]
         for name, table in suite.tables.items()
+        if measured[name]
     }
-    first = next(iter(shown))
     if suite.reported is None:
+        first = next(iter(shown))
         comparison = ""
         table = tables.across_tasks(shown[first], known) or tables.RENDERERS[first](shown[first], known)
     else:
-        scored = [record for cell, record in records.items() if files.record_file(cell).is_file()]
-        table = comparison = tables.paper(scored, suite, numbers)
+        table = comparison = tables.paper(list(records.values()), suite, numbers)
     drawn = _figures(suite, shown, known)
     files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, comparison))
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))

@@ -21,6 +21,8 @@ def frame(tables: Mapping[str, Sequence[Record]], metrics: Mapping[str, Metric])
     seed, by rank. What was not measured is missing. Raises ValueError for records that must not be compared: a cell
     twice, or one task under different settings; and for metrics that no file describes.
     """
+    if not any(tables.values()):
+        return pd.DataFrame(columns=["table", *STATUS_KEYS, "rank"])
     check([record for records in tables.values() for record in records], metrics)
     rows = []
     for name, records in tables.items():

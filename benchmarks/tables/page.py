@@ -31,12 +31,13 @@ def report(
         " [COVERAGE.md](COVERAGE.md). Which of the papers' claims hold: [FINDINGS.md](FINDINGS.md)."
     )
     sections = ["Reported"] * bool(reported) + [name.capitalize() for name in tables]
-    sections += ["All metrics"] + ["Figures"] * bool(figures)
+    sections += ["All metrics"] * bool(tables) + ["Figures"] * bool(figures)
     contents = " · ".join(f"[{section}](#{section.lower().replace(' ', '-')})" for section in sections)
     parts = [head, contents, *([f"## Reported\n\n{reported.strip()}"] if reported else [])]
     for name, records in tables.items():
         parts.append(f"## {name.capitalize()}\n\n{RENDERERS[name](records, metrics).rstrip()}")
-    parts.append("## All metrics")
+    if tables:
+        parts.append("## All metrics")
     for name, records in tables.items():
         for task, cells in by_task(records, metrics, ranked=False).items():
             every = cells_table(cells, metrics, intervals=tuple(metrics), cost=False, rank=False)

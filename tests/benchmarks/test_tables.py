@@ -62,6 +62,13 @@ def test_csv_reads_back(records):
     assert tables.csv(tables.frame({"leaderboard": records[::-1]}, COLUMNS)) == tables.csv(table)
 
 
+def test_without_records_there_are_headings_alone():
+    table = tables.frame({"leaderboard": []}, metrics())
+    assert len(table) == 0 and {"table", *STATUS_KEYS} <= set(pd.read_csv(io.StringIO(tables.csv(table))).columns)
+    text = tables.report({}, metrics(), [], reported="as printed")
+    assert "## Reported\n\nas printed" in text and "All metrics" not in text
+
+
 def test_ranks_are_those_within_a_table(records, make_record):
     worse = make_record(method="prev", kid=(0.9, 0.8, 1.0))
     table = tables.frame({"leaderboard": records, "ablation": [worse]}, COLUMNS)
