@@ -26,7 +26,7 @@ from benchmarks.sources import Source
 from benchmarks.stages import fetch
 from benchmarks.stages.journal import MIB, peak_memory, restart_peak
 from benchmarks.stages.setup import SCHEDULERS, device_of, task_of
-from tfmq.unet import UNet, restore_attention_heads
+from tfmq.unet import UNet, set_attention_heads
 
 SHARED = "downloads for several tasks"
 UNET, SCHEDULER, TEXT = "unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"
@@ -104,9 +104,12 @@ def timesteps_of(task: Task, described: Described) -> torch.Tensor:
 
 def build(settings: Mapping[str, object], device: torch.device) -> UNet:
     """A UNet with random weights."""
+    own = dict(settings)
+    heads = own.pop("attention_heads", None)  # not among diffusers' own settings
     with torch.device(device):
-        unet = getattr(diffusers, settings["_class_name"]).from_config(dict(settings))
-    restore_attention_heads(unet)
+        unet = getattr(diffusers, settings["_class_name"]).from_config(own)
+    if heads is not None:
+        set_attention_heads(unet, heads)
     return unet.eval().requires_grad_(False)
 
 

@@ -1,0 +1,37 @@
+"""The committed pages of the paper suite are those that its stages write now."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import params, rehearsal_table
+from benchmarks.stages import files, rehearse, tables
+
+
+@pytest.fixture
+def paper(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the suite's folder, as git knows it, to work in; returns the original."""
+    original = root / "benchmarks" / "paper"
+    ignored = shutil.ignore_patterns("data", "downloads", "images", "work", ".resume")
+    shutil.copytree(original, tmp_path / "paper", ignore=ignored)
+    monkeypatch.chdir(tmp_path / "paper")
+    return original
+
+
+def test_the_tables_are_those_of_records_and_settings(paper):
+    names = ["README.md", *(f"results/{name}" for name in ("README.md", "METHODS.md", "COVERAGE.md", "FINDINGS.md"))]
+    for name in names[1:]:
+        Path(name).unlink()
+    tables.run(params.load(Path("params.yaml")))
+    for name in names:
+        assert Path(name).read_text(encoding="utf-8") == (paper / name).read_text(encoding="utf-8"), (
+            f"{name} is old: run `python -m benchmarks tables --suite paper`"
+        )
+
+
+def test_the_page_of_rehearsals_is_that_of_its_files(paper):
+    found = [files.read_json(path) for path in sorted((paper / rehearse.FOLDER).glob("*.json"))]
+    assert found and rehearsal_table.page(found) == (paper / rehearse.PAGE).read_text(encoding="utf-8")
