@@ -9,6 +9,8 @@ from pathlib import Path
 
 from benchmarks import room
 
+# What files of torch.save begin with: they are archives, or in its older format pickles.
+_SAVED = (b"PK", b"\x80\x02")
 _CHUNK = 1 << 20
 # What zipfile raises for archives that are cut, altered, encrypted or compressed in another way.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
@@ -34,7 +36,7 @@ def extract_member(archive: Path, suffix: str, to: Path) -> None:
                 os.fsync(file.fileno())
         temporary.replace(to)
     except LookupError as error:
-        raise ValueError(f"{archive} {error}") from None
+        raise ValueError(f"{archive} {error}: it is another archive, fetch the right one") from None
     except _DAMAGED as error:
         raise ValueError(f"{archive} is damaged or no zip archive ({error}): delete it and fetch it again") from None
     finally:
@@ -44,11 +46,15 @@ def extract_member(archive: Path, suffix: str, to: Path) -> None:
 def fault(path: Path, name: str, member: str | None) -> str | None:
     """What is wrong with a file by its own checksums; None if nothing is, or if it is no archive and need not be.
 
-    An archive is needed where ``member`` is to be taken out of it, or where ``name``, the file's, says that it is one.
+    An archive is needed where ``member`` is to be taken out of it, or where ``name``, the file's, or its first bytes
+    say that it is one. A checkpoint has to begin as one.
     """
+    with path.open("rb") as file:
+        start = file.read(2)
     if not zipfile.is_zipfile(path):
-        needs_archive = member is not None or name.endswith((".zip", ".npz"))
-        return "it is no zip archive, or not all of it" if needs_archive else None
+        if member is not None or name.endswith((".zip", ".npz")) or start == b"PK":
+            return "it is no zip archive, or not all of it"
+        return "it is no checkpoint of torch.save" if name.endswith(".ckpt") and start not in _SAVED else None
     try:
         with zipfile.ZipFile(path) as archive:
             if member is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import room
 from benchmarks.archive import extract_member
 
 YEAR = 2014
@@ -23,12 +25,15 @@ def write_prompts(archive: Path, folder: Path) -> dict[Path, int]:
     from benchmarks.stages.files import write_text  # it imports torch, which takes seconds
 
     texts = {}
-    for purpose, member in MEMBERS.items():
-        ids = read_ids(folder / f"{purpose}.ids")
-        with tempfile.TemporaryDirectory(dir=archive.parent if archive.is_file() else None) as temporary:
-            annotations = Path(temporary) / member
-            extract_member(archive, member, annotations)
-            texts[folder / f"{purpose}.txt"] = captions_of(annotations, ids)
+    room.sweep(archive)
+    unpacked = archive.with_name(f".{archive.name}.{os.getpid()}")
+    try:
+        for purpose, member in MEMBERS.items():
+            ids = read_ids(folder / f"{purpose}.ids")
+            extract_member(archive, member, unpacked / member)
+            texts[folder / f"{purpose}.txt"] = captions_of(unpacked / member, ids)
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
     for path, lines in texts.items():
         write_text(path, "".join(f"{line}\n" for line in lines))
     return {path: len(lines) for path, lines in texts.items()}

@@ -65,14 +65,14 @@ def download(name: str, source: Source, target: Path) -> tuple[str, str]:
             except _Refused as reason:
                 reasons.append(f"{url}: {reason}")
                 denied = denied or isinstance(reason, _Denied)
-                if not _size(file):
-                    part.unlink()
                 continue
             except Mismatch as reason:
                 reasons.append(f"{url}: {reason}; kept as {set_aside(part, target)}")
                 continue
             finally:
-                if not part.exists() or not _size(file):
+                if not _size(file):
+                    part.unlink(missing_ok=True)
+                if not part.exists():
                     _state_file(part).unlink(missing_ok=True)
             _state_file(part).unlink(missing_ok=True)
             part.replace(target)
@@ -92,7 +92,8 @@ def take(name: str, source: Source, path: Path, target: Path) -> str:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give the path of your copy of {source.file}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    room.sweep(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         try:
             os.link(path.resolve(), temporary)
@@ -162,7 +163,8 @@ def _request(url: str, source: Source, part: Path, file: FileIO) -> None:
             room.check(part.parent, total - have)
         file.truncate(have)
         state = {"url": url, "validator": _validator(response), "bytes": total}
-        _state_file(part).write_text(json.dumps(state), encoding="utf-8")
+        with _state_file(part).open("wb", buffering=0) as state_file:
+            room.write(state_file, json.dumps(state).encode())
         with tqdm(desc=source.file, initial=have, total=total, unit="B", unit_scale=True, disable=None) as progress:
             for chunk in response.iter_content(CHUNK):
                 room.write(file, chunk)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import glob
+import os
 import shutil
 from io import FileIO
 from pathlib import Path
@@ -18,6 +20,24 @@ def check(folder: Path, needed: int) -> None:
         raise ValueError(
             f"{needed:,} bytes are needed in {folder.resolve()}, but {free:,} are free: make room and {AGAIN}"
         )
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left of ``path``, under a hidden name that ends with the process's number."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        number = left.suffix[1:]
+        if number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def write(file: FileIO, data: bytes) -> None:

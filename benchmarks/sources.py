@@ -92,6 +92,8 @@ def verify(path: Path, source: Source) -> str:
     Where no SHA-256 is known, an archive's own checksums are read: they find what was damaged on the way.
     """
     size = path.stat().st_size
+    if not size:
+        raise Mismatch("it is empty")
     if source.bytes not in (None, size):
         raise Mismatch(f"it has {size:,} bytes, not {source.bytes:,}")
     digest = manifest.sha256(path)

@@ -21,6 +21,7 @@ from benchmarks.originals import expected, torch_file
 from benchmarks.originals.architectures import Architecture
 from benchmarks.originals.expected import Part
 from benchmarks.originals.torch_file import TorchFile
+from benchmarks.sources import Mismatch
 
 # Greatest difference of the file's noise schedule from the one that diffusers computes in float32. It is 2e-9 and 6e-7
 # for the published ones; another model's schedule differs by 1e-3 and more.
@@ -49,8 +50,8 @@ TOKENIZER = {
 def convert(architecture: Architecture, checkpoint: Path, folder: Path) -> None:
     """Write the networks and the scheduler of ``checkpoint`` into ``folder``, with one network in memory at a time.
 
-    Raises ValueError for a file that is missing, damaged, of another architecture, or of another noise schedule, and if
-    the disk has no room for its networks.
+    Raises Mismatch for a file that is damaged, of another architecture, or of another noise schedule, and ValueError if
+    it is missing or the disk has no room for its networks.
     """
     with torch_file.opened(checkpoint) as file:
         parts = expected.match(architecture, file).parts
@@ -123,17 +124,17 @@ def _check_schedule(scheduler: SchedulerMixin, file: TorchFile) -> None:
         theirs, ours = file.read(name), getattr(scheduler, name)
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0, atol=tolerance):
             config = scheduler.config
-            raise ValueError(
-                f"{file.path}: {name} is not that of {config.num_train_timesteps} steps with beta from "
-                f"{config.beta_start} to {config.beta_end} ({config.beta_schedule}): give the published checkpoint"
+            raise Mismatch(
+                f"its noise schedule ({name}) is not that of {config.num_train_timesteps} steps with beta from"
+                f" {config.beta_start} to {config.beta_end} ({config.beta_schedule})"
             )
 
 
 def _scale(file: TorchFile) -> float:
     """The first stage's scale: 1 / deviation of the latents that training began with."""
     if "scale_factor" not in file.tensors:
-        raise ValueError(f"{file.path}: scale_factor is missing: give the published checkpoint")
+        raise Mismatch("its scale_factor is missing")
     scale = file.read("scale_factor")
     if scale.numel() != 1 or not 0 < scale.item() < math.inf:
-        raise ValueError(f"{file.path}: scale_factor is {scale.tolist()}, but must be one positive number")
+        raise Mismatch(f"its scale_factor is {scale.tolist()}, but must be one positive number")
     return scale.item()

@@ -16,6 +16,7 @@ from benchmarks.originals import keys
 from benchmarks.originals.architectures import ARCHITECTURES, Architecture, Settings, Size
 from benchmarks.originals.keys import Source
 from benchmarks.originals.torch_file import TorchFile
+from benchmarks.sources import Mismatch
 from tfmq.unet import set_attention_heads
 
 # Tensors under these names are the networks'. Others are the training's: schedules, losses, counts of the average.
@@ -85,7 +86,7 @@ def expected(architecture: Architecture, size: Size) -> Expected:
 def match(architecture: Architecture, file: TorchFile) -> Expected:
     """What a checkpoint of ``architecture`` holds, at the size of ``file``.
 
-    Raises ValueError if ``file`` does not hold just that, naming the first tensor that is missing, unexpected, of
+    Raises Mismatch if ``file`` does not hold just that, naming the first tensor that is missing, unexpected, of
     another shape or not float32; or the architecture that the file is of, if it is more like that one.
     """
     ours = max((expected(architecture, size) for size in _sizes(architecture)), key=lambda one: _likeness(one, file))
@@ -96,9 +97,9 @@ def match(architecture: Architecture, file: TorchFile) -> Expected:
     if likeness < 0.9:
         for other in ARCHITECTURES.values():
             if any(_likeness(expected(other, size), file) > max(likeness, 0.5) for size in _sizes(other)):
-                raise ValueError(f"{file.path} is a checkpoint of {other.title}, not of {architecture.title}")
+                raise Mismatch(f"it is a checkpoint of {other.title}, not of {architecture.title}")
     more = f" (the first of {len(faults)} faults)" if len(faults) > 1 else ""
-    raise ValueError(f"{file.path} is no checkpoint of {architecture.title}: {faults[0]}{more}")
+    raise Mismatch(f"it is no checkpoint of {architecture.title}: {faults[0]}{more}")
 
 
 def _sizes(architecture: Architecture) -> tuple[Size, Size]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.originals import unpickle
 from benchmarks.originals.unpickle import Storage, StoredTensor
+from benchmarks.sources import Mismatch
 
 # What the older format begins with.
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -26,27 +27,26 @@ class TorchFile:
     """The tensors in a file's ``state_dict``, or in the file itself where that is a dictionary of tensors.
 
     Attributes:
-        path: of the file, which is open as long as the context of `opened`.
-        tensors: by name, where each of them lies.
+        tensors: by name, where each of them lies. The file is open as long as the context of `opened`.
     """
 
-    def __init__(self, path: Path, container: _Archive | _Sequence) -> None:
+    def __init__(self, container: _Archive | _Sequence) -> None:
         content = container.content
         found = content.get("state_dict", content) if isinstance(content, dict) else {}
         named = found.items() if isinstance(found, dict) else ()
-        self.path, self._container = path, container
+        self._container = container
         self.tensors = {name: tensor for name, tensor in named if isinstance(tensor, StoredTensor)}
         if not self.tensors or not all(isinstance(name, str) for name in self.tensors):
-            raise ValueError(f"{path} has no state_dict, a dictionary of named tensors: give the published checkpoint")
+            raise Mismatch("it has no state_dict, a dictionary of named tensors")
 
     def read(self, name: str) -> Tensor:
-        """A copy of the tensor of that name. Raises ValueError if its numbers are damaged or not all there."""
+        """A copy of the tensor of that name. Raises Mismatch if its numbers are damaged or not all there."""
         stored = self.tensors[name]
         storage = stored.storage
         if not math.prod(stored.shape):
             return torch.empty(stored.shape, dtype=storage.dtype)
         last = stored.offset + sum((size - 1) * step for size, step in zip(stored.shape, stored.stride, strict=True))
-        with _one_line(self.path):
+        with _one_line():
             numbers = self._container.numbers(storage)
             if last >= storage.count or len(numbers) != storage.count * storage.dtype.itemsize:
                 raise EOFError(f"{name} reaches beyond its numbers")
@@ -58,7 +58,8 @@ class TorchFile:
 def opened(path: Path) -> Iterator[TorchFile]:
     """The file at ``path``, open to read tensors from.
 
-    Raises ValueError if it is missing, is none of torch.save's, is damaged, or has no dictionary of tensors.
+    Raises ValueError if it is missing, and Mismatch if it is none of torch.save's, is damaged, or has no dictionary of
+    tensors.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing: fetch it first")
@@ -67,20 +68,20 @@ def opened(path: Path) -> Iterator[TorchFile]:
         file.seek(0)
         container = None
         if start == b"PK" or start[:1] == pickle.PROTO:
-            with _one_line(path):
+            with _one_line():
                 container = _Archive(file) if start == b"PK" else _Sequence(file)
         if container is None or container.foreign:
-            raise ValueError(f"{path} is no file of torch.save: give the published checkpoint")
-        yield TorchFile(path, container)
+            raise Mismatch("it is no file of torch.save")
+        yield TorchFile(container)
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def _one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many kinds, since zipfile and pickle do not expect all that damage can do
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged or truncated ({reason}): delete it and fetch it again") from None
+        raise Mismatch(f"it is damaged or truncated ({reason})") from None
 
 
 class _Archive:

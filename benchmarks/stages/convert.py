@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import discover, manifest, sources
+from benchmarks import discover, manifest, room
 from benchmarks.archive import extract_member
 from benchmarks.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.originals.convert import convert, write_tokenizer
 from benchmarks.params import Suite
+from benchmarks.sources import Mismatch
 from benchmarks.stages import files, setup
-from benchmarks.stages.fetch import DOWNLOADS, SOURCES
+from benchmarks.stages.fetch import checked, unfit
 
 # Sources of the tokenizer, which a text-to-image checkpoint is without.
 TOKENIZER = ("clip-vocabulary", "clip-merges")
@@ -28,30 +29,19 @@ def run(suite: Suite, task_name: str) -> None:
     architecture = ARCHITECTURES[TASKS[task.name]]
     if task.family != architecture.family:
         raise ValueError(f"task {task.name} has family {task.family}, but its original is one of {architecture.family}")
-    checkpoint, member = _fetched(task.name)
+    checkpoint, source = checked(task.name)
+    tokenizer = [checked(name)[0] for name in TOKENIZER] if architecture.full.text_encoder is not None else []
+    room.sweep(Path(task.checkpoint))
     with files.new_folder(Path(task.checkpoint)) as folder:
-        if member is not None:
-            unpacked = folder / "original.ckpt"
-            extract_member(checkpoint, member, unpacked)
-            convert(architecture, unpacked, folder)
-            unpacked.unlink()
-        else:
-            convert(architecture, checkpoint, folder)
-        if architecture.full.text_encoder is not None:
-            vocabulary, merges = (_fetched(name)[0] for name in TOKENIZER)
-            write_tokenizer(vocabulary, merges, folder)
+        unpacked = folder / "original.ckpt"
+        if source.member is not None:
+            extract_member(checkpoint, source.member, unpacked)
+        try:
+            convert(architecture, checkpoint if source.member is None else unpacked, folder)
+        except Mismatch as reason:
+            raise unfit(task.name, checkpoint, reason) from None
+        unpacked.unlink(missing_ok=True)
+        if tokenizer:
+            write_tokenizer(*tokenizer, folder)
         manifest.write(folder)
     print(f"{task.name}: {task.checkpoint}, the {architecture.title} of {checkpoint}")
-
-
-def _fetched(name: str) -> tuple[Path, str | None]:
-    """The file of a source, checked, and which member of it is meant, if it is an archive."""
-    source = sources.find(sources.load(SOURCES), name)
-    path, again = DOWNLOADS / source.file, f"run `python -m benchmarks fetch --source {name}` in the suite's folder"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {again}")
-    try:
-        sources.verify(path, source)
-    except sources.Mismatch as reason:
-        raise ValueError(f"{path} is not {name}: {reason}: delete it and {again}") from None
-    return path, source.member

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import fetch, sources
 from benchmarks.fields import read
-from benchmarks.sources import Source
+from benchmarks.sources import Mismatch, Source
 
 SOURCES = Path("sources.yaml")
 FETCHED = Path("fetched.json")
@@ -46,8 +46,8 @@ def run(name: str, path: Path | None = None) -> Path:
         digest, origin = _get(name, known, path, target)
     except ValueError as error:
         if known is not source and any(text in str(error) for text in (known.sha256, f"not {known.bytes:,}")):
-            rule = f"{FETCHED} has those of the first copy: remove its entry only if the file was replaced for good"
-            raise ValueError(f"{error} ({rule})") from None
+            only = "remove its entry only if that was a wrong one, or the file was replaced for good"
+            raise ValueError(f"{error} ({FETCHED} has those of the first copy: {only})") from None
         raise
     size = target.stat().st_size
     if source.sha256 is not None:
@@ -60,6 +60,35 @@ def run(name: str, path: Path | None = None) -> Path:
         said = f"{said}; its MD5 is as published" if source.md5 else said
     print(f"{name}: {target}, {size:,} bytes, SHA-256 {digest}, {said}")
     return target
+
+
+def checked(name: str) -> tuple[Path, Source]:
+    """The fetched file of a source, with the source, for those who read it: its bytes and hashes are right.
+
+    Raises ValueError, saying what to run, if it is missing or another file.
+    """
+    source = sources.find(sources.load(SOURCES), name)
+    path = DOWNLOADS / source.file
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {_again(name)}")
+    try:
+        sources.verify(path, _with_record(name, source, fetched().get(name)))
+    except Mismatch as reason:
+        raise ValueError(f"{path} is not {name}: {reason}: delete it and {_again(name)}") from None
+    return path, source
+
+
+def unfit(name: str, path: Path, reason: Mismatch) -> ValueError:
+    """The error for a fetched file that has the right hashes, as far as any are known, and cannot be used all the same.
+
+    The first copy was a wrong one then, and what was recorded of it has to go too.
+    """
+    entry = f" and its entry in {FETCHED}" if name in fetched() else ""
+    return ValueError(f"{path} is not {name}: {reason}: delete it{entry} and {_again(name)}")
+
+
+def _again(name: str) -> str:
+    return f"run `python -m benchmarks fetch --source {name}` in the suite's folder"
 
 
 def fetched() -> dict[str, Fetched]:
@@ -80,7 +109,7 @@ def _get(name: str, source: Source, path: Path | None, target: Path) -> tuple[st
         return fetch.download(name, source, target)
     try:
         return sources.verify(target, source), "a file that was there"
-    except sources.Mismatch as reason:
+    except Mismatch as reason:
         bad = fetch.set_aside(target, target)
         raise ValueError(f"{target} has changed: {reason}; kept as {bad}, run again to fetch it anew") from None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import captions, sources
-from benchmarks.stages.fetch import DOWNLOADS, SOURCES
+from benchmarks import captions
+from benchmarks.stages.fetch import checked
 
 NAME = "coco-captions"
 FOLDER = Path("prompts/coco")
@@ -16,6 +16,6 @@ def run() -> None:
 
     Raises ValueError if the annotations are not fetched yet or are not those that the lists are of.
     """
-    archive = DOWNLOADS / sources.find(sources.load(SOURCES), NAME).file
+    archive, _ = checked(NAME)
     counts = captions.write_prompts(archive, FOLDER)
     print(", ".join(f"{path}: {count:,} captions" for path, count in counts.items()))

@@ -8,9 +8,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import discover, manifest, sources
+from benchmarks import discover, manifest, room
+from benchmarks.sources import Mismatch
 from benchmarks.stages import files
-from benchmarks.stages.fetch import DOWNLOADS, SOURCES
+from benchmarks.stages.fetch import checked, unfit
 
 DATA = Path("data")
 INCEPTION = "inception"
@@ -38,13 +39,17 @@ def run(name: str) -> Path:
     """
     if name != INCEPTION and name not in CLIPS:
         raise discover.unknown("evaluator", name, [INCEPTION, *CLIPS], "Those of sources.yaml are meant.")
-    path = DOWNLOADS / sources.find(sources.load(SOURCES), name).file
-    if not path.is_file():
-        raise ValueError(f"there is no {path}: run `python -m benchmarks --suite paper fetch --source {name}`")
+    path, _ = checked(name)
     folder = DATA / INCEPTION if name == INCEPTION else DATA / "clip" / CLIPS[name].weights
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    room.sweep(folder)
+    room.check(folder.parent, path.stat().st_size)
     with files.new_folder(folder) as temporary:
         if name == INCEPTION:
-            _inception(path, temporary)
+            try:
+                _inception(path, temporary)
+            except Mismatch as reason:
+                raise unfit(name, path, reason) from None
         else:
             _clip(path, temporary, CLIPS[name])
         manifest.write(temporary)
@@ -56,8 +61,10 @@ def _inception(path: Path, folder: Path) -> None:
 
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} holds no tensors ({' '.join(str(error).split())[:200]}): fetch it again") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError):  # their texts advise to trust the file
+        tensors = None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise Mismatch("it is no dictionary of tensors, or damaged")
     files.write_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
 
 

@@ -3,6 +3,7 @@ import shutil
 import zipfile
 
 import pytest
+import yaml
 
 from benchmarks.captions import MEMBERS, captions_of, read_ids, write_prompts
 from benchmarks.stages import prompts
@@ -56,6 +57,8 @@ def test_prompts_follow_the_lists(tmp_path, lists):
     for purpose, listed in ids.items():
         (folder / f"{purpose}.ids").write_text("".join(f"{each}\n" for each in listed), encoding="utf-8")
     archive = pack(tmp_path / "a.zip", {MEMBERS[purpose]: annotations(listed) for purpose, listed in ids.items()})
+    left = tmp_path / ".a.zip.999999999"  # of a run that was killed
+    left.mkdir()
     counts = write_prompts(archive, folder)
     assert counts == {folder / "calibration.txt": 3, folder / "evaluation.txt": 3}
     assert (folder / "evaluation.txt").read_text(
@@ -68,8 +71,10 @@ def test_prompts_follow_the_lists(tmp_path, lists):
 def test_the_stage_reads_the_fetched_archive(tmp_path, lists, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(lists / "coco", "prompts/coco", ignore=shutil.ignore_patterns("*.txt"))
-    shutil.copy(lists.parent / "sources.yaml", "sources.yaml")
-    with pytest.raises(ValueError, match="there is no downloads/annotations_trainval2014.zip: fetch it first"):
+    source = yaml.safe_load((lists.parent / "sources.yaml").read_text(encoding="utf-8"))[prompts.NAME]
+    source |= {"sha256": None, "bytes": None}
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump({prompts.NAME: source}), encoding="utf-8")
+    with pytest.raises(ValueError, match="downloads/annotations_trainval2014.zip is missing: run `python .*captions`"):
         prompts.run()
     (tmp_path / "downloads").mkdir()
     documents = {name: annotations(read_ids(lists / "coco" / f"{purpose}.ids")) for purpose, name in MEMBERS.items()}

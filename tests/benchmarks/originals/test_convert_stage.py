@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from benchmarks import manifest, params
 from benchmarks.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.stages import convert, setup
+from benchmarks.stages import fetch as fetch_stage
 from tests.benchmarks.originals import tiny
 
 TASK = {
@@ -112,13 +115,50 @@ def test_what_fails_leaves_the_folder_of_before(suite):
     with pytest.raises(ValueError, match=f"downloads/{CHURCHES}.zip is not {CHURCHES}: .*fetch --source"):
         convert.run(suite, CHURCHES)
     tiny.write_original("ldm4", path)
-    with pytest.raises(ValueError, match="is a checkpoint of unconditional LDM-4 .*not of LDM-8 LSUN-Churches"):
+    line = f"downloads/{CHURCHES}.zip is not {CHURCHES}: it is a checkpoint of unconditional LDM-4 .*: delete it"
+    with pytest.raises(ValueError, match=line):
         convert.run(suite, CHURCHES)
     assert {name: (Path("data") / name).read_bytes() for name in entries()} == before
     fetch(CHURCHES, seed=1)
     convert.run(suite, CHURCHES)
     assert entries() == sorted(before)
     assert (Path("data") / CHURCHES / manifest.NAME).read_bytes() != before[f"{CHURCHES}/{manifest.NAME}"]
+
+
+def test_a_wrong_first_copy_can_be_replaced(suite):
+    tiny.write_original("ldm4", Path("theirs.zip"))
+    fetch_stage.run(CHURCHES, Path("theirs.zip"))
+    line = f"zip is not {CHURCHES}: it is a checkpoint of .*: delete it and its entry in fetched.json and run"
+    with pytest.raises(ValueError, match=line):
+        convert.run(suite, CHURCHES)
+    tiny.write_original(TASKS[CHURCHES], Path("ours.zip"))
+    with pytest.raises(ValueError, match="of the first copy: remove its entry only if that was a wrong one"):
+        fetch_stage.run(CHURCHES, Path("ours.zip"))
+    Path("fetched.json").unlink()
+    fetch_stage.run(CHURCHES, Path("ours.zip"))
+    convert.run(suite, CHURCHES)
+
+
+def test_what_changed_since_it_was_fetched_is_not_converted(suite):
+    name = "cifar10-ddim"  # whose format has no checksums of its own
+    path = fetch(name)
+    fetch_stage.run(name, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"ckpt is not {name}: its SHA-256 is .*: delete it and run .*{name}`"):
+        convert.run(suite, name)
+    assert not Path("data").exists()
+
+
+def test_what_a_killed_run_left_is_removed(suite):
+    fetch(CHURCHES)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (dead.pid, os.getppid()):
+        (Path("data") / f".{CHURCHES}.{process}" / "unet").mkdir(parents=True)
+    convert.run(suite, CHURCHES)
+    assert sorted(os.listdir("data")) == [f".{CHURCHES}.{os.getppid()}", CHURCHES]
 
 
 def test_what_is_not_fetched_is_named(suite):
