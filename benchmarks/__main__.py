@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -54,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--task", required=True, help="a task of params.yaml")
     command = stage("plan", "Say what cells will cost: evaluations, steps, images, disk, memory and hours.")
     command.add_argument("--task", nargs="+", default=[], help="tasks of params.yaml (default: all)")
+    command.add_argument(
+        "--teraflops",
+        type=_rate,
+        metavar="N",
+        help="give hours of a device that does so many 10^12 floating-point operations a second on these networks,"
+        " in place of this device's",
+    )
     command = stage("rehearse", "Quantise a task's network with random weights, to see what it takes and covers.")
     command.add_argument("--task", required=True, help="a task of params.yaml")
     command.add_argument("--method", required=True, help="a method of the table")
@@ -151,7 +159,7 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "prompts": lambda options: (),
     "weights": lambda options: (options.source,),
     "convert": lambda options: (params.load(PARAMS), options.task),
-    "plan": lambda options: (params.load(PARAMS), options.task, options.device),
+    "plan": lambda options: (params.load(PARAMS), options.task, options.device, options.teraflops),
     "rehearse": _of_rehearsal,
     "calibrate": _of_task,
     "reference": _of_task,
@@ -165,6 +173,12 @@ def _count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return float(text)
 
 
 def _shards(options: argparse.Namespace) -> int:

@@ -16,11 +16,15 @@ _CHUNK = 1 << 20
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 
 
+class Mismatch(ValueError):
+    """A file is not the one that is meant; the text says in what it differs."""
+
+
 def extract_member(archive: Path, suffix: str, to: Path) -> None:
     """Unpack the only member of a zip archive whose name ends with ``suffix`` as the file ``to``.
 
-    The member's own path plays no part in where it goes. Raises ValueError if none or several members match, if the
-    archive is missing or damaged, or if the disk has no room for the member; then ``to`` is as before.
+    The member's own path plays no part in where it goes. If it fails, ``to`` is as before. Raises Mismatch if none or
+    several members match or if the archive is damaged, and ValueError if it is missing or the disk has no room.
     """
     if not archive.is_file():
         raise ValueError(f"there is no {archive}: fetch it first")
@@ -36,9 +40,9 @@ def extract_member(archive: Path, suffix: str, to: Path) -> None:
                 os.fsync(file.fileno())
         temporary.replace(to)
     except LookupError as error:
-        raise ValueError(f"{archive} {error}: it is another archive, fetch the right one") from None
+        raise Mismatch(f"it {error}") from None
     except _DAMAGED as error:
-        raise ValueError(f"{archive} is damaged or no zip archive ({error}): delete it and fetch it again") from None
+        raise Mismatch(f"it is no zip archive, or damaged ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import room
-from benchmarks.archive import extract_member
+from benchmarks.archive import Mismatch, extract_member
 
 YEAR = 2014
 # Calibration and evaluation have captions of different images: COCO's training and validation images.
@@ -19,8 +19,8 @@ MEMBERS = {"calibration": "captions_train2014.json", "evaluation": "captions_val
 def write_prompts(archive: Path, folder: Path) -> dict[Path, int]:
     """Write the captions that ``<purpose>.ids`` in ``folder`` list to ``<purpose>.txt``, a line each, in their order.
 
-    ``archive`` is COCO's annotations_trainval2014.zip. Returns how many each file has. Raises ValueError if the archive
-    is missing or lacks a listed caption, naming one; then no file is written.
+    ``archive`` is COCO's annotations_trainval2014.zip. Returns how many each file has. Raises Mismatch if the archive
+    is another one or lacks a listed caption, naming one, and ValueError if it is missing; then no file is written.
     """
     from benchmarks.stages.files import write_text  # it imports torch, which takes seconds
 
@@ -56,20 +56,20 @@ def read_ids(path: Path) -> list[int]:
 def captions_of(annotations: Path, ids: Sequence[int]) -> list[str]:
     """The captions of these ids, each as one line, from a COCO caption file.
 
-    Raises ValueError if it is no caption file of 2014, or of other images than those that the ids are of.
+    Raises Mismatch if it is no caption file of 2014, or of other images than those that the ids are of.
     """
     try:
         document = json.loads(annotations.read_text(encoding="utf-8"))
         year = document["info"]["year"]
         texts = {int(entry["id"]): " ".join(entry["caption"].split()) for entry in document["annotations"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{annotations.name} is no COCO caption file ({error!r}): fetch it again") from None
+        raise Mismatch(f"its {annotations.name} is no COCO caption file ({error!r})") from None
     if year != YEAR:
-        raise ValueError(f"{annotations.name} is of {year}, but the lists of captions are of {YEAR}: fetch that one")
+        raise Mismatch(f"its {annotations.name} is of {year}, but the lists of captions are of {YEAR}")
     missing = [each for each in ids if not texts.get(each)]
     if missing:
-        raise ValueError(
-            f"{annotations.name} lacks {len(missing)} of the {len(ids)} listed captions, such as {missing[0]}: it is of"
-            f" another year or other images; COCO's own file of {YEAR} is needed"
+        raise Mismatch(
+            f"its {annotations.name} lacks {len(missing)} of the {len(ids)} listed captions, such as {missing[0]}, and"
+            f" so is of another year or other images than COCO's own file of {YEAR}"
         )
     return [texts[each] for each in ids]

@@ -21,10 +21,8 @@ import requests
 from tqdm import tqdm
 
 from benchmarks import room
-from benchmarks.archive import extract_member
-from benchmarks.sources import Mismatch, Source, verify
-
-__all__ = ["download", "extract_member", "set_aside", "take"]
+from benchmarks.archive import Mismatch
+from benchmarks.sources import Source, verify
 
 CHUNK = 1 << 16
 TIMEOUT = (20, 60)  # seconds to connect, and without a byte

@@ -69,12 +69,24 @@ class Network:
 
 @dataclass(frozen=True)
 class Rate:
-    """One timed evaluation: where, of how many samples at once, and seconds and bytes of memory a sample."""
+    """One timed evaluation: where, of how many samples at once, and seconds and bytes of memory a sample.
+
+    Attributes:
+        operations: in floating point that a sample takes, a multiplication and an addition counted as two.
+        assumed: a sample's seconds on another device, which stand in place of the timed ones.
+    """
 
     device: str
     rows: int
     seconds: float
     memory: float
+    operations: int
+    assumed: float | None = None
+
+    @property
+    def planned(self) -> float:
+        """The seconds to plan with."""
+        return self.seconds if self.assumed is None else self.assumed
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ class Planner:
             calibration=evaluations,
             disk=self.suite.pools * self.pool_bytes,
             memory=self.sampling_memory + self.pool_bytes,
-            seconds=self.rate.seconds * evaluations,
+            seconds=self.rate.planned * evaluations,
         )
 
     def reference(self) -> Item:
@@ -189,7 +201,7 @@ class Planner:
             reference=evaluations,
             disk=self._kept(self.task.reference_images),
             memory=self.sampling_memory if evaluations else 0,
-            seconds=self.rate.seconds * evaluations,
+            seconds=self.rate.planned * evaluations,
         )
 
     def full_precision(self) -> Item:
@@ -202,7 +214,7 @@ class Planner:
             images=self.task.images,
             disk=self.image_bytes + 2 * len(self.network.timesteps) * step + self._kept(self.task.images),
             memory=self.sampling_memory,
-            seconds=self.rate.seconds * evaluations,
+            seconds=self.rate.planned * evaluations,
         )
 
     def cell(self, cell: Cell) -> Item:
@@ -228,7 +240,7 @@ class Planner:
             images=self.task.images,
             disk=self.image_bytes + checkpoint_bytes(self.network.unet, precision, protocol),
             memory=held and max(held.memory + self.pool_bytes, self.network.bytes + self.sampling_memory),
-            seconds=self.rate.seconds * timed,
+            seconds=self.rate.planned * timed,
             note=f"while it learns, {held.disk / GIB:,.0f} GiB more wait on the disk" if held and held.disk else "",
         )
 

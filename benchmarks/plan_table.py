@@ -1,8 +1,8 @@
-"""What a suite will cost, as text: a table a task and a line that sums it up."""
+"""What a suite will cost, as a page: a table a task, and of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -10,23 +10,40 @@ from benchmarks.plan import GIB, LEARNED, QUANTIZED, Item, Rate, total
 from benchmarks.tables.markdown import NOTHING
 
 UNKNOWN = "?"
+TERA = 10**12
 
 
 def plan(planned: Mapping[str, Sequence[Item]], rates: Mapping[str, Rate]) -> str:
-    """The tables of some tasks with their totals, and a line on each and on all of them together."""
-    parts = []
-    for task, found in planned.items():
-        whole = total("total", found)
-        parts += [f"{task}\n\n{_table([*found, whole])}", _summary(task, whole, rates.get(task))]
+    """A page of Markdown: what all tasks take in sum, where there are several, and a table of each."""
+    parts = [
+        "# Plan",
+        "Evaluations of the UNet are counted for one sample each. Hours are those of one device, or of one thread of a"
+        " CPU, from the time that one evaluation takes, a multiplication and an addition counted as two operations: a"
+        f" quantised evaluation as {QUANTIZED:g}, a row that is learned on as {LEARNED:g} of full precision. Decoding,"
+        " scoring and learning on time steps alone are not in the hours; data sets are not in the disk; memory is an"
+        " estimate.",
+    ]
     if len(planned) > 1:
-        parts.append(_summary("all", total("all", [item for found in planned.values() for item in found]), None))
-    parts.append(
-        "Evaluations of the UNet are counted for one sample each; hours are those of one device, or of one thread of a"
-        f" CPU, at the timed rate: a quantised evaluation as {QUANTIZED:g}, a row that is learned on as {LEARNED:g}"
-        " evaluations of full precision. Decoding, scoring and learning on time steps alone are not in the hours; data"
-        " sets are not in the disk; memory is an estimate."
+        whole = [total(task, found) for task, found in planned.items()]
+        parts.append(_overview([*whole, total("all", [item for found in planned.values() for item in found])]))
+    for task, found in planned.items():
+        parts += [f"## {task}", _table([*found, total("total", found)])]
+        if task in rates:
+            parts.append(_rate(rates[task]))
+    return "\n\n".join(parts)
+
+
+def _overview(found: Sequence[Item]) -> str:
+    return _frame(
+        found,
+        {
+            "Task": lambda item: item.name,
+            "Evaluations": lambda item: _count(item.evaluations),
+            "Optimiser steps": lambda item: _count(item.optimizer_steps),
+            "Images": lambda item: _count(item.images),
+            **LAST,
+        },
     )
-    return "\n\n".join(parts) + "\n"
 
 
 def _table(found: Sequence[Item]) -> str:
@@ -39,26 +56,25 @@ def _table(found: Sequence[Item]) -> str:
         "Reference": lambda item: _count(item.reference),
         "Optimiser steps": lambda item: _count(item.optimizer_steps),
         "Images": lambda item: _count(item.images),
-        "Disk (GiB)": lambda item: _gib(item.disk),
-        "Memory (GiB)": lambda item: _gib(item.memory),
-        "Hours": lambda item: f"{item.seconds / 3600:,.2f}" if item.seconds else NOTHING,
-        "Note": lambda item: item.note,
+        **LAST,
     }
+    return _frame(found, columns)
+
+
+def _frame(found: Sequence[Item], columns: Mapping[str, Callable[[Item], str]]) -> str:
     frame = pd.DataFrame({name: [show(item) for item in found] for name, show in columns.items()})
-    align = ["left" if name in ("Step", "Note") else "right" for name in columns]
+    align = ["left" if name in ("Task", "Step", "Note") else "right" for name in columns]
     return frame.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
-def _summary(name: str, whole: Item, rate: Rate | None) -> str:
-    if not whole.evaluations:
-        return f"{name}: {whole.note} {_gib(whole.disk)} GiB of disk.".replace(":  ", ": ")
-    timed = ""
-    if rate is not None:
-        timed = f" ({rate.seconds:.3g} s an evaluation on {rate.device}, {rate.rows} at once)"
+def _rate(rate: Rate) -> str:
+    operations = rate.operations / TERA
+    timed = f"{rate.seconds:.3g} s on {rate.device}, {rate.rows} at once ({operations / rate.seconds:.3g} TFLOP/s)"
+    if rate.assumed is None:
+        return f"An evaluation of {operations:.3g} TFLOP took {timed}."
     return (
-        f"{name}: {whole.evaluations:,} evaluations of the UNet, {whole.optimizer_steps:,} optimiser steps,"
-        f" {whole.images:,} images, {_gib(whole.disk)} GiB of disk, {_gib(whole.memory)} GiB of memory,"
-        f" {whole.seconds / 3600:,.1f} hours{timed}."
+        f"An evaluation of {operations:.3g} TFLOP is taken to last {rate.assumed:.3g} s"
+        f" ({operations / rate.assumed:.3g} TFLOP/s); it took {timed}."
     )
 
 
@@ -68,3 +84,12 @@ def _count(value: int) -> str:
 
 def _gib(value: int | None) -> str:
     return UNKNOWN if value is None else f"{value / GIB:,.2f}" if value else NOTHING
+
+
+# The columns that end each table.
+LAST: dict[str, Callable[[Item], str]] = {
+    "Disk (GiB)": lambda item: _gib(item.disk),
+    "Memory (GiB)": lambda item: _gib(item.memory),
+    "Hours": lambda item: f"{item.seconds / 3600:,.2f}" if item.seconds else NOTHING,
+    "Note": lambda item: item.note,
+}

@@ -10,13 +10,10 @@ from pathlib import Path
 import yaml
 
 from benchmarks import archive, discover, manifest
+from benchmarks.archive import Mismatch
 from benchmarks.fields import read
 
 _HEXADECIMAL = {"sha256": 64, "md5": 32}
-
-
-class Mismatch(ValueError):
-    """A file is not the one that is meant; the text says in what it differs."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from benchmarks import room
+from benchmarks.archive import Mismatch
 from benchmarks.originals import expected, torch_file
 from benchmarks.originals.architectures import Architecture
 from benchmarks.originals.expected import Part
 from benchmarks.originals.torch_file import TorchFile
-from benchmarks.sources import Mismatch
 
 # Greatest difference of the file's noise schedule from the one that diffusers computes in float32. It is 2e-9 and 6e-7
 # for the published ones; another model's schedule differs by 1e-3 and more.

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.archive import Mismatch
 from benchmarks.models.class_ldm import ClassEmbedding
 from benchmarks.originals import keys
 from benchmarks.originals.architectures import ARCHITECTURES, Architecture, Settings, Size
 from benchmarks.originals.keys import Source
 from benchmarks.originals.torch_file import TorchFile
-from benchmarks.sources import Mismatch
 from tfmq.unet import set_attention_heads
 
 # Tensors under these names are the networks'. Others are the training's: schedules, losses, counts of the average.

@@ -15,9 +15,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from benchmarks.archive import Mismatch
 from benchmarks.originals import unpickle
 from benchmarks.originals.unpickle import Storage, StoredTensor
-from benchmarks.sources import Mismatch
 
 # What the older format begins with.
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C

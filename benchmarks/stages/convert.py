@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import discover, manifest, room
-from benchmarks.archive import extract_member
+from benchmarks.archive import Mismatch, extract_member
 from benchmarks.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.originals.convert import convert, write_tokenizer
 from benchmarks.params import Suite
-from benchmarks.sources import Mismatch
 from benchmarks.stages import files, setup
 from benchmarks.stages.fetch import checked, unfit
 
@@ -34,9 +33,9 @@ def run(suite: Suite, task_name: str) -> None:
     room.sweep(Path(task.checkpoint))
     with files.new_folder(Path(task.checkpoint)) as folder:
         unpacked = folder / "original.ckpt"
-        if source.member is not None:
-            extract_member(checkpoint, source.member, unpacked)
         try:
+            if source.member is not None:
+                extract_member(checkpoint, source.member, unpacked)
             convert(architecture, checkpoint if source.member is None else unpacked, folder)
         except Mismatch as reason:
             raise unfit(task.name, checkpoint, reason) from None

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import fetch, sources
+from benchmarks.archive import Mismatch
 from benchmarks.fields import read
-from benchmarks.sources import Mismatch, Source
+from benchmarks.sources import Source
 
 SOURCES = Path("sources.yaml")
 FETCHED = Path("fetched.json")

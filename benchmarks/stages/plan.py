@@ -5,6 +5,7 @@ Neither checkpoints nor downloads have to be there: what is not is planned from 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import diffusers
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import params, sources
 from benchmarks.originals import expected
 from benchmarks.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.params import Suite, Task
 from benchmarks.plan import FLOAT, Item, Network, Planner, Rate
-from benchmarks.plan_table import plan
+from benchmarks.plan_table import TERA, plan
 from benchmarks.sources import Source
 from benchmarks.stages import fetch
 from benchmarks.stages.journal import MIB, peak_memory, restart_peak
@@ -42,9 +44,10 @@ class Described:
     stored: int
 
 
-def run(suite: Suite, tasks: Sequence[str], device_name: str) -> str:
+def run(suite: Suite, tasks: Sequence[str], device_name: str, teraflops: float | None = None) -> str:
     """A table for each of ``tasks``, or for all; nothing is written.
 
+    Hours are those of the present device, or of one that does ``teraflops`` 10^12 floating-point operations a second.
     Raises ValueError for unknown names, and for a task whose checkpoint is not there and of no known architecture.
     """
     params.check_methods(suite)
@@ -61,7 +64,9 @@ def run(suite: Suite, tasks: Sequence[str], device_name: str) -> str:
         rows = 1 if device.type == "cpu" else task.batch * (1 if task.guidance_scale == 1 else 2)
         key = json.dumps([described.unet, rows], sort_keys=True, default=str)
         if key not in timed:
-            timed[key] = _time(described, device, rows)
+            rate = _time(described, device, rows)
+            other = None if teraflops is None else rate.operations / teraflops / TERA
+            timed[key] = dataclasses.replace(rate, assumed=other)
         rates[task.name] = timed[key]
         found = [*_downloads([task.name]), Item("checkpoint", disk=described.stored)]
         planned[task.name] = [*found, *Planner(suite, task, network, rates[task.name]).items()]
@@ -116,19 +121,20 @@ def build(settings: Mapping[str, object], device: torch.device) -> UNet:
 @torch.no_grad()
 def _time(described: Described, device: torch.device, rows: int) -> Rate:
     """Time one evaluation of so many samples at once; on a GPU after another one, which makes it ready."""
+    with FlopCounterMode(display=False) as counter:
+        shapes = build(described.unet, torch.device("meta"))
+        shapes(*_inputs(shapes, described.tokens, 1))
     unet = build(described.unet, device)
-    size, width = unet.config.sample_size, getattr(unet.config, "cross_attention_dim", None)
-    latents = torch.randn(rows, unet.config.in_channels, size, size, device=device)
-    context = () if width is None else (torch.randn(rows, described.tokens, width, device=device),)
+    inputs = _inputs(unet, described.tokens, rows)
     on_gpu = device.type == "cuda"
     try:
         if on_gpu:
-            unet(latents, torch.tensor(1, device=device), *context)
+            unet(*inputs)
             torch.cuda.synchronize(device)
         restart_peak(device)
         before = torch.cuda.memory_allocated(device) / MIB if on_gpu else peak_memory(device)
         start = time.perf_counter()
-        unet(latents, torch.tensor(1, device=device), *context)
+        unet(*inputs)
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
@@ -138,7 +144,15 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
         ) from None
     held = max(peak_memory(device) - before, 0) * MIB
     name = torch.cuda.get_device_name(device) if on_gpu else "one thread of a CPU"
-    return Rate(name, rows, seconds / rows, held / rows)
+    return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops())
+
+
+def _inputs(unet: UNet, tokens: int, rows: int) -> tuple[torch.Tensor, ...]:
+    """Random latents, a time step and, for a conditional network, a random context."""
+    size, width = unet.config.sample_size, getattr(unet.config, "cross_attention_dim", None)
+    latents = torch.randn(rows, unet.config.in_channels, size, size, device=unet.device)
+    context = () if width is None else (torch.randn(rows, tokens, width, device=unet.device),)
+    return latents, torch.tensor(1, device=unet.device), *context
 
 
 def _sources() -> dict[str, Source]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import captions
-from benchmarks.stages.fetch import checked
+from benchmarks.archive import Mismatch
+from benchmarks.stages.fetch import checked, unfit
 
 NAME = "coco-captions"
 FOLDER = Path("prompts/coco")
@@ -17,5 +18,8 @@ def run() -> None:
     Raises ValueError if the annotations are not fetched yet or are not those that the lists are of.
     """
     archive, _ = checked(NAME)
-    counts = captions.write_prompts(archive, FOLDER)
+    try:
+        counts = captions.write_prompts(archive, FOLDER)
+    except Mismatch as reason:
+        raise unfit(NAME, archive, reason) from None
     print(", ".join(f"{path}: {count:,} captions" for path, count in counts.items()))

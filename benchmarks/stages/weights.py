@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import discover, manifest, room
-from benchmarks.sources import Mismatch
+from benchmarks.archive import Mismatch
 from benchmarks.stages import files
 from benchmarks.stages.fetch import checked, unfit
 

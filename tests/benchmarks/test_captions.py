@@ -85,6 +85,9 @@ def test_the_stage_reads_the_fetched_archive(tmp_path, lists, monkeypatch, capsy
     )
     lines = (tmp_path / "prompts" / "coco" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"Caption {read_ids(lists / 'coco' / 'evaluation.ids')[0]} here."
+    pack(tmp_path / "downloads" / "annotations_trainval2014.zip", dict.fromkeys(documents, annotations([1], year=2017)))
+    with pytest.raises(ValueError, match="2014.zip is not coco-captions: its .* is of 2017, .*: delete it and run"):
+        prompts.run()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 import requests
 
 from benchmarks import fetch, room
-from benchmarks.fetch import download, extract_member, take
+from benchmarks.archive import extract_member
+from benchmarks.fetch import download, take
 from benchmarks.sources import Source
 from tests.benchmarks.loopback import Loopback
 
@@ -451,7 +452,7 @@ def test_damaged_archives_and_small_disks_leave_nothing(tmp_path, monkeypatch):
     good = archive.read_bytes()
     for damaged in (good[:-10], good[:2000] + b"!" + good[2001:], b"no archive"):
         archive.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged or no zip archive .* fetch it again"):
+        with pytest.raises(ValueError, match="^it is no zip archive, or damaged"):
             extract_member(archive, "model.ckpt", tmp_path / "out")
     archive.write_bytes(good)
     usage = room.shutil.disk_usage(".")

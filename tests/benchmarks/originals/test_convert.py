@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from benchmarks import discover, manifest
+from benchmarks.archive import Mismatch
 from benchmarks.originals.architectures import ARCHITECTURES
 from benchmarks.originals.convert import convert, write_tokenizer
-from benchmarks.sources import Mismatch
 from tests.benchmarks.originals import tiny
 
 CPU = torch.device("cpu")

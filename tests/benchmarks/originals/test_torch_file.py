@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.archive import Mismatch
 from benchmarks.originals import torch_file, unpickle
-from benchmarks.sources import Mismatch
 from tests.benchmarks.originals import tiny
 
 FORMATS = {"archive": True, "sequence": False}

@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 from diffusers.models.attention_processor import Attention
+from torch import nn
 
 from benchmarks import __main__ as command_line
 from benchmarks import params
 from benchmarks.originals.architectures import ARCHITECTURES
 from benchmarks.stages import plan
+from tests.tfmq import networks
 
 
 def read(text):
@@ -22,7 +24,7 @@ def read(text):
     found, task = {}, ""
     for line in text.splitlines():
         if not line.startswith("|"):
-            task = line or task
+            task = line.removeprefix("## ") or task
             continue
         row = [cell.strip() for cell in line.split("|")[1:-1]]
         rows = found.setdefault(task, [])
@@ -48,7 +50,29 @@ def test_counts_are_those_of_the_records_and_sizes_those_of_the_files(suite, gen
         row = rows[f"{method}/w4a8"]
         planned = sum(count(cells) for cells in (rows["calibrate"]["Pool"], row["Weights"], row["Activations"]))
         assert (planned, count(row["Optimiser steps"])) == (cost.unet_evaluations, cost.optimizer_steps)
-    assert "s an evaluation on one thread of a CPU, 1 at once" in out
+    assert "s on one thread of a CPU, 1 at once" in out
+    assert command_line.main(["plan", "--device", "cpu", "--teraflops", "0.5"]) == 0
+    assert "(0.5 TFLOP/s); it took" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "text"])
+def test_operations_are_those_of_the_layers_by_hand(kind):
+    unet, tokens, counted = networks.KINDS[kind].build(), 5, []
+
+    def count(layer, arguments, output):
+        if isinstance(layer, nn.Conv2d | nn.Linear):  # each number that comes out is a product of two vectors
+            counted.append(2 * output.numel() * layer.weight[0].numel())
+        elif isinstance(layer, Attention):  # and so is each score, and each number of the values' means
+            pixels = output.flatten(2).shape[-1] if output.dim() == 4 else output.shape[1]
+            cross = layer.to_k.in_features == 12
+            counted.append(4 * pixels * (tokens if cross else pixels) * layer.inner_dim)
+
+    for module in unet.modules():
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        unet(*plan._inputs(unet, tokens, 1))
+    described = plan.Described({**unet.config, "_class_name": type(unet).__name__}, {}, tokens, 0)
+    assert plan._time(described, torch.device("cpu"), 2).operations == sum(counted)
 
 
 def test_errors_are_one_line(suite, run):
