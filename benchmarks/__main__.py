@@ -42,10 +42,12 @@ def parser() -> argparse.ArgumentParser:
 
     def add_shards(command: argparse.ArgumentParser) -> None:
         command.add_argument(
-            "--shards", type=_count, help="processes that share the work (default: one a core, one on a GPU)"
+            "--shards", type=_count, help="processes that share the work (default: one a core, or one a GPU)"
         )
 
-    command = stage("fetch", "Download a file of sources.yaml, or go on with it, and check its hash.", device=False)
+    command = stage(
+        "fetch", "Download a file of sources.yaml to downloads/, or go on with it, and check its hash.", device=False
+    )
     command.add_argument("--source", required=True, help="a name in sources.yaml")
     command.add_argument("--file", type=Path, help="take this file, which you have already, instead of downloading it")
     stage("prompts", "Write the captions that the committed lists name, from COCO's annotations.", device=False)
@@ -62,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
         help="give hours of a device that does so many 10^12 floating-point operations a second on these networks,"
         " in place of this device's",
     )
-    command = stage("rehearse", "Quantise a task's network with random weights, to see what it takes and covers.")
+    command = stage(
+        "rehearse",
+        "Quantise a task's network with random weights, to see what it takes and covers; writes results/REHEARSALS.md.",
+    )
     command.add_argument("--task", required=True, help="a task of params.yaml")
     command.add_argument("--method", required=True, help="a method of the table")
     command.add_argument("--table", required=True, help="a table of params.yaml")
@@ -99,7 +104,11 @@ def parser() -> argparse.ArgumentParser:
             "--seed", type=int, help="calibration seed (default: all that the table has for each precision)"
         )
         add_shards(command)
-    stage("tables", "Regenerate all tables, pages, figures and the README's table from all records.", device=False)
+    stage(
+        "tables",
+        "Regenerate all tables, pages and figures in results/, and the table in README.md, from all records.",
+        device=False,
+    )
     return top
 
 

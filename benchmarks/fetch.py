@@ -76,7 +76,7 @@ def download(name: str, source: Source, target: Path) -> tuple[str, str]:
             part.replace(target)
             return digest, url
     again = room.AGAIN if part.exists() else "run again, which begins anew"
-    advice = f"{again}, or download {source.file} yourself and give its path with --file"
+    advice = f"{again}, or find {source.file} ({source.page} says more) and give its path with --file"
     raise ValueError(
         f"{name} could not be fetched ({'; '.join(reasons)}): {source.gated if denied and source.gated else advice}"
     )

@@ -156,6 +156,8 @@ def page(
         for name in VERDICTS:
             body = "\n".join([HEAD, *lines[name]]) if lines[name] else "None."
             parts.append(f"### {HEADINGS[name]}\n\n{body}")
+    if not records:
+        parts.append("No cell has been measured yet.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -25,12 +25,12 @@ from benchmarks.params import Suite, Task
 from benchmarks.plan import FLOAT, Item, Network, Planner, Rate
 from benchmarks.plan_table import TERA, plan
 from benchmarks.sources import Source
-from benchmarks.stages import fetch
+from benchmarks.stages import convert, fetch, prompts, weights
 from benchmarks.stages.journal import MIB, peak_memory, restart_peak
 from benchmarks.stages.setup import SCHEDULERS, device_of, task_of
 from tfmq.unet import UNet, set_attention_heads
 
-SHARED = "downloads for several tasks"
+SHARED = "downloads besides checkpoints"
 UNET, SCHEDULER, TEXT = "unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"
 
 
@@ -54,7 +54,8 @@ def run(suite: Suite, tasks: Sequence[str], device_name: str, teraflops: float |
     chosen = [task_of(suite, name) for name in tasks or suite.tasks]
     device = device_of(device_name)
     torch.set_num_threads(1)
-    shared = [name for name in _sources() if name not in suite.tasks]
+    needed = set().union(*map(_needs, chosen))
+    shared = [name for name in _sources() if name in needed and name not in suite.tasks]
     planned: dict[str, list[Item]] = {SHARED: _downloads(shared)} if shared else {}
     rates: dict[str, Rate] = {}
     timed: dict[str, Rate] = {}
@@ -153,6 +154,16 @@ def _inputs(unet: UNet, tokens: int, rows: int) -> tuple[torch.Tensor, ...]:
     latents = torch.randn(rows, unet.config.in_channels, size, size, device=unet.device)
     context = () if width is None else (torch.randn(rows, tokens, width, device=unet.device),)
     return latents, torch.tensor(1, device=unet.device), *context
+
+
+def _needs(task: Task) -> set[str]:
+    """Names in `sources.yaml` of what a task needs besides its checkpoint."""
+    found = {task.evaluator, task.second_evaluator}
+    found |= {name for name, source in _sources().items() if str(fetch.DOWNLOADS / source.file) == task.statistics}
+    found |= {name for name, clip in weights.CLIPS.items() if str(weights.DATA / "clip" / clip.weights) in task.clip}
+    if task.prompts == str(prompts.FOLDER):
+        found |= {prompts.NAME, *convert.TOKENIZER}
+    return found
 
 
 def _sources() -> dict[str, Source]:

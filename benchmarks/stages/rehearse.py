@@ -89,6 +89,7 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
             "cell": dataclasses.asdict(cell),
             "changed_settings": changed,
             "images_of_the_pool": pool.images,
+            "images_of_the_suite": task.calibration_images,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "seconds": report.seconds,

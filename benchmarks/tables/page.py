@@ -38,6 +38,8 @@ def report(
         parts.append(f"## {name.capitalize()}\n\n{RENDERERS[name](records, metrics).rstrip()}")
     if tables:
         parts.append("## All metrics")
+    else:
+        parts[0] += " No cell has been measured yet."
     for name, records in tables.items():
         for task, cells in by_task(records, metrics, ranked=False).items():
             every = cells_table(cells, metrics, intervals=tuple(metrics), cost=False, rank=False)

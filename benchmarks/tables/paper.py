@@ -21,6 +21,7 @@ from benchmarks.tables.markdown import NOTHING, duration, label, note, number, s
 from tfmq.precision import Precision
 
 MISSING = "not measured here"
+NO_CELL = "no cell of this suite"
 FID = "FID"
 SIZE = "size_mib"
 ROUNDING = 1e-9
@@ -138,7 +139,7 @@ def paper(records: Sequence[Record], suite: Suite, numbers: Sequence[Number]) ->
         own = [record for record in records if record.task == task and record.seed == 0]
         for name in names:
             of_name = [found for found in shown if found.task == name]
-            parts.append(f"Reported as `{name}`:\n\n{_table(own, suite, of_name, sources)}")
+            parts.append(f"Reported as `{name}`:\n\n{_table(task, own, suite, of_name, sources)}")
             parts += [_sentence(found, sources[found.source]) for found in of_name if not found.precision]
     return "\n\n".join(parts) + "\n"
 
@@ -176,11 +177,11 @@ def _introduction(suite: Suite, shown: Sequence[Number]) -> str:
         " interval. A difference is measured minus reported; it is *within* where it is no larger than the tolerance"
         f" ({', '.join(tolerances)}), else *outside*. FID, sFID and IS depend on how many images are scored: where"
         f" another count is reported, the difference says *other n* and decides nothing. *{MISSING.capitalize()}* means"
-        " just that: nothing is filled in. A row without a protocol quantises the same layers under every method, a"
-        " row that says *published* those of the method's own code, as the papers do. Full precision comes first:"
-        " where it is outside a tolerance, checkpoint, sampler or evaluator are not those of the papers, and all cells"
-        " of the task are unverified. CLIP scores are 100 x the cosine. Low-bit arithmetic is simulated here, so"
-        " that no latency is measured; sizes are those of packed weights."
+        f" just that: nothing is filled in; *{NO_CELL}* says that none would measure it. A row without a protocol"
+        " quantises the same layers under every method, a row that says *published* those of the method's own code, as"
+        " the papers do. Full precision comes first: where it is outside a tolerance, checkpoint, sampler or evaluator"
+        " are not those of the papers, and all cells of the task are unverified. CLIP scores are 100 x the cosine."
+        " Low-bit arithmetic is simulated here, so that no latency is measured; sizes are those of packed weights."
     )
 
 
@@ -195,8 +196,11 @@ def _legend(shown: Sequence[Number], sources: Mapping[str, int]) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _table(records: Sequence[Record], suite: Suite, numbers: Sequence[Number], sources: Mapping[str, int]) -> str:
+def _table(
+    task: str, records: Sequence[Record], suite: Suite, numbers: Sequence[Number], sources: Mapping[str, int]
+) -> str:
     """One line for each method and precision that is reported, or several where it was measured in several ways."""
+    ours = {(cell.precision, cell.method) for cell in suite.cells() if cell.task == task}
     cells: dict[tuple[str, str], dict[str, Number]] = {}
     for found in numbers:
         if found.precision:
@@ -209,7 +213,8 @@ def _table(records: Sequence[Record], suite: Suite, numbers: Sequence[Number], s
             protocol = "" if record is None or record.protocol == SHARED else f" ({record.protocol})"
             row = {"Precision": precision, "Method": label(method) + protocol}
             for metric in metrics:
-                row |= _cells(COLUMNS[metric], own.get(metric), record, suite)
+                why = MISSING if (precision, method) in ours else NO_CELL
+                row |= _cells(COLUMNS[metric], own.get(metric), record, suite, why)
             row["Quantisation time"] = NOTHING if record is None else duration(record)
             if "unet_size_mb" not in metrics:
                 row["UNet (MiB)"] = number(_size(record), 2, interval=False)
@@ -224,15 +229,21 @@ def _place(precision: str, method: str) -> tuple[int, int]:
     return -bits.weight_bits, -bits.activation_bits
 
 
-def _cells(column: Column, found: Number | None, record: Record | None, suite: Suite) -> dict[str, str]:
-    """The columns of one metric: reported, measured, difference; one alone where nothing here compares."""
+def _cells(column: Column, found: Number | None, record: Record | None, suite: Suite, missing: str) -> dict[str, str]:
+    """The columns of one metric: reported, measured, difference; one alone where nothing here compares.
+
+    ``missing`` says why there is no measured number where there is none.
+    """
     if column.ours is None:
         return {column.heading: NOTHING if found is None else f"{found.shown}, {MISSING}"}
     value = None if record is None else _value(record, column)
     measured = number(value, 2, interval=True)
     if value is not None and column.ours != SIZE:
         measured += f" (n {value.n:,})"
-    compared = NOTHING if found is None else _difference(found, value, suite.reported.tolerances.get(column.ours))
+    compared = NOTHING
+    if found is not None:
+        tolerance = suite.reported.tolerances.get(column.ours)
+        compared = missing if value is None else _difference(found, value, tolerance)
     return {
         f"{column.heading} reported": NOTHING if found is None else found.shown,
         f"{column.heading} measured": measured,
@@ -240,9 +251,7 @@ def _cells(column: Column, found: Number | None, record: Record | None, suite: S
     }
 
 
-def _difference(found: Number, value: Value | None, tolerance: float | None) -> str:
-    if value is None:
-        return MISSING
+def _difference(found: Number, value: Value, tolerance: float | None) -> str:
     difference = f"{value.value - found.scaled:+.2f}"
     if _other_count(found, value):
         return f"{difference}, other n"

@@ -215,7 +215,7 @@ def test_addresses_are_tried_in_turn_and_each_is_named_with_its_reason(server, t
     assert message.startswith("model could not be fetched (")
     for url, reason in zip(urls, reasons, strict=True):
         assert f"{url}: {reason}" in message
-    assert message.endswith("or download model.bin yourself and give its path with --file")
+    assert message.endswith("or find model.bin (here says more) and give its path with --file")
     assert left(target) == ["model.bin.bad"]
     assert [name for name, _ in server.asked].count("busy.bin") == 1 + len(fetch.WAITS)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import params, rehearsal_table
+from benchmarks.record import FULL_PRECISION
 from benchmarks.stages import files, rehearse, tables
 
 
@@ -35,3 +36,14 @@ def test_the_tables_are_those_of_records_and_settings(paper):
 def test_the_page_of_rehearsals_is_that_of_its_files(paper):
     found = [files.read_json(path) for path in sorted((paper / rehearse.FOLDER).glob("*.json"))]
     assert found and rehearsal_table.page(found) == (paper / rehearse.PAGE).read_text(encoding="utf-8")
+
+
+def test_the_plan_has_every_cell(paper):
+    suite = params.load(Path("params.yaml"))
+    text = Path("results/PLAN.md").read_text(encoding="utf-8")
+    for task in suite.tasks:
+        table = text.split(f"\n## {task}\n")[1].split("\n## ")[0]
+        steps = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")}
+        cells = {cell.name.removeprefix(f"{task}/") for cell in suite.cells() if cell.task == task}
+        old = {name for name in cells - steps if not name.startswith(FULL_PRECISION)}
+        assert not old, "run `python -m benchmarks plan --teraflops 20 > results/PLAN.md` in the suite's folder"

@@ -21,7 +21,7 @@ def test_effort_size_and_coverage_are_those_of_the_cell(suite, run, generate):
         assert found[key] == outcome[key], key
     assert found["stored_mib"] >= found["size_mib"]
     assert 0 < found["relative_error"] < 1
-    assert found["peak_memory_mib"] > found["idle_memory_mib"] > 0
+    assert found["peak_memory_mib"] >= found["idle_memory_mib"] > 0
     page = rehearse.PAGE.read_text(encoding="utf-8")
     assert "| toy, TFMQ-DM, w4a8, shared layers | CPU, " in page and "Settings: the suite's, " in page
     for kind in ("conv2d", "linear"):
