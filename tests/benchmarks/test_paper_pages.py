@@ -38,6 +38,19 @@ def test_the_page_of_rehearsals_is_that_of_its_files(paper):
     assert found and rehearsal_table.page(found) == (paper / rehearse.PAGE).read_text(encoding="utf-8")
 
 
+def test_the_page_says_what_the_plan_says(paper):
+    page = Path("README.md").read_text(encoding="utf-8")
+    text = Path("results/PLAN.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    (all_tasks,) = (row for row in rows if row[0] == "all")
+    disk, hours = (float(all_tasks[column].replace(",", "")) for column in (4, 6))
+    assert f"all cells take {hours:,.0f} hours and {disk:,.0f} GiB of disk" in " ".join(page.split())
+    bedrooms = {row[0]: row for row in rows[: [row[0] for row in rows].index("fetch lsun-churches-ldm8")]}
+    full, learned = (float(bedrooms[name][10]) for name in ("full_precision", "tfmq-published/w4a8"))
+    assert f"full precision takes {full:.1f} hours and TFMQ-DM at w4a8 {learned:.1f}" in " ".join(page.split())
+    assert "210 GiB" in bedrooms["tfmq-published/w4a8"][11]
+
+
 def test_the_plan_has_every_cell(paper):
     suite = params.load(Path("params.yaml"))
     text = Path("results/PLAN.md").read_text(encoding="utf-8")
