@@ -75,6 +75,22 @@ def test_every_change_is_named(clone):
     ]
 
 
+def test_another_suite_may_be_run_in_parts(clone):
+    other = clone / "other"
+    other.mkdir()
+    (other / "dvc.yaml").write_text(PIPELINE)
+    (other / "params.yaml").write_text("methods:\n  nearest: {bits: 4}\n  tfmq: {bits: 4}\n")
+    (other / ".gitignore").write_text("/work\n")
+    for name in ("nearest", "tfmq"):
+        (other / f"{name}.txt").write_text(name)
+    assert freshness.find(clone) == []
+    run(other, sys.executable, "-m", "dvc", "repro", "-q", "generate@nearest")
+    assert freshness.find(clone) == []
+    for name in ("nearest", "tfmq"):
+        (other / f"{name}.txt").write_text("changed")
+    assert freshness.find(clone) == ["other/nearest.txt is modified since: other/dvc.yaml:generate@nearest"]
+
+
 def test_a_deleted_source_or_record_is_stale_though_missing_caches_are_not(clone):
     (clone / "nearest.txt").unlink()
     shutil.rmtree(clone / "results" / "records" / "nearest")
