@@ -64,7 +64,8 @@ def find(root: Path) -> list[str]:
     lock = yaml.safe_load(lock_file.read_text(encoding="utf-8"))["stages"]
     stages = _run(root, sys.executable, "-m", "dvc", "stage", "list", "--name-only").split()
     status = json.loads(_run(root, sys.executable, "-m", "dvc", "status", "--json"))
-    status = {stage: entries for stage, entries in status.items() if not _unmade(root, stage)}
+    unmade = _unmade(root, list(status))
+    status = {stage: entries for stage, entries in status.items() if stage not in unmade}
     records = sorted(path.relative_to(root).as_posix() for path in (root / RECORDS).rglob("*.json"))
     lines = stale(status, lock, stages, lambda path: _ignored(root, path)) + orphans(records, lock, stages)
     return lines + _readme(root)
@@ -77,13 +78,14 @@ def main() -> None:
     sys.exit(1 if lines else 0)
 
 
-def _unmade(root: Path, stage: str) -> bool:
-    """Whether a stage of another dvc.yaml was never run: that suite is run in parts, and there has no old results."""
-    file, _, name = stage.rpartition(":")
-    if not file:
-        return False
-    lock = (root / file).with_suffix(".lock")
-    return not lock.exists() or name not in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
+def _unmade(root: Path, stages: Sequence[str]) -> set[str]:
+    """Stages of another dvc.yaml that were never run: that suite is run in parts, and there has no old results."""
+    made = set()
+    for file in {stage.rpartition(":")[0] for stage in stages if ":" in stage}:
+        lock = (root / file).with_suffix(".lock")
+        if lock.exists():
+            made |= {f"{file}:{name}" for name in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]}
+    return {stage for stage in stages if ":" in stage and stage not in made}
 
 
 def _causes(entries: Sequence[object], ignored: Callable[[str], bool]) -> list[str]:

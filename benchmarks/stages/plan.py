@@ -121,7 +121,10 @@ def build(settings: Mapping[str, object], device: torch.device) -> UNet:
 
 @torch.no_grad()
 def _time(described: Described, device: torch.device, rows: int) -> Rate:
-    """Time one evaluation of so many samples at once; on a GPU after another one, which makes it ready."""
+    """Time one evaluation of so many samples at once, on a GPU after another one, which makes it ready.
+
+    Its floating-point operations are counted on the meta device. Raises ValueError if a GPU has no room for so many.
+    """
     with FlopCounterMode(display=False) as counter:
         shapes = build(described.unet, torch.device("meta"))
         shapes(*_inputs(shapes, described.tokens, 1))

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,8 +54,11 @@ def clone(measured, tmp_path):
     return shutil.copytree(measured, tmp_path / "clone")
 
 
-def test_a_fresh_clone_is_fresh(clone):
+def test_a_fresh_clone_is_fresh(clone, monkeypatch):
     assert freshness.find(clone) == []
+    monkeypatch.chdir(clone)
+    (clone / "nearest.txt").write_text("changed\n")
+    assert freshness.find(Path()) == ["nearest.txt is modified since: generate@nearest"]
 
 
 def test_every_change_is_named(clone):
