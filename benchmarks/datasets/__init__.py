@@ -67,10 +67,13 @@ class Dataset:
     filter, colours, order. ``images(path, resolution)`` opens the files at ``path``. Any beginning of the images is a
     fair sample of them, so that a task may take the first `data_images`. It raises ValueError, in one line that says
     what to do, where files are missing, or are resized or re-encoded copies, or the data set has no such resolution.
+    ``held_out(path, resolution)``, where a data set has it, gives the images (N, 3, R, R) in uint8 that no model of the
+    suite was trained on, and their N captions: what a CLIP says of them tells what its score of samples means.
     """
 
     identity: str
     images: Callable[[Path, int], Images]
+    held_out: Callable[[Path, int], tuple[Tensor, list[str]]] | None = None
 
 
 def dataset(name: str) -> Dataset:

@@ -6,8 +6,10 @@ image. They are Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter, CC BY 4.0)
 
 from pathlib import Path
 
+from torch import Tensor
+
 from benchmarks.datasets import Dataset, Images
-from benchmarks.small.data import load_images
+from benchmarks.small.data import load_images, load_split, load_table
 
 
 def images(path: Path, resolution: int) -> Images:
@@ -17,4 +19,10 @@ def images(path: Path, resolution: int) -> Images:
     return Images(len(tensor), tensor.__getitem__, " ".join(f"{found.st_size} {found.st_mtime_ns}" for found in files))
 
 
-DATASET = Dataset("emoji@1 (on white, means of 2 x 2 pixels below 64)", images)
+def held_out(path: Path, resolution: int) -> tuple[Tensor, list[str]]:
+    """The emoji whose names were held out from all training, with these names."""
+    names = [row.name for row in load_table(path) if row.split == "held-out"]
+    return load_split(path, resolution, "held-out"), names
+
+
+DATASET = Dataset("emoji@1 (on white, means of 2 x 2 pixels below 64)", images, held_out)

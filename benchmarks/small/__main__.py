@@ -22,6 +22,7 @@ from diffusers import (
 )
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from benchmarks import params
 from benchmarks.models.class_ldm import ClassEmbedding
 from benchmarks.small import (
     card,
@@ -32,6 +33,7 @@ from benchmarks.small import (
     download,
     export,
     first_stage,
+    guidance,
     kl_first_stage,
     measure,
     perceptual,
@@ -273,9 +275,22 @@ def run_measure(settings: Settings) -> None:
     names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
     figures |= measure.measure_text_to_image(text, clip_folder, images, reference.rows, names, FIGURES)
     export.write_json(figures, LOGS / "figures.json")
+    suite = params.load(ROOM.parent.parent / "params.yaml")
+    judges = {
+        "emoji-text": measure.text_judge(clip_folder),
+        "emoji-class": measure.class_judge(PUBLISHED / "emoji-class", reference),
+    }
+    for name, judge in judges.items():
+        guidance.measure(suite.tasks[name], judge, guidance_log(name))
+        guidance.draw(suite.tasks[name], FIGURES / f"guidance-{name}.png")
     for name, pipeline in unconditional.items():
         samples = measure.sample(pipeline, measure.SAMPLES, seed=0)
         card.draw(samples, FIGURES / f"{name}-samples.png", scale=64 // samples.shape[-1])
+
+
+def guidance_log(task: str) -> Path:
+    """The file of what was measured of a task over guidance scales."""
+    return LOGS / f"guidance-{task}.jsonl"
 
 
 def load_pipeline(kind: type[DiffusionPipeline], name: str) -> DiffusionPipeline:
@@ -288,7 +303,10 @@ def load_pipeline(kind: type[DiffusionPipeline], name: str) -> DiffusionPipeline
 def run_card(settings: Settings) -> None:
     """Write the figures between the markers of the data card."""
     figures = json.loads((LOGS / "figures.json").read_text(encoding="utf-8"))
-    card.write(ROOM / "README.md", card.table(figures, LOGS, PUBLISHED))
+    text = card.table(figures, LOGS, PUBLISHED)
+    for name in ("emoji-text", "emoji-class"):
+        text += f"\n\n### Guidance of {name}\n\n{guidance.table(guidance.read(guidance_log(name)))}"
+    card.write(ROOM / "README.md", text)
 
 
 STEPS = {

@@ -9,13 +9,14 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline, StableDiffusionPipeline, UNet2DConditionModel, VQModel
 from torch import Tensor
 
-from benchmarks.clip import load_clip
+from benchmarks.clip import embed_images, embed_prompts, load_clip
 from benchmarks.features import Evaluator, extract, load_evaluator
 from benchmarks.metrics._frechet import frechet_distance, moments
 from benchmarks.models.class_ldm import ClassEmbedding
 from benchmarks.small import clip, data, first_stage, kl_first_stage
 from benchmarks.small.card import GRID_COLUMNS, draw, draw_named, draw_pairs
 from benchmarks.small.class_conditional import class_indices
+from benchmarks.small.guidance import Judge
 from benchmarks.small.training import generator
 from tfmq import sampling
 from tfmq.sampling import Conditioning, SamplingSettings
@@ -25,7 +26,8 @@ SAMPLING_STEPS = 20
 CLASS_SAMPLES = 64
 NAMED_SAMPLES = 48
 CLASS_GUIDANCE = 3.0
-TEXT_GUIDANCE = 7.5
+TEXT_GUIDANCE = 2.0
+RETRIEVED_AMONG = 64
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ def measure_class_conditional(model: Path, reference: Reference, pictures: Path)
     samples = sample_classes(unet, vqvae, scheduler, embedding, drawn, seed=0)
     draw(samples.unflatten(0, (classes, -1))[:, :GRID_COLUMNS].flatten(0, 1), pictures / "class-samples.png")
     labels = class_indices(reference.rows, embedding.config.classes)
-    known = ~reference.held_out
-    centroids = torch.stack([reference.features[known & (labels == index)].mean(dim=0) for index in range(classes)])
+    centroids = class_centroids(reference, labels, classes)
     tested = reference.held_out & (labels >= 0)
     found = extract(reference.evaluator, samples).pooled
     return {
@@ -145,6 +146,40 @@ def measure_text_to_image(
     return figures
 
 
+def class_judge(model: Path, reference: Reference) -> Judge:
+    """The share of images that are put into the class that they were made of, see `measure_class_conditional`."""
+    classes = ClassEmbedding.from_pretrained(model / "class_embedding", low_cpu_mem_usage=False).config.classes
+    centroids = class_centroids(reference, class_indices(reference.rows, classes), len(classes))
+
+    def judge(images: Tensor, prompts: list[str]) -> dict[str, float]:
+        found = nearest(extract(reference.evaluator, images).pooled, centroids)
+        return {"class_accuracy": mean_accuracy(found, torch.tensor([classes.index(prompt) for prompt in prompts]))}
+
+    return judge
+
+
+def text_judge(clip_folder: Path) -> Judge:
+    """CLIP score, and how often an image finds its own prompt first, or among the first five, of `RETRIEVED_AMONG`."""
+    scorer = load_clip(clip_folder, torch.device("cpu"))
+
+    def judge(images: Tensor, prompts: list[str]) -> dict[str, float]:
+        cosines, ranks = [], []
+        for start in range(0, len(prompts), RETRIEVED_AMONG):
+            part = slice(start, start + RETRIEVED_AMONG)
+            found = embed_images(scorer.model, images[part])
+            table = found @ embed_prompts(scorer.model, scorer.tokenizer, prompts[part]).T
+            cosines.append(table.diagonal())
+            ranks.append((table > table.diagonal()[:, None]).sum(dim=1))
+        rank = torch.cat(ranks)
+        return {
+            "clip_score": 100 * torch.cat(cosines).mean().item(),
+            "top_1": (rank == 0).float().mean().item(),
+            "top_5": (rank < 5).float().mean().item(),
+        }
+
+    return judge
+
+
 @torch.no_grad()
 def sample_text(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> Tensor:
     """Uint8 images [N, 3, 64, 64] of the stock pipeline, one of each prompt: PNDM with guidance."""
@@ -178,6 +213,12 @@ def sample_classes(
         latents = sampling.sample(unet, scheduler, part, settings, conditioning=conditioning)
         images.append(first_stage.to_uint8(vqvae.decode(latents / vqvae.config.scaling_factor).sample))
     return torch.cat(images)
+
+
+def class_centroids(reference: Reference, labels: Tensor, classes: int) -> Tensor:
+    """Mean features (C, D) of the training images of each class; ``labels`` (N,) are the images' classes."""
+    known = ~reference.held_out
+    return torch.stack([reference.features[known & (labels == index)].mean(dim=0) for index in range(classes)])
 
 
 def nearest(features: Tensor, centroids: Tensor) -> Tensor:

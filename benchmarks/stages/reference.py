@@ -18,7 +18,8 @@ from torch import Tensor
 
 import tfmq
 from benchmarks import datasets, features, manifest, models
-from benchmarks.datasets import _published
+from benchmarks.clip import cosines, load_clip, prompt_vectors
+from benchmarks.datasets import _published, dataset
 from benchmarks.features import Evaluator, Features, concatenate, extract
 from benchmarks.metrics import References, ReferenceStatistics, reference_statistics
 from benchmarks.models import Model
@@ -45,7 +46,7 @@ DATA_STATISTICS = "data_statistics.safetensors"
 DATA_POOLED = "data_pooled.safetensors"
 SECOND_DATA = "second_data.safetensors"
 # Which evaluators ("identity", "second") saw what: "data" is the data set with its preprocessing or the published file,
-# in which case "features" is the data set, if there is one.
+# in which case "features" is the data set, if there is one. "clip" is what the task's CLIPs say of real images.
 EVALUATOR = "evaluator.json"
 PURPOSE = "reference"
 
@@ -76,6 +77,8 @@ def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
         if found.second is not None:
             tensors[SECOND_DATA] = tensors_of(found.second, "pooled")
         made_with["features" if task.statistics else "data"] = found.identity
+    if task.clip and task.dataset is not None and dataset(task.dataset).held_out is not None:
+        made_with["clip"] = _clip_of_data(task, device)
     for cached in (evaluator_of, second_evaluator_of, data_of, _model):
         cached.cache_clear()
     evaluator, second = evaluators
@@ -112,6 +115,17 @@ def read(task: Task, evaluator: Evaluator, second: Evaluator | None = None) -> R
         data_pooled=None if data_pooled is None else data_pooled["pooled"],
         second_data=None if second_data is None else moments_in(second_data, "pooled"),
     )
+
+
+def _clip_of_data(task: Task, device: torch.device) -> list[dict[str, object]]:
+    """What each of the task's CLIPs says of real images and their captions, on images held out from training."""
+    images, captions = dataset(task.dataset).held_out(Path(task.data), task.resolution)
+    found = []
+    for folder in task.clip:
+        scorer = load_clip(Path(folder), device)
+        score = 100 * cosines(scorer, prompt_vectors(scorer, captions), images).double().mean().item()
+        found.append({"clip": scorer.identity, "score": score, "images": len(images)})
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -90,7 +90,7 @@ def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
             "task": asdict(task),
             "method": outcome.get("settings", {}),
             **look.seen_by(task, device),
-            "reference": {key: made_with[key] for key in ("data", "features") if key in made_with},
+            "reference": {key: made_with[key] for key in ("data", "features", "clip") if key in made_with},
         },
         status=outcome["status"],
         reason=outcome["reason"],

@@ -49,6 +49,11 @@ def caption(records: Sequence[Record]) -> str:
             "The CLIP score is 100 x the cosine of image and prompt, mean over images, by a CLIP that no model here was"
             " trained with; its heading names the CLIP and the SHA-256 of its weights."
         )
+        sentences += [
+            f"{found['images']} real images that no model was trained on score {found['score']:.1f} with their captions"
+            f" by {found['clip']}."
+            for found in _clip_of_data(records)
+        ]
     if any(record.seed for record in records):
         sentences.append(SEEDS_TEXT)
     if executions == ["simulated"]:
@@ -120,9 +125,17 @@ def heading(metric: Metric, records: Sequence[Record]) -> str:
     """A metric's title over the records of one task, with an arrow to its better side."""
     task = records[0].settings["task"]
     clips = next((record.settings["clip"] for record in records if record.settings.get("clip")), ())
+    real = {found["clip"]: f"; real images {found['score']:.1f}" for found in _clip_of_data(records)}
+    clips = [clip + real.get(clip, "") for clip in clips]
     second = [extractor(task["second_evaluator"]).distance_label] if task.get("second_evaluator") else []
     title = metric.title(extractor(task["evaluator"]).distance_label, task["images"], clips, *second)
     return title + {"lower": " ↓", "higher": " ↑", None: ""}[metric.better]
+
+
+def _clip_of_data(records: Sequence[Record]) -> list[dict[str, object]]:
+    """What each CLIP says of real images, where the records of a task know it."""
+    references = (record.settings.get("reference", {}) for record in records)
+    return next((reference["clip"] for reference in references if "clip" in reference), [])
 
 
 def note(record: Record) -> str:

@@ -175,6 +175,17 @@ def test_a_clip_score_names_its_clip_and_is_left_out_where_there_is_none(make_re
     assert "CLIP" not in tables.leaderboard([make_record()], COLUMNS)
 
 
+def test_a_clip_score_stands_beside_that_of_real_images(make_record, task_settings):
+    real = {"clip": "toy-clip 57934424", "score": 45.678, "images": 392}
+    scored = {"task": task_settings | {"clip": ["data/toy-clip"]}, "method": {}, "clip": ["toy-clip 57934424"]}
+    record = make_record(
+        settings=scored | {"reference": {"clip": [real]}}, metrics={"clip_score": Value(21.5, 21.0, 22.0, 512)}
+    )
+    text = tables.leaderboard([record], COLUMNS)
+    assert "CLIP score (toy-clip 57934424; real images 45.7) ↑" in text
+    assert "392 real images that no model was trained on score 45.7 with their captions" in text
+
+
 def test_records_that_cannot_be_compared_are_refused(make_record, task_settings):
     other = make_record(method="tfmq", settings={"task": task_settings | {"images": 64}, "method": {}})
     for different in (

@@ -21,6 +21,7 @@ from benchmarks.stages import data_features, files, reference
 
 CPU = torch.device("cpu")
 COUNT = 23
+HELD_OUT = (3, 8, 21)
 TASK = Task(
     name="toy",
     version=1,
@@ -53,6 +54,22 @@ class Colours(nn.Module):
         return Features(pooled=pooled, spatial=pooled @ torch.ones(3, 2) + pooled[:, :2], logits=-pooled), (images,)
 
 
+class Brightness:
+    """A CLIP whose cosines are 0.25 where an image is black, and 0.75 where it is white."""
+
+    identity = "toy-clip 01234567"
+
+    def __init__(self, folder, device):
+        pass
+
+    def embed_images(self, images):
+        cosine = 0.25 + images.double().mean(dim=(1, 2, 3)) / 510
+        return torch.stack([cosine, (1 - cosine.square()).sqrt()], 1).float()
+
+    def embed_prompts(self, prompts):
+        return torch.tensor([[1.0, 0.0]]).repeat(len(prompts), 1)
+
+
 def evaluator(name, digest="0123456789abcdef", batch=4):
     network = Colours(32 if name == "inception" else 8)
     kind = Extractor(name, 1, 32, batch, "FD", "weights", keeps_maps=False, load=lambda path: network)
@@ -76,7 +93,9 @@ def write_images(seed):
     data.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     write_sheet(torch.randint(0, 256, (COUNT, 3, 64, 64), dtype=torch.uint8, generator=generator), data / "sheet.webp")
-    write_table([Emoji(i, f"emoji {i}", "Objects", "google", "train") for i in range(COUNT)], data / "emoji.csv")
+    splits = ["held-out" if index in HELD_OUT else "train" for index in range(COUNT)]
+    rows = [Emoji(i, f"emoji {i}", "Objects", "google", split) for i, split in enumerate(splits)]
+    write_table(rows, data / "emoji.csv")
 
 
 def run(shards=1, **changes):
@@ -103,6 +122,17 @@ def close(found, wanted):
     assert found.count == wanted.count
     torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-10, atol=0)
     torch.testing.assert_close(found.covariance, wanted.covariance, rtol=1e-10, atol=1e-10)
+
+
+def test_a_clip_scores_real_images_that_were_held_out(monkeypatch):
+    monkeypatch.setattr(reference, "load_clip", Brightness)
+    run()
+    assert "clip" not in made_with()
+    run(clip=("data/toy-clip",), prompts="prompts/toy")
+    images = torch.cat(list(dataset("emoji").images(Path(TASK.data), 32).batches(COUNT)))[list(HELD_OUT)]
+    wanted = 100 * (0.25 + images.double().mean() / 510).item()
+    (found,) = made_with()["clip"]
+    assert found == {"clip": "toy-clip 01234567", "score": pytest.approx(wanted, abs=1e-4), "images": 3}
 
 
 def test_data_gives_moments_of_both_evaluators_and_features():
