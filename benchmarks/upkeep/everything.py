@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,10 +30,9 @@ INTERRUPTED = 130
 REPRO = (sys.executable, "-m", "dvc", "repro")
 RUNNING = re.compile(r"Running stage '(.+)':")
 UNCHANGED = re.compile(r"Stage '(.+)' (?:didn't change|is cached|is frozen)")
-# What DVC prints besides: commands, and words on its lock file and on git.
-NOISE = re.compile(
-    r"> |Updating lock file|Use `dvc push`|To track the changes|\s*git add|To enable auto|Data and pipel"
-)
+FAILED = re.compile(r"ERROR:|error:|WARNING:")
+# Of what a stage has printed, this is shown where it fails.
+LAST_LINES = 12
 # Seconds in which one process has started and loaded what it needs, and those of tables and figures.
 START_SECONDS = 8.0
 TABLES_SECONDS = 60.0
@@ -125,6 +125,7 @@ def _follow(command: Iterable[str], suite: Suite, clock: Clock, screen: Screen) 
     )
     signal.signal(signal.SIGINT, lambda signum, frame: _stop(process))
     current: str | None = None
+    printed: deque[str] = deque(maxlen=LAST_LINES)
 
     def finish() -> None:
         if current is not None:
@@ -136,6 +137,7 @@ def _follow(command: Iterable[str], suite: Suite, clock: Clock, screen: Screen) 
     for line in _lines(process):
         if found := RUNNING.match(line):
             finish()
+            printed.clear()
             current = found[1]
             clock.start(current)
         elif found := UNCHANGED.match(line):
@@ -143,8 +145,11 @@ def _follow(command: Iterable[str], suite: Suite, clock: Clock, screen: Screen) 
             current = None
             clock.drop(found[1])
             screen.done += len(scored.get(found[1], []))
-        elif line and not NOISE.match(line):
-            screen.write(line)
+        elif FAILED.match(line):
+            screen.write("\n".join([*printed, line]))
+            printed.clear()
+        elif line:
+            printed.append(line)
         if current is not None:
             screen.status([current], clock.left())
     finish()

@@ -75,7 +75,9 @@ class Screen:
     def _show_table(self, table: str, task: str, records: list[Record]) -> None:
         columns = {name: metric for name, metric in metrics().items() if name in COLUMNS}
         text = cells_table(records, columns, intervals=(), cost=True, rank=False)
-        self.write(f"\nTable {table} of {task}, made anew:\n\n{text}\n\n{HEADER}")
+        self.write(f"\nTable {table} of {task}, made anew:\n\n{text}\n")
+        if self.done < self.total:
+            self.write(HEADER)
 
 
 def _value(record: Record | None, metric: str | None) -> str:
