@@ -89,7 +89,7 @@ def bench_smoke(session: nox.Session) -> None:
     copy = Path(session.create_tmp()).resolve() / "repository"
     shutil.rmtree(copy, ignore_errors=True)
     copy_repository(ROOT, copy)
-    smoke = [PYTHON, "-m", "benchmarks.smoke"]
+    smoke = [PYTHON, "-m", "benchmarks.upkeep.smoke"]
     settings = (ROOT / "params.yaml").read_text(encoding="utf-8")
     cut = subprocess.run([*smoke, "params"], cwd=copy, input=settings, text=True, check=True, stdout=subprocess.PIPE)
     (copy / "params.yaml").write_text(cut.stdout, encoding="utf-8")
@@ -109,7 +109,7 @@ def results_fresh(session: nox.Session) -> None:
     """Fail if committed results are older than the code or settings that make them, or were edited by hand."""
     install(session)
     pull(session, ROOT)
-    session.run(PYTHON, "-m", "benchmarks.freshness", external=True)
+    session.run(PYTHON, "-m", "benchmarks.upkeep.freshness", external=True)
 
 
 def install(session: nox.Session) -> None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from tfmq.calibration import CalibrationRows, CalibrationSet
 from tfmq.effort import PlannedEffort, planned_effort
 from tfmq.memory import planned_memory
+from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.unet import UNet
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, QuantizationReport
-from tfmq.unet import UNet
 
 Arguments = tuple[QuantizationConfig, CalibrationRows, CalibrationRows, Protocol]
 

@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 
 from baselines import Arguments, Settings
-from tfmq.calibration import CalibrationSet
-from tfmq.fake_quantize import ActivationRange
+from tfmq.modules.fake_quantize import ActivationRange
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.unet import UNet
+from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
+from tfmq.passes.temporal import Caching
 from tfmq.plan import Protocol
 from tfmq.precision import FULL, Precision
 from tfmq.quantization import ActivationScales, QuantizationConfig, QuantizationReport, quantize_
-from tfmq.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.temporal import Caching
-from tfmq.unet import UNet
 
 Temporal = Literal["blocks", "joint", "frozen", "full_precision"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from baselines import Arguments, Settings
-from tfmq.calibration import CalibrationRows, CalibrationSet, normal_steps
+from tfmq.network.calibration import CalibrationRows, CalibrationSet, normal_steps
+from tfmq.network.unet import UNet
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
-from tfmq.unet import UNet
 
 
 @dataclass(frozen=True)

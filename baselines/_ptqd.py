@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from baselines import _brecq
-from tfmq.calibration import CalibrationSet
-from tfmq.correction import attach_correction, measure_correction
 from tfmq.effort import PlannedEffort
-from tfmq.fake_quantize import ActivationRange
+from tfmq.modules.fake_quantize import ActivationRange
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.unet import UNet
+from tfmq.passes.correction import attach_correction, measure_correction
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationReport
-from tfmq.unet import UNet
 
 PUBLISHED = Protocol(
     "published", {"boundary": 8, "first_time_layer": 8, "shortcuts": 32, "downsampling": 32, "attention_products": 32}

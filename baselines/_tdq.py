@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from baselines import Arguments, Settings
-from tfmq.calibration import CalibrationSet
 from tfmq.effort import PlannedEffort
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes.step_network import FitConfig, StepNetworks, fit_networks, sample_activations, with_silu_grids
 from tfmq.plan import Protocol, activation_quantizers, insert_quantizers, plan_for
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, QuantizationReport, check_weights
-from tfmq.step_network import FitConfig, StepNetworks, fit_networks, sample_activations, with_silu_grids
-from tfmq.unet import UNet, UNetLayout
 
 PUBLISHED = Protocol("published", {"boundary": 32, "time_embedding": 32, "time_projections": 32})
 

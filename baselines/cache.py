@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
-from tfmq.temporal import Caching
+from tfmq.passes.temporal import Caching
 
 
 @dataclass(frozen=True)

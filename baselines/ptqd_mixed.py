@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from baselines import Method, _brecq, _ptqd
-from tfmq.calibration import CalibrationSet
-from tfmq.correction import quantized_noise
 from tfmq.effort import PlannedEffort
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes.correction import quantized_noise
+from tfmq.passes.reconstruction import StepSizeConfig, reconstruct_activations
+from tfmq.passes.step_bits import Ranges, forward_snr, mix_ranges, quantization_snr, ranges_of, set_bits, smallest_bits
 from tfmq.plan import Protocol, coverage, plan_for
 from tfmq.precision import FULL, Precision
 from tfmq.quantization import QuantizationConfig, QuantizationReport, calibrate_activations
-from tfmq.reconstruction import StepSizeConfig, reconstruct_activations
-from tfmq.step_bits import Ranges, forward_snr, mix_ranges, quantization_snr, ranges_of, set_bits, smallest_bits
-from tfmq.unet import UNet, UNetLayout
 
 SMALL = 4
 

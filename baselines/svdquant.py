@@ -27,12 +27,12 @@ from dataclasses import dataclass
 import torch
 
 from baselines import Arguments, Method, Settings, applies_always
-from tfmq.calibration import CalibrationSet
-from tfmq.low_rank import LowRankConfig
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.unet import UNet
+from tfmq.passes.low_rank import LowRankConfig
 from tfmq.plan import Protocol
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
-from tfmq.unet import UNet
 
 
 @dataclass(frozen=True)

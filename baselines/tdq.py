@@ -23,12 +23,12 @@ from __future__ import annotations
 import torch
 
 from baselines import Method, _tdq
-from tfmq.calibration import CalibrationSet
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.unet import UNet
+from tfmq.passes.step_network import tabulate
 from tfmq.plan import Protocol, activation_quantizers, coverage, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationReport
-from tfmq.step_network import tabulate
-from tfmq.unet import UNet
 
 
 def quantize(

@@ -27,14 +27,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from baselines import Method, _tdq
-from tfmq.calibration import CalibrationSet
 from tfmq.effort import PlannedEffort
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.unet import UNet
+from tfmq.passes.step_network import tabulate
+from tfmq.passes.training import TrainingConfig, train
 from tfmq.plan import Protocol, activation_quantizers, coverage
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationReport
-from tfmq.step_network import tabulate
-from tfmq.training import TrainingConfig, train
-from tfmq.unet import UNet
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
+from tfmq.passes.temporal import Caching
 from tfmq.quantization import ActivationScales
-from tfmq.temporal import Caching
 
 
 @dataclass(frozen=True)

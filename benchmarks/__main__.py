@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks import params
-from benchmarks.record import FULL_PRECISION
+from benchmarks.suite import params
+from benchmarks.suite.record import FULL_PRECISION
 
 DEVICE_VARIABLE = "TFMQ_BENCH_DEVICE"
 PARAMS = Path("params.yaml")
@@ -191,7 +191,8 @@ def _rate(text: str) -> float:
 
 
 def _shards(options: argparse.Namespace) -> int:
-    from benchmarks.stages import setup, workers
+    from benchmarks.runtime import workers
+    from benchmarks.stages import setup
 
     return options.shards or workers.default_shards(setup.device_of(options.device))
 

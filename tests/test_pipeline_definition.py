@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import params, sources
+from benchmarks.sources import catalogue
+from benchmarks.suite import params
 
 TABLES = {".": params.TABLES, "benchmarks/paper": params.TABLES}
 TABLES_OF_SUITES = [(suite, table) for suite, tables in TABLES.items() for table in tables]
@@ -91,7 +92,7 @@ def test_the_files_of_the_papers_tasks_are_those_of_their_settings(root):
     document = definition(root, PAPER)
     suite, (variables,) = params.load(root / PAPER / "params.yaml"), document["vars"]
     assert list(variables["inputs"]) == list(suite.tasks)
-    known = sources.load(root / PAPER / "sources.yaml")
+    known = catalogue.load(root / PAPER / "sources.yaml")
     assert document["stages"]["fetch"]["foreach"] == {name: source.file for name, source in known.items()}
     for name, inputs in variables["inputs"].items():
         task = suite.tasks[name]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import discover
+from benchmarks.suite import discover
 
 EXAMPLES = (("ldm", "emoji-ldm4"), ("stable_diffusion", "emoji-text"))
 

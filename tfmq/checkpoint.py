@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from tfmq.attention import QuantizedAttention
-from tfmq.cache import CachePlan, cached_projections, insert_cache
-from tfmq.correction import NoiseCorrection, attach_correction
-from tfmq.layers import QuantizedLayer
+from tfmq.modules.attention import QuantizedAttention
+from tfmq.modules.cache import CachePlan, cached_projections, insert_cache
+from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.unet import UNet, UNetLayout, set_attention_heads
+from tfmq.passes.correction import NoiseCorrection, attach_correction, correction_of
 from tfmq.plan import (
     AttentionPlan,
     LayerPlan,
@@ -29,8 +30,6 @@ from tfmq.plan import (
     insert_quantizers,
     quantized_layers,
 )
-from tfmq.sampling import correction_of
-from tfmq.unet import UNet, UNetLayout, set_attention_heads
 
 FORMAT = "tfmq-quantized-3"
 FAMILY = FORMAT.rpartition("-")[0]

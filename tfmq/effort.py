@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tfmq.calibration import CalibrationRows
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.unet import UNet, UNetLayout
 from tfmq.plan import SHARED, Protocol, QuantizationPlan, plan_for
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig
-from tfmq.unet import UNet, UNetLayout
 
 
 @dataclass(frozen=True)

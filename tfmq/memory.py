@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from tfmq.calibration import CalibrationRows
 from tfmq.checkpoint import full_precision_bytes
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.offload import BlockStream, Place, stream_bytes
+from tfmq.network.unet import Block, UNet, UNetLayout
+from tfmq.passes.reconstruction import reconstruction_loss
 from tfmq.plan import SHARED, Protocol, insert_quantizers, plan_for, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig
-from tfmq.reconstruction import reconstruction_loss
-from tfmq.streaming import BlockStream, Place, stream_bytes
-from tfmq.unet import Block, UNet, UNetLayout
 
 Measure = Callable[[BlockStream, Block], int]
 # Tensors of a weight's shape while its rounding is learned: alpha, its gradient, Adam's two; floor, free scale, h,

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from tfmq.attention import QuantizedAttention
-from tfmq.cache import CachedProjection
-from tfmq.fake_quantize import FakeQuantize, StepTracker
-from tfmq.layers import QuantizedLayer, quantized_layer
-from tfmq.low_rank import has_branch
+from tfmq.modules.attention import QuantizedAttention
+from tfmq.modules.cache import CachedProjection
+from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
+from tfmq.modules.layers import QuantizedLayer, quantized_layer
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes.low_rank import has_branch
 from tfmq.precision import FULL, Precision
-from tfmq.unet import UNet, UNetLayout
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tfmq.calibration import CalibrationRows
-from tfmq.fake_quantize import ActivationRange
 from tfmq.journal import Effort
-from tfmq.low_rank import LowRankConfig, add_branches
+from tfmq.modules.fake_quantize import ActivationRange
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes.low_rank import LowRankConfig, add_branches
+from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig, reconstruct_activations, reconstruct_weights
+from tfmq.passes.temporal import Caching, cache_temporal_features, calibrate_finite_set, reconstruct_temporal
 from tfmq.plan import (
     SHARED,
     Coverage,
@@ -31,10 +34,7 @@ from tfmq.plan import (
     quantized_layers,
 )
 from tfmq.precision import FULL, Precision
-from tfmq.reconstruction import RoundingConfig, StepSizeConfig, reconstruct_activations, reconstruct_weights
 from tfmq.settings import check_choices, check_counts, check_numbers
-from tfmq.temporal import Caching, cache_temporal_features, calibrate_finite_set, reconstruct_temporal
-from tfmq.unet import UNet, UNetLayout
 
 ActivationScales = Literal["shared", "temporal", "per_step"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import discover
+from benchmarks.suite import discover
 
 __all__ = ["Dataset", "Images", "dataset"]
 

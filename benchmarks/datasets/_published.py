@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import manifest
 from benchmarks.metrics import Moments, ReferenceStatistics
+from benchmarks.runtime import manifest
 
 POOLED, SPATIAL = 2048, 2023
 TENSORFLOW, CLEAN = "inception", "inception_clean"

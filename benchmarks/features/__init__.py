@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import discover
+from benchmarks.suite import discover
 
 __all__ = [
     "Evaluator",

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks import discover
 from benchmarks.features import Features
 from benchmarks.metrics._frechet import Moments, moments
-from benchmarks.record import Value
+from benchmarks.suite import discover
+from benchmarks.suite.record import Value
 
 __all__ = [
     "Evidence",

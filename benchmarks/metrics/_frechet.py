@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.metrics._interval import kept_images, with_interval
-from benchmarks.record import Value
+from benchmarks.suite.record import Value
 
 # Each replicate costs an eigenvalue problem. A standard error from 50 of them is itself known to 10 %.
 REPLICATES = 50

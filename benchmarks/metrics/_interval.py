@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.record import Value
+from benchmarks.suite.record import Value
 
 if TYPE_CHECKING:
     from benchmarks.metrics import Evidence

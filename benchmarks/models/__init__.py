@@ -16,8 +16,8 @@ from torch import Tensor
 if TYPE_CHECKING:  # importing diffusers takes seconds, and not all that knows of families needs it
     from diffusers import SchedulerMixin
 
-    from tfmq.sampling import Conditioning
-    from tfmq.unet import UNet
+    from tfmq.network.sampling import Conditioning
+    from tfmq.network.unet import UNet
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, VQModel
 from torch import Tensor
 
-from benchmarks import discover
 from benchmarks.models import rounded
+from benchmarks.suite import discover
 
 FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 TINY_UNET = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8}

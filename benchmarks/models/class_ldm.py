@@ -14,10 +14,11 @@ from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DConditionMod
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from benchmarks import discover, manifest
 from benchmarks.models import Family, Model
 from benchmarks.models._latent import TINY_UNET, decoder, load_first_stage, tiny_scheduler, tiny_vq
-from tfmq.sampling import Conditioning
+from benchmarks.runtime import manifest
+from benchmarks.suite import discover
+from tfmq.network.sampling import Conditioning
 
 
 class ClassEmbedding(ModelMixin, ConfigMixin):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from benchmarks import manifest
 from benchmarks.models import Family, Model, rounded
+from benchmarks.runtime import manifest
 
 
 def load(folder: Path, device: torch.device) -> Model:

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel
 
-from benchmarks import manifest
 from benchmarks.models import Family, Model
 from benchmarks.models._latent import TINY_UNET, decoder, load_first_stage, tiny_scheduler, tiny_vq
-from tfmq.unet import restore_attention_heads
+from benchmarks.runtime import manifest
+from tfmq.network.unet import restore_attention_heads
 
 # Diffusers warns that it does not know the entry of a config from which tfmq restores an attention's heads.
 logging.getLogger("diffusers.configuration_utils").addFilter(

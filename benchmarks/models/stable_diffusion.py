@@ -14,10 +14,10 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import manifest
 from benchmarks.models import Family, Model
 from benchmarks.models._latent import TINY_FIRST_STAGE, TINY_UNET, decoder, tiny_scheduler
-from tfmq.sampling import Conditioning
+from benchmarks.runtime import manifest
+from tfmq.network.sampling import Conditioning
 
 
 def load(folder: Path, device: torch.device) -> Model:

@@ -22,7 +22,6 @@ from diffusers import (
 )
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from benchmarks import params
 from benchmarks.models.class_ldm import ClassEmbedding
 from benchmarks.small import (
     card,
@@ -41,6 +40,7 @@ from benchmarks.small import (
 )
 from benchmarks.small.class_conditional import ClassConditional
 from benchmarks.small.settings import Settings, load
+from benchmarks.suite import params
 
 ROOM = Path(__file__).parent
 BUILD = ROOM / "build"

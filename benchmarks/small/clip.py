@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
-from benchmarks.clip import embed_images, embed_prompts, pixels, tokenize
+from benchmarks.features._clip import embed_images, embed_prompts, pixels, tokenize
 from benchmarks.small import training
 from benchmarks.small.training import TrainingConfig, batch_indices, generator
 

@@ -22,7 +22,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
-from benchmarks import manifest
+from benchmarks.runtime import manifest
 
 
 def export_pipeline(

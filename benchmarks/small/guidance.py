@@ -17,18 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import baselines
-from benchmarks import manifest
-from benchmarks.discover import method
-from benchmarks.figures import png, sample_grid
 from benchmarks.models import Model
-from benchmarks.params import Task
-from benchmarks.stages import files
+from benchmarks.report.figures import png, sample_grid
+from benchmarks.runtime import files, manifest
 from benchmarks.stages.setup import batches, conditioning_of, draw_noise, load_model, prompts_of, sampling_settings
-from tfmq.calibration import collect_calibration
+from benchmarks.suite.discover import method
+from benchmarks.suite.params import Task
+from tfmq.network.calibration import collect_calibration
+from tfmq.network.sampling import sample
+from tfmq.network.unet import UNet
 from tfmq.plan import SHARED
 from tfmq.precision import Precision
-from tfmq.sampling import sample
-from tfmq.unet import UNet
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 7.5)
 STEPS = (20, 50)

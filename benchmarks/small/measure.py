@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline, StableDiffusionPipeline, UNet2DConditionModel, VQModel
 from torch import Tensor
 
-from benchmarks.clip import embed_images, embed_prompts, load_clip
 from benchmarks.features import Evaluator, extract, load_evaluator
+from benchmarks.features._clip import embed_images, embed_prompts, load_clip
 from benchmarks.metrics._frechet import frechet_distance, moments
 from benchmarks.models.class_ldm import ClassEmbedding
 from benchmarks.small import clip, data, first_stage, kl_first_stage
@@ -18,8 +18,8 @@ from benchmarks.small.card import GRID_COLUMNS, draw, draw_named, draw_pairs
 from benchmarks.small.class_conditional import class_indices
 from benchmarks.small.guidance import Judge
 from benchmarks.small.training import generator
-from tfmq import sampling
-from tfmq.sampling import Conditioning, SamplingSettings
+from tfmq.network import sampling
+from tfmq.network.sampling import Conditioning, SamplingSettings
 
 SAMPLES = 64
 SAMPLING_STEPS = 20

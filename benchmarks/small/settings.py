@@ -5,11 +5,11 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.fields import read
 from benchmarks.small.clip import ContrastiveConfig
 from benchmarks.small.diffusion import ConditionalConfig, DiffusionConfig
 from benchmarks.small.first_stage import FirstStageConfig
 from benchmarks.small.kl_first_stage import KLConfig
+from benchmarks.suite.fields import read
 
 
 @dataclass(frozen=True)

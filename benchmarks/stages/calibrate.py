@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.params import Suite, Task
-from benchmarks.stages import files
+from benchmarks.runtime import files
+from benchmarks.runtime.workers import run_all
 from benchmarks.stages.setup import conditioning_of, device_of, draw_noise, load_model, sampling_settings, task_of
-from benchmarks.stages.workers import run_all
-from tfmq.calibration import CalibrationSet, collect_calibration
+from benchmarks.suite.params import Suite, Task
+from tfmq.network.calibration import CalibrationSet, collect_calibration
 
 PURPOSE = "calibration"
 

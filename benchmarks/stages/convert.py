@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import discover, manifest, room
-from benchmarks.archive import Mismatch, extract_member
-from benchmarks.originals.architectures import ARCHITECTURES, TASKS
-from benchmarks.originals.convert import convert, write_tokenizer
-from benchmarks.params import Suite
-from benchmarks.stages import files, setup
+from benchmarks.runtime import files, manifest
+from benchmarks.sources import disk
+from benchmarks.sources.archive import Mismatch, extract_member
+from benchmarks.sources.originals.architectures import ARCHITECTURES, TASKS
+from benchmarks.sources.originals.convert import convert, write_tokenizer
+from benchmarks.stages import setup
 from benchmarks.stages.fetch import checked, unfit
+from benchmarks.suite import discover
+from benchmarks.suite.params import Suite
 
 # Sources of the tokenizer, which a text-to-image checkpoint is without.
 TOKENIZER = ("clip-vocabulary", "clip-merges")
@@ -30,7 +32,7 @@ def run(suite: Suite, task_name: str) -> None:
         raise ValueError(f"task {task.name} has family {task.family}, but its original is one of {architecture.family}")
     checkpoint, source = checked(task.name)
     tokenizer = [checked(name)[0] for name in TOKENIZER] if architecture.full.text_encoder is not None else []
-    room.sweep(Path(task.checkpoint))
+    disk.sweep(Path(task.checkpoint))
     with files.new_folder(Path(task.checkpoint)) as folder:
         unpacked = folder / "original.ckpt"
         try:

@@ -14,16 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import manifest
 from benchmarks.datasets import Images, dataset
 from benchmarks.features import Evaluator, extract, extractor, load_evaluator
 from benchmarks.metrics import Moments, ReferenceStatistics
 from benchmarks.metrics._frechet import moments
 from benchmarks.metrics._merge import merge
-from benchmarks.params import Task
-from benchmarks.stages import files
+from benchmarks.runtime import files, manifest
+from benchmarks.runtime.workers import run_all
 from benchmarks.stages.setup import batches
-from benchmarks.stages.workers import run_all
+from benchmarks.suite.params import Task
 
 EVALUATORS = Path("data")
 POOLED, SPATIAL, SECOND = "pooled", "spatial", "second"

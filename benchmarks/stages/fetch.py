@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import fetch, sources
-from benchmarks.archive import Mismatch
-from benchmarks.fields import read
-from benchmarks.sources import Source
+from benchmarks.sources import catalogue, download
+from benchmarks.sources.archive import Mismatch
+from benchmarks.sources.catalogue import Source
+from benchmarks.suite.fields import read
 
 SOURCES = Path("sources.yaml")
 FETCHED = Path("fetched.json")
@@ -39,7 +39,7 @@ def run(name: str, path: Path | None = None) -> Path:
     A download that was stopped is continued; one that is there already is only checked. Raises ValueError with the
     nearest name for an unknown source, and in one line that says what to do where `benchmarks.fetch` does.
     """
-    source = sources.find(sources.load(SOURCES), name)
+    source = catalogue.find(catalogue.load(SOURCES), name)
     record = fetched().get(name)
     known = _with_record(name, source, record)
     target = DOWNLOADS / source.file
@@ -68,12 +68,12 @@ def checked(name: str) -> tuple[Path, Source]:
 
     Raises ValueError, saying what to run, if it is missing or another file.
     """
-    source = sources.find(sources.load(SOURCES), name)
+    source = catalogue.find(catalogue.load(SOURCES), name)
     path = DOWNLOADS / source.file
     if not path.is_file():
         raise ValueError(f"{path} is missing: {_again(name)}")
     try:
-        sources.verify(path, _with_record(name, source, fetched().get(name)))
+        catalogue.verify(path, _with_record(name, source, fetched().get(name)))
     except Mismatch as reason:
         raise ValueError(f"{path} is not {name}: {reason}: delete it and {_again(name)}") from None
     return path, source
@@ -105,13 +105,13 @@ def fetched() -> dict[str, Fetched]:
 def _get(name: str, source: Source, path: Path | None, target: Path) -> tuple[str, str]:
     """Bring a source to ``target``; returns its SHA-256 and where it came from."""
     if path is not None:
-        return fetch.take(name, source, path, target), f"the user's own {path.name}"
+        return download.take(name, source, path, target), f"the user's own {path.name}"
     if not target.exists():
-        return fetch.download(name, source, target)
+        return download.fetch(name, source, target)
     try:
-        return sources.verify(target, source), "a file that was there"
+        return catalogue.verify(target, source), "a file that was there"
     except Mismatch as reason:
-        bad = fetch.set_aside(target, target)
+        bad = download.set_aside(target, target)
         raise ValueError(f"{target} has changed: {reason}; kept as {bad}, run again to fetch it anew") from None
 
 
@@ -124,7 +124,7 @@ def _with_record(name: str, source: Source, record: Fetched | None) -> Source:
 
 
 def _record(name: str, entry: Fetched) -> None:
-    from benchmarks.stages import files  # it imports torch, which takes seconds
+    from benchmarks.runtime import files
 
     with _alone(DOWNLOADS):
         entries = fetched() | {name: entry}

@@ -21,15 +21,14 @@ import torch
 
 import baselines
 import tfmq
-from benchmarks import discover, environment, manifest, models
-from benchmarks.fields import read
-from benchmarks.images import TENSOR, batch_name
+from benchmarks import models
 from benchmarks.models import Model
-from benchmarks.params import Suite, Task
-from benchmarks.record import FULL_PRECISION, PUBLISHED, Cell
-from benchmarks.stages import calibrate, files, journal, setup
-from benchmarks.stages.files import ERRORS, IMAGES, OUTCOME, QUANTIZED, TRAJECTORY
-from benchmarks.stages.journal import MIB, FolderJournal, peak_memory, restart_peak
+from benchmarks.runtime import environment, files, journal, manifest
+from benchmarks.runtime.files import ERRORS, IMAGES, OUTCOME, QUANTIZED, TRAJECTORY
+from benchmarks.runtime.images import TENSOR, batch_name
+from benchmarks.runtime.journal import MIB, FolderJournal, peak_memory, restart_peak
+from benchmarks.runtime.workers import run_units
+from benchmarks.stages import calibrate, setup
 from benchmarks.stages.setup import (
     batches,
     conditioning_of,
@@ -41,15 +40,19 @@ from benchmarks.stages.setup import (
     seed_of,
     task_of,
 )
-from benchmarks.stages.workers import run_units
+from benchmarks.suite import discover
+from benchmarks.suite.fields import read
+from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
 from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, read_metadata, save_quantized
 from tfmq.journal import journaled
+from tfmq.network.offload import waiting_in
+from tfmq.network.sampling import Step, predict_noise, sample
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes.correction import correction_of
+from tfmq.passes.temporal import temporal_feature_error
 from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
-from tfmq.sampling import Step, correction_of, predict_noise, sample
-from tfmq.streaming import waiting_in
-from tfmq.temporal import temporal_feature_error
-from tfmq.unet import UNet, UNetLayout
 
 PURPOSE = "sample"
 # In the folder of unfinished work: what the quantisation has learned so far.

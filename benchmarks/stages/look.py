@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.clip import Scorer, cosines, load_clip, prompt_vectors
 from benchmarks.features import Evaluator, Features, compare, extract, extract_with_maps
-from benchmarks.images import Images
-from benchmarks.params import Task
-from benchmarks.record import FULL_PRECISION, Cell
-from benchmarks.stages import files
+from benchmarks.features._clip import Scorer, cosines, load_clip, prompt_vectors
+from benchmarks.runtime import files
+from benchmarks.runtime.images import Images
 from benchmarks.stages.data_features import evaluator_of, second_evaluator_of
 from benchmarks.stages.setup import batches, prompts_of
+from benchmarks.suite.params import Task
+from benchmarks.suite.record import FULL_PRECISION, Cell
 
 # Images of a part, and those in memory at once. Both are multiples of what evaluators and CLIPs take at a time, which
 # therefore see the same batches in parts as in all images.

@@ -18,17 +18,18 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import params, sources
-from benchmarks.originals import expected
-from benchmarks.originals.architectures import ARCHITECTURES, TASKS
-from benchmarks.params import Suite, Task
-from benchmarks.plan import FLOAT, Item, Network, Planner, Rate
-from benchmarks.plan_table import TERA, plan
-from benchmarks.sources import Source
+from benchmarks.planning.page import TERA, plan
+from benchmarks.planning.planner import FLOAT, Item, Network, Planner, Rate
+from benchmarks.runtime.journal import MIB, peak_memory, restart_peak
+from benchmarks.sources import catalogue
+from benchmarks.sources.catalogue import Source
+from benchmarks.sources.originals import expected
+from benchmarks.sources.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.stages import convert, fetch, prompts, weights
-from benchmarks.stages.journal import MIB, peak_memory, restart_peak
 from benchmarks.stages.setup import SCHEDULERS, device_of, task_of
-from tfmq.unet import UNet, set_attention_heads
+from benchmarks.suite import params
+from benchmarks.suite.params import Suite, Task
+from tfmq.network.unet import UNet, set_attention_heads
 
 SHARED = "downloads besides checkpoints"
 UNET, SCHEDULER, TEXT = "unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"
@@ -170,7 +171,7 @@ def _needs(task: Task) -> set[str]:
 
 
 def _sources() -> dict[str, Source]:
-    return sources.load(fetch.SOURCES) if fetch.SOURCES.is_file() else {}
+    return catalogue.load(fetch.SOURCES) if fetch.SOURCES.is_file() else {}
 
 
 def _downloads(names: Sequence[str]) -> list[Item]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import captions
-from benchmarks.archive import Mismatch
+from benchmarks.sources import coco_captions
+from benchmarks.sources.archive import Mismatch
 from benchmarks.stages.fetch import checked, unfit
 
 NAME = "coco-captions"
@@ -19,7 +19,7 @@ def run() -> None:
     """
     archive, _ = checked(NAME)
     try:
-        counts = captions.write_prompts(archive, FOLDER)
+        counts = coco_captions.write_prompts(archive, FOLDER)
     except Mismatch as reason:
         raise unfit(NAME, archive, reason) from None
     print(", ".join(f"{path}: {count:,} captions" for path, count in counts.items()))

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 import tfmq
-from benchmarks import datasets, features, manifest, models
-from benchmarks.clip import cosines, load_clip, prompt_vectors
+from benchmarks import datasets, features, models
 from benchmarks.datasets import _published, dataset
 from benchmarks.features import Evaluator, Features, concatenate, extract
+from benchmarks.features._clip import cosines, load_clip, prompt_vectors
 from benchmarks.metrics import References, ReferenceStatistics, reference_statistics
 from benchmarks.models import Model
-from benchmarks.params import Suite, Task
-from benchmarks.stages import data_features, files, setup
+from benchmarks.runtime import files, manifest
+from benchmarks.runtime.workers import run_all
+from benchmarks.stages import data_features, setup
 from benchmarks.stages.data_features import data_of, evaluator_of, moments_in, second_evaluator_of, tensors_of
 from benchmarks.stages.setup import (
     batches,
@@ -36,7 +37,7 @@ from benchmarks.stages.setup import (
     sampling_settings,
     task_of,
 )
-from benchmarks.stages.workers import run_all
+from benchmarks.suite.params import Suite, Task
 
 __all__ = ["evaluator_of", "read", "run", "second_evaluator_of"]
 
@@ -169,7 +170,7 @@ def _extract(task: Task, device: torch.device, unit: tuple[range, Path]) -> None
 
 
 def _sample(task: Task, device: torch.device, images: range) -> Tensor:
-    from tfmq.sampling import sample
+    from tfmq.network.sampling import sample
 
     model = _model(task, device)
     noise, step_noise = draw_noise(task, PURPOSE, 0, images, model.latent_shape)

@@ -15,22 +15,24 @@ from tempfile import TemporaryDirectory
 import torch
 
 from baselines import Settings
-from benchmarks import discover, environment, rehearsal_table
-from benchmarks.fields import read
-from benchmarks.params import Suite, Task
-from benchmarks.plan import Network
-from benchmarks.record import FULL_PRECISION, PUBLISHED, Cell
-from benchmarks.stages import files, setup
-from benchmarks.stages.journal import MIB, FolderJournal, peak_memory, restart_peak
+from benchmarks.planning import rehearsal_page
+from benchmarks.planning.planner import Network
+from benchmarks.runtime import environment, files
+from benchmarks.runtime.journal import MIB, FolderJournal, peak_memory, restart_peak
+from benchmarks.stages import setup
 from benchmarks.stages.plan import build, describe, timesteps_of
-from tfmq.calibration import CalibrationSet
+from benchmarks.suite import discover
+from benchmarks.suite.fields import read
+from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
 from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, save_quantized
 from tfmq.journal import journaled
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.offload import waiting_in
+from tfmq.network.sampling import SamplingSettings
+from tfmq.network.unet import UNet
 from tfmq.plan import SHARED
 from tfmq.precision import Precision
-from tfmq.sampling import SamplingSettings
-from tfmq.streaming import waiting_in
-from tfmq.unet import UNet
 
 FOLDER = files.RESULTS / "rehearsals"
 PAGE = files.RESULTS / "REHEARSALS.md"
@@ -106,7 +108,7 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
         },
     )
     found = [files.read_json(path) for path in sorted(FOLDER.glob("*.json"))]
-    text = rehearsal_table.page(found)
+    text = rehearsal_page.page(found)
     files.write_text(PAGE, text)
     return text
 

@@ -16,11 +16,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.metrics import Evidence, metrics
-from benchmarks.params import Suite, Task
-from benchmarks.record import FULL_PRECISION, Cell, Cost, Record, Value
-from benchmarks.stages import files, look, reference
+from benchmarks.runtime import files
+from benchmarks.runtime.workers import run_units
+from benchmarks.stages import look, reference
 from benchmarks.stages.setup import device_of, seed_of, task_of
-from benchmarks.stages.workers import run_units
+from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import FULL_PRECISION, Cell, Cost, Record, Value
 
 # In the folder of what was seen of full precision: who saw it.
 SEEN_BY = "seen_by.json"

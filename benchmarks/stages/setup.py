@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks import discover
 from benchmarks.models import Model
-from benchmarks.params import Suite, Task
-from benchmarks.record import FULL_PRECISION, Cell
+from benchmarks.suite import discover
+from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import FULL_PRECISION, Cell
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and not all stages need it
-    from tfmq.sampling import Conditioning, SamplingSettings
+    from tfmq.network.sampling import Conditioning, SamplingSettings
 
 DEVICES = ("auto", "cpu", "cuda")
 # Modules and classes; the names are checked by `benchmarks.params`.
@@ -99,7 +99,7 @@ def load_model(task: Task, device: torch.device) -> Model:
 
 def sampling_settings(task: Task) -> SamplingSettings:
     """The task's part of the denoising loop."""
-    from tfmq.sampling import SamplingSettings
+    from tfmq.network.sampling import SamplingSettings
 
     return SamplingSettings(task.steps, task.eta, task.guidance_scale)
 

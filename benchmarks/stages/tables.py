@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 import baselines
-from benchmarks import figures, findings, pages, tables
 from benchmarks.metrics import Metric, metrics
-from benchmarks.params import Suite, Task
-from benchmarks.record import FULL_PRECISION, SHARED, Cell, Record, Value
-from benchmarks.stages import files
+from benchmarks.report import figures, findings, pages, tables
+from benchmarks.runtime import files
 from benchmarks.stages.setup import prompts_of
+from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import FULL_PRECISION, SHARED, Cell, Record, Value
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")

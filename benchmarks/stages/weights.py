@@ -8,10 +8,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import discover, manifest, room
-from benchmarks.archive import Mismatch
-from benchmarks.stages import files
+from benchmarks.runtime import files, manifest
+from benchmarks.sources import disk
+from benchmarks.sources.archive import Mismatch
 from benchmarks.stages.fetch import checked, unfit
+from benchmarks.suite import discover
 
 DATA = Path("data")
 INCEPTION = "inception"
@@ -42,8 +43,8 @@ def run(name: str) -> Path:
     path, _ = checked(name)
     folder = DATA / INCEPTION if name == INCEPTION else DATA / "clip" / CLIPS[name].weights
     folder.parent.mkdir(parents=True, exist_ok=True)
-    room.sweep(folder)
-    room.check(folder.parent, path.stat().st_size)
+    disk.sweep(folder)
+    disk.check(folder.parent, path.stat().st_size)
     with files.new_folder(folder) as temporary:
         if name == INCEPTION:
             try:

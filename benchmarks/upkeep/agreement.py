@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from benchmarks.record import Record, Value
+from benchmarks.suite.record import Record, Value
 
 # What has to be the same for bits to be.
 PLACE = ("system", "cpu", "gpu", "python", "versions")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
-from benchmarks.params import Task
-from benchmarks.record import FULL_PRECISION, Cell, Record
+from benchmarks.suite.params import Task
+from benchmarks.suite.record import FULL_PRECISION, Cell, Record
 
 # Of one core of the machine that the committed records are of: an image's features and comparisons, the metrics of a
 # cell, and what is loaded for one.

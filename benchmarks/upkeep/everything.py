@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from benchmarks.params import Suite
-    from benchmarks.record import Cell, Record
+    from benchmarks.suite.params import Suite
+    from benchmarks.suite.record import Cell, Record
     from benchmarks.upkeep.clock import Clock
     from benchmarks.upkeep.screen import Screen
 
@@ -53,8 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> int:
     """Run DVC, show how far it is, and end with the leaderboard; returns the exit code."""
     # Not above: these take seconds, in which Ctrl-C has to be heard.
-    from benchmarks import params, tables
-    from benchmarks.stages import setup, workers
+    from benchmarks.report import tables
+    from benchmarks.runtime import workers
+    from benchmarks.stages import setup
+    from benchmarks.suite import params
     from benchmarks.upkeep.clock import Clock, spoken
     from benchmarks.upkeep.reproduce import read_records
     from benchmarks.upkeep.screen import HEADER, Screen
@@ -104,7 +106,7 @@ def expected(suite: Suite, records: Mapping[Cell, Record], shards: int) -> dict[
 
 def _stages(suite: Suite, cell: Cell) -> tuple[str, str]:
     """The stages of dvc.yaml that generate and score a cell."""
-    from benchmarks.record import FULL_PRECISION
+    from benchmarks.suite.record import FULL_PRECISION
 
     if cell.method == FULL_PRECISION:
         return f"full_precision@{cell.task}", f"score_full_precision@{cell.task}"
@@ -114,7 +116,7 @@ def _stages(suite: Suite, cell: Cell) -> tuple[str, str]:
 
 def _follow(command: Iterable[str], suite: Suite, clock: Clock, screen: Screen) -> int:
     """Run DVC and show what it does; returns its exit code."""
-    from benchmarks.stages import files
+    from benchmarks.runtime import files
 
     scored: dict[str, list[Cell]] = {}
     for cell in suite.cells():

@@ -8,10 +8,11 @@ from functools import partial
 
 import torch
 
-from benchmarks.params import Suite
-from benchmarks.record import FULL_PRECISION, Cell, Record
-from benchmarks.stages import calibrate, files, generate, reference, score
-from benchmarks.stages.workers import run_units
+from benchmarks.runtime import files
+from benchmarks.runtime.workers import run_units
+from benchmarks.stages import calibrate, generate, reference, score
+from benchmarks.suite.params import Suite
+from benchmarks.suite.record import FULL_PRECISION, Cell, Record
 from benchmarks.upkeep import clock
 from benchmarks.upkeep.clock import Clock
 from benchmarks.upkeep.screen import Screen

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from benchmarks.params import Suite
-    from benchmarks.record import Cell, Record
+    from benchmarks.suite.params import Suite
+    from benchmarks.suite.record import Cell, Record
     from benchmarks.upkeep.remake import Remake
 
 INTERRUPTED = 130
@@ -89,8 +89,9 @@ def run(options: argparse.Namespace) -> int:
     Raises ValueError for names that the suite does not have, and for values that make no sense.
     """
     # Not above: these take seconds, in which Ctrl-C has to be heard.
-    from benchmarks import params
-    from benchmarks.stages import setup, workers
+    from benchmarks.runtime import workers
+    from benchmarks.stages import setup
+    from benchmarks.suite import params
     from benchmarks.upkeep.clock import spoken
     from benchmarks.upkeep.remake import Remake
     from benchmarks.upkeep.screen import HEADER
@@ -133,8 +134,8 @@ def run(options: argparse.Namespace) -> int:
 
 def read_records(suite: Suite) -> dict[Cell, Record]:
     """The records in results/ of the suite's cells, as far as they are there. Raises ValueError for a damaged one."""
-    from benchmarks.record import Record
-    from benchmarks.stages import files
+    from benchmarks.runtime import files
+    from benchmarks.suite.record import Record
 
     found = {}
     for cell in suite.cells():
@@ -181,7 +182,7 @@ def _fits(cell: Cell, name: str) -> bool:
 
 def tell(remake: Remake, seconds: float) -> int:
     """Print what came of it, the committed leaderboard, and what was not made anew; returns the exit code."""
-    from benchmarks import tables
+    from benchmarks.report import tables
     from benchmarks.upkeep.clock import spoken
 
     screen = remake.screen
@@ -223,7 +224,7 @@ def _open_scratch(root: Path) -> Path:
 
     Raises ValueError if another run is at work in it.
     """
-    from benchmarks.stages import files
+    from benchmarks.runtime import files
 
     key = files.fingerprint([files.source_hash(root / name) for name in CODE])
     folder = root / SCRATCH / f"{PREFIX}{key}"

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from benchmarks.metrics import metrics
-from benchmarks.params import Suite
-from benchmarks.record import Cell, Record
-from benchmarks.stages import files
-from benchmarks.tables.markdown import cells_table
+from benchmarks.report.tables.markdown import cells_table
+from benchmarks.runtime import files
+from benchmarks.suite.params import Suite
+from benchmarks.suite.record import Cell, Record
 from benchmarks.upkeep.agreement import Agreement, compare
 from benchmarks.upkeep.clock import spoken
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import discover
+from benchmarks.suite import discover
 from tests.tfmq import networks
 from tfmq.checkpoint import load_quantized, save_quantized
+from tfmq.network.sampling import predict_noise
+from tfmq.network.unet import UNetLayout
 from tfmq.plan import SHARED, activation_quantizers
 from tfmq.precision import FULL, Precision
-from tfmq.sampling import predict_noise
-from tfmq.unet import UNetLayout
 
 METHODS = discover.names(discover.METHODS)
 PUBLISHED = [name for name in METHODS if discover.method(name).published is not None]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from baselines import ptqd_mixed
-from benchmarks import discover
+from benchmarks.suite import discover
 from tests.baselines.test_contract import METHODS, PUBLISHED, quantized, small
 from tests.tfmq import networks
 from tfmq.checkpoint import full_precision_bytes

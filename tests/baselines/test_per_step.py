@@ -7,7 +7,7 @@ import torch
 
 from baselines import qdiffusion_per_step, tfmq_per_step
 from tests.tfmq import networks
-from tfmq.affine import affine_from_range
+from tfmq.numerics.affine import affine_from_range
 from tfmq.plan import SHARED, activation_quantizers
 from tfmq.precision import Precision
 

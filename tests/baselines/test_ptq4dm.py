@@ -7,7 +7,7 @@ import torch
 
 from baselines import _ptq4dm, ptq4dm, ptq4dm_mispaired
 from tests.tfmq import networks
-from tfmq.calibration import normal_steps
+from tfmq.network.calibration import normal_steps
 from tfmq.precision import Precision
 from tfmq.quantization import SHARED
 

@@ -7,11 +7,10 @@ import torch
 
 from baselines import ptqd, ptqd_mixed
 from tests.tfmq import networks
-from tfmq.correction import measure_correction
+from tfmq.passes.correction import correction_of, measure_correction
 from tfmq.plan import activation_quantizers
 from tfmq.precision import Precision
 from tfmq.quantization import SHARED
-from tfmq.sampling import correction_of
 
 FEW = {"iterations": 2, "activation_iterations": 2, "images": 4}
 

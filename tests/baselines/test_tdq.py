@@ -10,12 +10,12 @@ import torch
 
 from baselines import tdq, tdq_qat
 from tests.tfmq import networks
-from tfmq.calibration import collect_calibration
 from tfmq.checkpoint import load_quantized, save_quantized
+from tfmq.network.calibration import collect_calibration
+from tfmq.network.sampling import Conditioning, SamplingSettings, predict_noise
+from tfmq.passes.step_network import StepNetworks
 from tfmq.plan import SHARED, activation_quantizers
 from tfmq.precision import Precision
-from tfmq.sampling import Conditioning, SamplingSettings, predict_noise
-from tfmq.step_network import StepNetworks
 
 FEW = {"rows": 20, "values": 8, "fit_iterations": 3}
 ROWS = {

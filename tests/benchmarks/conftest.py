@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.record import Cost, Record, Value
+from benchmarks.suite.record import Cost, Record, Value
 
 TASK = {
     "name": "emoji-ldm4",

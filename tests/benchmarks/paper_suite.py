@@ -18,13 +18,14 @@ import yaml
 from safetensors.torch import save_file
 
 import benchmarks
-from benchmarks import captions, smoke, sources
-from benchmarks.originals.architectures import TASKS
+from benchmarks.sources import catalogue, coco_captions
+from benchmarks.sources.originals.architectures import TASKS
+from benchmarks.upkeep import smoke
 from tests.benchmarks.datasets.originals import WRITERS
 from tests.benchmarks.inception import write_weights
 from tests.benchmarks.loopback import Loopback
-from tests.benchmarks.originals.tiny import write_original, write_tokenizer
-from tests.benchmarks.test_captions import annotations
+from tests.benchmarks.sources.originals.tiny import write_original, write_tokenizer
+from tests.benchmarks.sources.test_coco_captions import annotations
 
 PAPER = Path(benchmarks.__file__).parent / "paper"
 # What is made or brought, and so no part of the suite.
@@ -42,7 +43,7 @@ ADM = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sig
 
 def write_originals(folder: Path, names: Iterable[str] | None = None) -> None:
     """Write the files of sources of these names (all, unless told otherwise), as small as they can be."""
-    known = sources.load(PAPER / "sources.yaml")
+    known = catalogue.load(PAPER / "sources.yaml")
     for name in known if names is None else names:
         _write_original(name, folder / known[name].file)
 
@@ -61,7 +62,7 @@ def _write_original(name: str, path: Path) -> None:
         (save_file if path.suffix == ".safetensors" else torch.save)(weights, path)
     elif name == "coco-captions":
         with zipfile.ZipFile(path, "w") as archive:
-            for purpose, member in captions.MEMBERS.items():
+            for purpose, member in coco_captions.MEMBERS.items():
                 ids = (PAPER / "prompts" / "coco" / f"{purpose}.ids").read_text().split()
                 archive.writestr(f"annotations/{member}", json.dumps(annotations(map(int, ids))))
     elif name == "clip-vocabulary":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.record import Record
+from benchmarks.suite.record import Record
 from tests.benchmarks.loopback import Loopback
 from tests.benchmarks.paper_suite import write_originals, write_sources, write_suite
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import params, rehearsal_table
-from benchmarks.record import FULL_PRECISION
-from benchmarks.stages import files, rehearse, tables
+from benchmarks.planning import rehearsal_page
+from benchmarks.runtime import files
+from benchmarks.stages import rehearse, tables
+from benchmarks.suite import params
+from benchmarks.suite.record import FULL_PRECISION
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_the_tables_are_those_of_records_and_settings(paper):
 
 def test_the_page_of_rehearsals_is_that_of_its_files(paper):
     found = [files.read_json(path) for path in sorted((paper / rehearse.FOLDER).glob("*.json"))]
-    assert found and rehearsal_table.page(found) == (paper / rehearse.PAGE).read_text(encoding="utf-8")
+    assert found and rehearsal_page.page(found) == (paper / rehearse.PAGE).read_text(encoding="utf-8")
 
 
 def test_the_page_says_what_the_plan_says(paper):

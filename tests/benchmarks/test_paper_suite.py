@@ -13,17 +13,17 @@ import pytest
 import yaml
 
 from benchmarks import __main__ as command_line
-from benchmarks import sources
 from benchmarks.datasets import cifar10
-from benchmarks.originals.architectures import TASKS
-from benchmarks.record import Record
+from benchmarks.sources import catalogue
+from benchmarks.sources.originals.architectures import TASKS
+from benchmarks.suite.record import Record
 from tests.benchmarks.loopback import Loopback
 from tests.benchmarks.paper_suite import CIFAR_SIDE, CLIP, write_originals, write_sources, write_suite
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all files of sources.yaml."""
+    """A folder with all files of catalogue.yaml."""
     folder = tmp_path_factory.mktemp("originals")
     write_originals(folder)
     return folder
@@ -64,7 +64,9 @@ def test_a_task_runs_from_its_download_to_its_table(suite, run, task):
     wanted = {"inception", task}
     if "statistics" in settings:
         wanted |= {
-            name for name, source in sources.load(Path("sources.yaml")).items() if source.file in settings["statistics"]
+            name
+            for name, source in catalogue.load(Path("sources.yaml")).items()
+            if source.file in settings["statistics"]
         }
     if "clip" in settings:
         wanted |= {"clip-vocabulary", "clip-merges", "coco-captions", "open-clip-vit-b-32", "open-clip-vit-g-14"}

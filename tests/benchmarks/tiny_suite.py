@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from timm.models import create_model
 
 from benchmarks import __main__ as command_line
-from benchmarks import manifest
 from benchmarks.features.efficientnet_lite0 import weight_name
 from benchmarks.models.ldm import FAMILY
-from benchmarks.record import Record
+from benchmarks.runtime import manifest
 from benchmarks.small.data import Emoji, write_sheet, write_table
+from benchmarks.suite.record import Record
 
 PARAMS = {
     "name": "tiny",

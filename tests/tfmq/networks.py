@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel, VQModel
 
-from tfmq.calibration import CalibrationSet, collect_calibration
-from tfmq.sampling import Conditioning, SamplingSettings, correction_of, sample
-from tfmq.unet import UNet
+from tfmq.network.calibration import CalibrationSet, collect_calibration
+from tfmq.network.sampling import Conditioning, SamplingSettings, sample
+from tfmq.network.unet import UNet
+from tfmq.passes.correction import correction_of
 
 SETTINGS = SamplingSettings(steps=5)
 

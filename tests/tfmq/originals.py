@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from tfmq.unet import UNet, set_attention_heads
+from tfmq.network.unet import UNet, set_attention_heads
 
 FILE = Path(__file__).parents[1] / "data" / "unets" / "unets.json"
 FAMILIES = (

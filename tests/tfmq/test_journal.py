@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import discover
+from benchmarks.suite import discover
 from tests.tfmq import networks
-from tfmq import reconstruction
 from tfmq.journal import Effort, journaled, learn_unit
+from tfmq.network.unet import UNetLayout
+from tfmq.passes import reconstruction
+from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.plan import SHARED
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
-from tfmq.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.unet import UNetLayout
 
 ROUNDING = RoundingConfig(iterations=3, batch=8, learning_rate=1e-2)
 STEP_SIZES = StepSizeConfig(iterations=2, batch=8)

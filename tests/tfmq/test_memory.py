@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.tfmq import networks, originals
-from tfmq.calibration import CalibrationRows
 from tfmq.memory import planned_memory
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.offload import stream_bytes, waiting_in
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.plan import quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
-from tfmq.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.streaming import stream_bytes, waiting_in
-from tfmq.unet import UNet, UNetLayout
 
 W4A8 = Precision.parse("w4a8")
 ROUNDING = RoundingConfig(iterations=1, batch=8)

@@ -10,16 +10,16 @@ import torch
 
 from tests.tfmq import networks
 from tfmq import quantization
-from tfmq.calibration import CalibrationRows
 from tfmq.checkpoint import save_quantized
-from tfmq.layers import QuantizedLayer
+from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.offload import BlockStream, Place, waiting_in
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
+from tfmq.passes.temporal import temporal_feature_error
 from tfmq.plan import activation_quantizers, coverage, insert_quantizers, plan_for, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_
-from tfmq.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.streaming import BlockStream, Place, waiting_in
-from tfmq.temporal import temporal_feature_error
-from tfmq.unet import UNet, UNetLayout
 
 ROUNDING = RoundingConfig(iterations=4, batch=8, learning_rate=1e-2)
 W4A8 = Precision.parse("w4a8")

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from tfmq.low_rank import LowRankConfig
+from tfmq.network.sampling import SamplingSettings
+from tfmq.passes.low_rank import LowRankConfig
+from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
+from tfmq.passes.step_network import FitConfig
+from tfmq.passes.training import TrainingConfig
 from tfmq.quantization import QuantizationConfig
-from tfmq.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.sampling import SamplingSettings
-from tfmq.step_network import FitConfig
-from tfmq.training import TrainingConfig
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from benchmarks import discover
 from benchmarks.datasets import Dataset, Images, cifar10, dataset
+from benchmarks.suite import discover
 from tests.benchmarks.datasets.originals import COUNT, WRITERS
 
 NAMES = discover.names(discover.DATASETS)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import discover
 from benchmarks.features import (
     Evaluator,
     Extractor,
@@ -19,6 +18,7 @@ from benchmarks.features import (
     resize,
     unit_maps,
 )
+from benchmarks.suite import discover
 
 
 class Colour(nn.Module):

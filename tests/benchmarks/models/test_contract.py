@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import discover
-from tfmq.sampling import SamplingSettings, sample
-from tfmq.unet import UNetLayout
+from benchmarks.suite import discover
+from tfmq.network.sampling import SamplingSettings, sample
+from tfmq.network.unet import UNetLayout
 
 FAMILIES = discover.names(discover.FAMILIES)
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from benchmarks import manifest
 from benchmarks.models import class_ldm, ldm, stable_diffusion
 from benchmarks.models._latent import TINY_FIRST_STAGE
-from tfmq.sampling import SamplingSettings, sample
+from benchmarks.runtime import manifest
+from tfmq.network.sampling import SamplingSettings, sample
 
 CPU = torch.device("cpu")
 PROMPTS = ["red apple", "cat face with a smile that is far too long for the tiny tokenizer to keep all of it"]

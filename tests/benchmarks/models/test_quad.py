@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 
 from benchmarks.models._quad import QuadDDIMScheduler
 from tests.tfmq import networks
-from tfmq.calibration import collect_calibration
-from tfmq.sampling import SamplingSettings, sample
+from tfmq.network.calibration import collect_calibration
+from tfmq.network.sampling import SamplingSettings, sample
 
 CIFAR = {"beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False}
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import manifest
+from benchmarks.runtime import manifest
 from benchmarks.small import card, class_conditional, diffusion, export, first_stage, kl_first_stage, measure, training
 from benchmarks.small.class_conditional import ClassConditional, ClassEmbedding
 from benchmarks.small.data import Emoji

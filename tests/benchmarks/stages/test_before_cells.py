@@ -6,7 +6,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from benchmarks.stages import files, reference
+from benchmarks.runtime import files
+from benchmarks.stages import reference
 
 
 def contents(folder: Path) -> dict[str, bytes]:

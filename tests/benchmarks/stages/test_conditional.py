@@ -11,9 +11,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from benchmarks import discover, manifest, params
-from benchmarks.record import Cell, Record
-from benchmarks.stages import files, generate, setup
+from benchmarks.runtime import files, manifest
+from benchmarks.stages import generate, setup
+from benchmarks.suite import discover, params
+from benchmarks.suite.record import Cell, Record
 
 ROW = Path("work/cells/words/nearest")
 PROMPTS = {"calibration": ["circle", "square", "square"], "evaluation": ["square", "circle"]}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import fetch
+from benchmarks.sources import download
 from benchmarks.stages import fetch as stage
 from benchmarks.stages.fetch import run
 from tests.benchmarks.loopback import Loopback
@@ -18,7 +18,7 @@ HASH = hashlib.sha256(BODY).hexdigest()
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A suite's folder as working directory, and a server for its one source, whose hash is not published."""
-    monkeypatch.setattr(fetch, "WAITS", (0, 0))
+    monkeypatch.setattr(download, "WAITS", (0, 0))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     served, suite = tmp_path / "served", tmp_path / "suite"
     served.mkdir()

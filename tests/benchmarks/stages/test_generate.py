@@ -19,13 +19,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import baselines.nearest
-from benchmarks import manifest, params
-from benchmarks.images import Images, batch_name
-from benchmarks.record import Cell
-from benchmarks.stages import files, journal
+from benchmarks.runtime import files, journal, manifest
+from benchmarks.runtime.images import Images, batch_name
+from benchmarks.runtime.journal import FolderJournal
 from benchmarks.stages import generate as stage
-from benchmarks.stages.journal import FolderJournal
 from benchmarks.stages.setup import device_of, draw_noise
+from benchmarks.suite import params
+from benchmarks.suite.record import Cell
 from tests.benchmarks.tiny_suite import arguments
 from tfmq.checkpoint import load_quantized
 

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.features import Evaluator, Extractor, Features, compare, extract, extract_with_maps
-from benchmarks.images import batch_name
 from benchmarks.metrics import Evidence, References, reference_statistics
-from benchmarks.params import Suite, Task
-from benchmarks.record import Cell, Record
-from benchmarks.stages import files, look, reference, score
+from benchmarks.runtime import files
+from benchmarks.runtime.images import batch_name
+from benchmarks.stages import look, reference, score
+from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import Cell, Record
 
 CPU = torch.device("cpu")
 COUNT = 21

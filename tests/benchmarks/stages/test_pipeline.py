@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import baselines
 from benchmarks.metrics import metrics
-from benchmarks.stages import files
+from benchmarks.runtime import files
 
 DUMMY = '''
 """A method in one file: round to nearest with per-step ranges."""

@@ -13,9 +13,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from benchmarks import __main__ as command_line
-from benchmarks import params
-from benchmarks.originals.architectures import ARCHITECTURES
+from benchmarks.sources.originals.architectures import ARCHITECTURES
 from benchmarks.stages import plan
+from benchmarks.suite import params
 from tests.tfmq import networks
 
 

@@ -15,9 +15,10 @@ from benchmarks.datasets import _published, dataset
 from benchmarks.features import Evaluator, Extractor, Features
 from benchmarks.metrics import reference_statistics
 from benchmarks.metrics._frechet import moments
-from benchmarks.params import Suite, Task
+from benchmarks.runtime import files
 from benchmarks.small.data import Emoji, write_sheet, write_table
-from benchmarks.stages import data_features, files, reference
+from benchmarks.stages import data_features, reference
+from benchmarks.suite.params import Suite, Task
 
 CPU = torch.device("cpu")
 COUNT = 23

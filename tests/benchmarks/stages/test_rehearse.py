@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.stages import files, rehearse
+from benchmarks.runtime import files
+from benchmarks.stages import rehearse
 
 ROW = ("rehearse", "--task", "toy", "--table", "leaderboard", "--method", "tfmq", "--precision", "w4a8")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import params, tables
+from benchmarks.report import tables
 from benchmarks.stages import tables as stage
+from benchmarks.suite import params
 
 TASK = {
     "version": 1,

@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from benchmarks import manifest, room
+from benchmarks.runtime import manifest
+from benchmarks.sources import disk
 from benchmarks.stages import weights
 
 FILES = {"inception": Path("downloads/inception.pth"), "open-clip-vit-b-32": Path("downloads/clip.safetensors")}
@@ -82,9 +83,9 @@ def test_other_content_is_refused_in_one_line_and_never_run(content):
 
 
 def test_a_disk_that_is_too_small_is_noticed_before(monkeypatch):
-    usage = room.shutil.disk_usage(".")
+    usage = disk.shutil.disk_usage(".")
     with monkeypatch.context() as patch:
-        patch.setattr(room.shutil, "disk_usage", lambda folder: usage._replace(free=10))
+        patch.setattr(disk.shutil, "disk_usage", lambda folder: usage._replace(free=10))
         with pytest.raises(ValueError, match="bytes are needed in .*data, but 10 are free: make room and run again"):
             weights.run("inception")
     assert not list(Path("data").iterdir())

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks.record import Value
+from benchmarks.suite.record import Value
 from benchmarks.upkeep.agreement import OF_INTERVAL, allowed, compare
 
 HERE = {"system": "Linux x86_64", "cpu": "one", "gpu": None, "python": "3.11.7", "versions": {"torch": "2.15.0"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.record import Cell
+from benchmarks.suite.record import Cell
 from benchmarks.upkeep import clock
 from benchmarks.upkeep.clock import Clock
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import params
+from benchmarks.suite import params
 from benchmarks.upkeep import everything
 from benchmarks.upkeep.reproduce import read_records
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import params
+from benchmarks.suite import params
 from benchmarks.upkeep import reproduce
 
 

@@ -1,0 +1,274 @@
+"""What a suite will cost, said before it is run: evaluations of the UNet, steps, images, disk, memory and hours.
+
+Counts follow from settings and from the networks' structure alone, by the code that later does the work; hours follow
+from them and from one evaluation that was timed. Nothing here touches files.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from baselines import Held, Settings
+from benchmarks.suite import discover
+from benchmarks.suite.fields import read
+from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
+from tfmq.checkpoint import full_precision_bytes, packed_bytes
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.sampling import SamplingSettings
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.plan import SHARED, Protocol, insert_quantizers, plan_for
+from tfmq.precision import Precision
+
+GIB = 2**30
+FLOAT = 4
+# What a quantised evaluation, and a row that is learned on, take in evaluations of full precision: about the medians
+# over the rows of the small suite, on a CPU. On a GPU learning takes less.
+QUANTIZED, LEARNED = 1.1, 6.0
+# Numbers that stay on the disk for each full-precision image: features, and feature maps where they are kept.
+KEPT = {
+    "inception": 2048 + 2023 + 1008,
+    "efficientnet_lite0": 1280 + 1960 + 1000 + 16 * 112**2 + 24 * 56**2 + 40 * 28**2 + 112 * 14**2 + 320 * 7**2,
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is known of a task's model without its weights.
+
+    Attributes:
+        unet: on the meta device.
+        timesteps: (T,), those of the task's schedule.
+        tokens: of its context, where it has one.
+    """
+
+    unet: UNet
+    timesteps: torch.Tensor
+    tokens: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        return self.unet.config.in_channels, size, size
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of the UNet in full precision."""
+        return full_precision_bytes(self.unet)
+
+    def latents(self, images: int) -> int:
+        """Bytes that the latents of some images take."""
+        return images * math.prod(self.latent_shape) * FLOAT
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One timed evaluation: where, of how many samples at once, and seconds and bytes of memory a sample.
+
+    Attributes:
+        operations: in floating point that a sample takes, a multiplication and an addition counted as two.
+        assumed: a sample's seconds on another device, which stand in place of the timed ones.
+    """
+
+    device: str
+    rows: int
+    seconds: float
+    memory: float
+    operations: int
+    assumed: float | None = None
+
+    @property
+    def planned(self) -> float:
+        """The seconds to plan with."""
+        return self.seconds if self.assumed is None else self.assumed
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one step of a task takes.
+
+    Attributes:
+        calibration, weights, activations, sampling, reference: evaluations of the UNet for a sample, by what they are
+            for; under guidance an image takes two a step.
+        optimizer_steps: of all reconstructions.
+        images: that stay.
+        disk, memory: bytes that stay, and that are held at most; None where that is not known.
+        seconds: on one device, on a CPU with one thread.
+        note: why there is nothing, or what is left out.
+    """
+
+    name: str
+    calibration: int = 0
+    weights: int = 0
+    activations: int = 0
+    sampling: int = 0
+    reference: int = 0
+    optimizer_steps: int = 0
+    images: int = 0
+    disk: int | None = 0
+    memory: int | None = 0
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def evaluations(self) -> int:
+        """All evaluations of the UNet."""
+        return self.calibration + self.weights + self.activations + self.sampling + self.reference
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the steps of one task of a suite."""
+
+    suite: Suite
+    task: Task
+    network: Network
+    rate: Rate
+    held: dict[tuple[str, bool], Held | None] = field(default_factory=dict)
+
+    def items(self) -> list[Item]:
+        """What each step takes, from the calibration pool to the last cell, in the order in which they run."""
+        cells = [cell for cell in self.suite.cells() if cell.task == self.task.name and cell.method != FULL_PRECISION]
+        return [self.calibrate(), self.reference(), self.full_precision(), *map(self.cell, cells)]
+
+    @cached_property
+    def pool(self) -> CalibrationSet:
+        """A calibration pool of the task's shapes and time steps, on the meta device."""
+        task, network = self.task, self.network
+        steps, images = len(network.timesteps), task.calibration_images
+        meta = torch.device("meta")
+        latents = torch.empty(steps, images, *network.latent_shape, device=meta)
+        width = getattr(network.unet.config, "cross_attention_dim", None)
+        context = None if width is None else torch.empty(images, network.tokens, width, device=meta)
+        return CalibrationSet(
+            latents=latents,
+            timesteps=network.timesteps,
+            noise=latents,
+            samples=torch.empty(images, *network.latent_shape, device=meta),
+            alphas=torch.empty(steps + 1, dtype=torch.float64),
+            settings=SamplingSettings(task.steps, task.eta, task.guidance_scale),
+            context=context,
+            unconditional=None if self.halves == 1 else context,
+        )
+
+    @property
+    def halves(self) -> int:
+        """Evaluations that an image takes at a step: two under guidance."""
+        return 1 if self.task.guidance_scale == 1 else 2
+
+    @property
+    def passes(self) -> int:
+        """Evaluations that drawing an image takes."""
+        return self.halves * len(self.network.timesteps)
+
+    @property
+    def pool_bytes(self) -> int:
+        """What a calibration pool takes, on the disk and in memory."""
+        return sum(tensor.nbytes for tensor in self.pool.tensors.values())
+
+    @property
+    def image_bytes(self) -> int:
+        """What the images of a cell take on the disk."""
+        return 3 * self.task.resolution**2 * self.task.images
+
+    @property
+    def sampling_memory(self) -> int:
+        """What drawing a batch takes with the full-precision UNet."""
+        return self.network.bytes + round(self.rate.memory * self.task.batch * self.halves)
+
+    def calibrate(self) -> Item:
+        """The calibration pools of all seeds."""
+        evaluations = self.suite.pools * self.passes * self.task.calibration_images
+        return Item(
+            "calibrate",
+            calibration=evaluations,
+            disk=self.suite.pools * self.pool_bytes,
+            memory=self.sampling_memory + self.pool_bytes,
+            seconds=self.rate.planned * evaluations,
+        )
+
+    def reference(self) -> Item:
+        """Full-precision samples of other seeds."""
+        evaluations = self.passes * self.task.reference_images
+        return Item(
+            "reference",
+            reference=evaluations,
+            disk=self._kept(self.task.reference_images),
+            memory=self.sampling_memory if evaluations else 0,
+            seconds=self.rate.planned * evaluations,
+        )
+
+    def full_precision(self) -> Item:
+        """The cell that the others are compared with, its trajectory, and what evaluators see of it."""
+        evaluations = self.passes * self.task.images
+        step = self.network.latents(min(self.task.batch, self.task.images))
+        return Item(
+            FULL_PRECISION,
+            sampling=evaluations,
+            images=self.task.images,
+            disk=self.image_bytes + 2 * len(self.network.timesteps) * step + self._kept(self.task.images),
+            memory=self.sampling_memory,
+            seconds=self.rate.planned * evaluations,
+        )
+
+    def cell(self, cell: Cell) -> Item:
+        """A quantised cell: quantising, its images, and the errors of its predictions on one batch's trajectory."""
+        name = cell.name.removeprefix(f"{self.task.name}/")
+        method, precision = discover.method(cell.method), Precision.parse(cell.precision)
+        protocol = method.published if cell.protocol == PUBLISHED else SHARED
+        if protocol is None or method.objection(precision):
+            return Item(name, note="not applicable")
+        config = read(method.config, self.suite.settings(cell.task, cell.method), f"methods.{cell.method}")
+        if not isinstance(config, Settings):
+            return Item(name, disk=None, memory=None, note="its settings do not say what it takes")
+        effort = config.effort(self.network.unet, self.pool, precision, protocol)
+        held = self._held(cell, config, precision, protocol)
+        sampled = self.passes * (self.task.images + min(self.task.batch, self.task.images))
+        timed = effort.unet_evaluations + QUANTIZED * sampled + LEARNED * effort.learned_rows
+        return Item(
+            name,
+            weights=effort.weight_evaluations,
+            activations=effort.activation_evaluations,
+            sampling=sampled,
+            optimizer_steps=effort.optimizer_steps,
+            images=self.task.images,
+            disk=self.image_bytes + checkpoint_bytes(self.network.unet, precision, protocol),
+            memory=held and max(held.memory + self.pool_bytes, self.network.bytes + self.sampling_memory),
+            seconds=self.rate.planned * timed,
+            note=f"while it learns, {held.disk / GIB:,.0f} GiB more wait on the disk" if held and held.disk else "",
+        )
+
+    def _held(self, cell: Cell, config: Settings, precision: Precision, protocol: Protocol) -> Held | None:
+        """What quantising a cell holds, from one of the cells of its row with like activations: bits matter little."""
+        key = cell.row, precision.quantizes_activations
+        if key not in self.held:
+            self.held[key] = config.memory(self.network.unet, self.pool, precision, protocol)
+        return self.held[key]
+
+    def _kept(self, images: int) -> int:
+        return KEPT.get(self.task.evaluator, 0) * FLOAT * images
+
+
+def checkpoint_bytes(unet: UNet, precision: Precision, protocol: Protocol) -> int:
+    """The size of a quantised checkpoint of ``unet``, which is on the meta device, without what a method adds to it."""
+    twin = copy.deepcopy(unet)
+    insert_quantizers(twin, plan_for(twin, UNetLayout.of(twin), precision, protocol))
+    return packed_bytes(twin)
+
+
+def total(name: str, found: Sequence[Item]) -> Item:
+    """The sum of some items, with the memory of the largest."""
+    summed = ("calibration", "weights", "activations", "sampling", "reference", "optimizer_steps", "images", "seconds")
+    return Item(
+        name,
+        **{field: sum(getattr(item, field) for item in found) for field in summed},
+        disk=sum(item.disk or 0 for item in found),
+        memory=max((item.memory or 0 for item in found), default=0),
+        note="at least" if any(item.disk is None or item.memory is None for item in found) else "",
+    )

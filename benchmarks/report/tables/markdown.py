@@ -1,0 +1,173 @@
+"""The Markdown of one task's table: its caption, its headings, its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+
+import pandas as pd
+
+from benchmarks.features import extractor
+from benchmarks.metrics import Metric
+from benchmarks.report.tables.comparison import QUALITY, ranking
+from benchmarks.suite import discover
+from benchmarks.suite.record import FULL_PRECISION, SHARED, Record, Value
+
+NOTHING = "–"
+SCHEDULERS = {"ddim": "DDIM", "ddim_quad": "DDIM (quadratic)", "pndm": "PNDM"}
+LEFT = ("Precision", "Method", "Its own protocol", "Note")
+SHARED_TEXT = (
+    "Protocol `shared`: every method quantises the same layers (all Conv2d and Linear at the stated bits, the first and"
+    " last layer at 8 bits, attention products and softmax at the activation bits)."
+)
+SEEDS_TEXT = (
+    "*Over N seeds* is the mean and standard deviation of the feature distance over calibration seeds: other"
+    " calibration images and other draws while quantising, the same noise scored. All other numbers are of seed 0."
+)
+
+
+def caption(records: Sequence[Record]) -> str:
+    """What the numbers of one task's table are: version, settings, counts, evaluator, what was simulated and where."""
+    first = records[0]
+    task = first.settings["task"]
+    costs = [record.cost for record in records if record.cost is not None]
+    devices = sorted({cost.device for cost in costs})
+    executions = sorted({cost.execution for cost in costs})
+    count = task["reference_images"]
+    others = f"{count} of its samples from other seeds, or, for paired columns," if count else "for paired columns,"
+    sentences = [
+        f"Version {first.task_version}.",
+        *([SHARED_TEXT] if all(record.protocol == SHARED for record in records) else []),
+        sampling(task),
+        f"FP is the full-precision model: {others} its sample from the same noise.",
+        f"Evaluator `{task['evaluator']}`; brackets are 95 % intervals.",
+    ]
+    if task.get("prompts"):
+        sentences.append(f"Images follow the lines of `{task['prompts']}/evaluation.txt` in turn.")
+    if task.get("clip"):
+        sentences.append(
+            "The CLIP score is 100 x the cosine of image and prompt, mean over images, by a CLIP that no model here was"
+            " trained with; its heading names the CLIP and the SHA-256 of its weights."
+        )
+        sentences += [
+            f"{found['images']} real images that no model was trained on score {found['score']:.1f} with their captions"
+            f" by {found['clip']}."
+            for found in _clip_of_data(records)
+        ]
+    if any(record.seed for record in records):
+        sentences.append(SEEDS_TEXT)
+    if executions == ["simulated"]:
+        sentences.append("Low-bit arithmetic is simulated (fake-quantised), so no number here is a speed-up.")
+    if devices:
+        sentences.append(
+            f"Quantisation time is wall time on {', '.join(devices)}, of one thread where that is a CPU, and includes"
+            " recording the calibration pool."
+        )
+    return " ".join(sentences)
+
+
+def sampling(task: Mapping[str, object]) -> str:
+    """How the images of a task are drawn, from its settings: a sentence."""
+    eta = "" if task["scheduler"] == "pndm" else f" eta {task['eta']:g},"
+    return (
+        f"{task['images']} images a cell at {task['resolution']} x {task['resolution']},"
+        f" {task['steps']} {SCHEDULERS[task['scheduler']]} steps,{eta} guidance {task['guidance_scale']:g};"
+        f" calibrated on {task['calibration_images']} images."
+    )
+
+
+def cells_table(
+    records: Sequence[Record], metrics: Mapping[str, Metric], intervals: Sequence[str], cost: bool, rank: bool
+) -> str:
+    """The rows of one task, those of seed 0, with the metrics that any of them has and the spread over the seeds."""
+    ranks = ranking(records)
+    shown = [record for record in records if record.seed == 0]
+    columns = measured(metrics, shown)
+    protocols = len({record.protocol for record in shown if record.method != FULL_PRECISION}) > 1
+    over_seeds: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        if QUALITY in record.metrics:
+            over_seeds.setdefault((record.cell.row, record.precision), []).append(record.metrics[QUALITY].value)
+    counts = sorted({len(values) for values in over_seeds.values()} - {1})
+    rows = []
+    for record in shown:
+        protocol = f" ({record.protocol})" if protocols and record.method != FULL_PRECISION else ""
+        row = {"Precision": record.precision, "Method": label(record.method) + protocol}
+        if rank:
+            row["Rank"] = str(ranks.get(record.cell.name, NOTHING))
+        for name, metric in columns.items():
+            row[heading(metric, records)] = number(record.metrics.get(name), metric.digits, name in intervals)
+        for count in counts:
+            values = over_seeds.get((record.cell.row, record.precision), [])
+            row[f"Over {count} seeds"] = _spread(values, metrics[QUALITY].digits) if len(values) == count else NOTHING
+        if cost:
+            row["Quantisation time"] = duration(record)
+            row["UNet (MiB)"] = NOTHING if record.cost is None else f"{record.cost.size_mib:.2f}"
+        rows.append(row | {"Note": note(record)})
+    return table(rows)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown of some rows, without the column of notes where there is none."""
+    frame = pd.DataFrame(rows)
+    if "Note" in frame and (frame["Note"] == "").all():
+        frame = frame.drop(columns="Note")
+    align = ["left" if column in LEFT else "right" for column in frame]
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def measured(metrics: Mapping[str, Metric], records: Sequence[Record]) -> dict[str, Metric]:
+    """The metrics that any of the records has."""
+    return {name: metric for name, metric in metrics.items() if any(name in record.metrics for record in records)}
+
+
+def heading(metric: Metric, records: Sequence[Record]) -> str:
+    """A metric's title over the records of one task, with an arrow to its better side."""
+    task = records[0].settings["task"]
+    clips = next((record.settings["clip"] for record in records if record.settings.get("clip")), ())
+    real = {found["clip"]: f"; real images {found['score']:.1f}" for found in _clip_of_data(records)}
+    clips = [clip + real.get(clip, "") for clip in clips]
+    second = [extractor(task["second_evaluator"]).distance_label] if task.get("second_evaluator") else []
+    title = metric.title(extractor(task["evaluator"]).distance_label, task["images"], clips, *second)
+    return title + {"lower": " ↓", "higher": " ↑", None: ""}[metric.better]
+
+
+def _clip_of_data(records: Sequence[Record]) -> list[dict[str, object]]:
+    """What each CLIP says of real images, where the records of a task know it."""
+    references = (record.settings.get("reference", {}) for record in records)
+    return next((reference["clip"] for reference in references if "clip" in reference), [])
+
+
+def note(record: Record) -> str:
+    """Why a cell was not measured."""
+    return "" if record.status == "measured" else f"{record.status}: {record.reason}".replace("|", "\\|")
+
+
+def label(method: str) -> str:
+    """A method's name in tables and figures: its file's label; a method that has no file any more goes by its name."""
+    if method == FULL_PRECISION:
+        return "Full precision"
+    return discover.method(method).label if method in discover.names(discover.METHODS) else method
+
+
+def number(value: Value | None, digits: int, interval: bool) -> str:
+    """A value with so many decimals, and its interval where that is asked for and has a width."""
+    if value is None:
+        return NOTHING
+    text = f"{value.value:z.{digits}f}"
+    shown = interval and value.low < value.high
+    return f"{text} [{value.low:z.{digits}f}, {value.high:z.{digits}f}]" if shown else text
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def duration(record: Record) -> str:
+    """How long quantising took, in seconds, minutes or hours."""
+    if record.cost is None or record.method == FULL_PRECISION:
+        return NOTHING
+    seconds = record.cost.quantization_seconds
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

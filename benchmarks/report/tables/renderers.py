@@ -1,0 +1,100 @@
+"""One function a table: its records as Markdown, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.metrics import Metric
+from benchmarks.report.tables.comparison import RANKED_BY, by_task
+from benchmarks.report.tables.markdown import (
+    NOTHING,
+    caption,
+    cells_table,
+    heading,
+    label,
+    measured,
+    note,
+    number,
+    table,
+)
+from benchmarks.report.tables.summary import across_tasks
+from benchmarks.suite import discover
+from benchmarks.suite.record import SHARED, Record
+from tfmq.precision import FULL
+
+# The columns of each table; the full one has every metric.
+LEADERBOARD = ("kid_fp", "feature_distance", "fd_data", "clip_score", "temporal_error")
+ABLATION = ("kid_fp", "feature_distance", "psnr", "clip_score", "noise_error", "temporal_error")
+PUBLISHED = ("kid_fp", "feature_distance")
+
+
+def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
+    """Markdown with the mean ranks over tasks, and for each task a caption and the headline columns, by rank."""
+    columns = _columns(LEADERBOARD, metrics)
+    ranks = (
+        "A rank is 1 plus the number of methods at the same precision whose interval of"
+        f" {metrics[RANKED_BY].label} lies entirely below."
+    )
+    parts = [
+        f"### {task}\n\n{caption(cells)} {ranks}\n\n"
+        + cells_table(cells, columns, intervals=(RANKED_BY,), cost=True, rank=True)
+        for task, cells in by_task(records, metrics, ranked=True).items()
+    ]
+    summary = across_tasks(records, metrics)
+    return "\n\n".join([f"### Across tasks\n\n{summary}", *parts] if summary else parts) + "\n"
+
+
+def ablation(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
+    """Markdown of the rows that explain the methods, beside these, in the order of ``records``; none has a rank."""
+    columns = _columns(ABLATION, metrics)
+    parts = [
+        f"### {task}\n\nRows that differ from a method in one thing, and the methods that they explain."
+        f" {caption(cells)}\n\n{cells_table(cells, columns, intervals=tuple(columns), cost=True, rank=False)}"
+        for task, cells in by_task(records, metrics, ranked=False).items()
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def published(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
+    """Markdown with each method under the shared and its own protocol side by side, and what the latter leaves out."""
+    parts = []
+    for task, every in by_task(records, metrics, ranked=False).items():
+        cells = [record for record in every if record.seed == 0]
+        columns = measured(_columns(PUBLISHED, metrics), cells)
+        shared = {(r.method, r.precision): r for r in cells if r.protocol == SHARED}
+        rows = []
+        for record in cells:
+            if record.protocol == SHARED:
+                continue
+            row = {"Precision": record.precision, "Method": label(record.method)}
+            for protocol, found in (("shared", shared.get((record.method, record.precision))), ("published", record)):
+                for name, metric in columns.items():
+                    value = found.metrics.get(name) if found else None
+                    row[f"{heading(metric, cells)}, {protocol}"] = number(value, metric.digits, interval=True)
+            row["Its own protocol"] = left_out(record.method)
+            row["Note"] = note(record)
+            rows.append(row)
+        text = (
+            "How much of a method's result is its choice of layers: under `shared` all quantise the same ones, under"
+            " `published` those of its own code or paper. First and last layer have 8 bits where nothing else is said."
+        )
+        parts.append(f"### {task}\n\n{text} {caption(cells)}\n\n{table(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def left_out(method: str) -> str:
+    """The roles of layers to which a method's own protocol gives other bits than the precision's, in words."""
+    if method not in discover.names(discover.METHODS) or discover.method(method).published is None:
+        return NOTHING
+    by_bits: dict[int, list[str]] = {}
+    for role, bits in discover.method(method).published.bits.items():
+        by_bits.setdefault(bits, []).append(role.replace("_", " "))
+    parts = [
+        f"{', '.join(roles)} {'in full precision' if bits == FULL else f'at {bits} bits'}"
+        for bits, roles in sorted(by_bits.items(), reverse=True)
+    ]
+    return "; ".join(parts) or "all layers at the stated bits, the first and last too"
+
+
+def _columns(names: Sequence[str], metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    return {name: metrics[name] for name in names if name in metrics}

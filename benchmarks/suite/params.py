@@ -1,0 +1,279 @@
+"""Read `params.yaml`, which says what is measured, into frozen settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+from benchmarks.suite import discover
+from benchmarks.suite.fields import read
+from benchmarks.suite.record import FULL_PRECISION, PROTOCOLS, SHARED, Cell
+from tfmq.precision import Precision
+
+TABLES = ("leaderboard", "ablation", "published")
+SCHEDULERS = ("ddim", "ddim_quad", "pndm")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checkpoint, how to sample from it, and how the samples are scored.
+
+    ``version`` goes up with every change that moves numbers; results of different versions are never compared.
+    ``checkpoint``, ``data``, ``statistics``, ``prompts`` and ``clip`` are paths from the suite's folder. ``steps`` is
+    the count of denoising steps (``pndm`` evaluates the UNet once more, twice at the second time step; ``ddim_quad``
+    takes time steps whose square roots are evenly spaced up to that of 800), ``eta`` the share of noise that the DDIM
+    step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored per cell, sampled ``batch`` at a
+    time (rounding differs between batch sizes, so the batch is part of the task); ``calibration_images`` give a
+    calibration pool, ``reference_images`` the full-precision distribution (0: none, and no distance to it).
+
+    What images are compared with is the first ``data_images`` (None: all) of ``data``, read by ``dataset`` (a file of
+    `benchmarks/datasets`), or the published ``statistics`` of a data set, or features of the one and moments of the
+    other. ``evaluator`` sees all images; ``second_evaluator`` gives one more distance to the data. ``prompts`` is a
+    folder with what images are made from, a prompt a line in ``calibration.txt`` and ``evaluation.txt``, and ``clip``
+    are those with the CLIPs that score how well they match; an unconditional task has neither. ``methods`` maps a
+    method to the settings that it has on this task alone.
+    """
+
+    name: str
+    version: int
+    family: str
+    checkpoint: str
+    resolution: int
+    scheduler: str
+    steps: int
+    eta: float
+    guidance_scale: float
+    images: int
+    batch: int
+    calibration_images: int
+    reference_images: int
+    evaluator: str
+    dataset: str | None = None
+    data: str | None = None
+    data_images: int | None = None
+    statistics: str | None = None
+    second_evaluator: str | None = None
+    prompts: str | None = None
+    clip: tuple[str, ...] = ()
+    methods: dict[str, dict[str, object]] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        counts = ("images", "batch", "calibration_images", "data_images")
+        for name in ("version", "resolution", "steps", *counts):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"task {self.name}: {name} is {value}, but must be at least 1")
+        if self.reference_images < 0:
+            raise ValueError(f"task {self.name}: reference_images is {self.reference_images}, but must be at least 0")
+        if (self.dataset is None) != (self.data is None):
+            raise ValueError(f"task {self.name}: give dataset and data together: what reads it, and where it lies")
+        if self.data is None and self.statistics is None:
+            raise ValueError(f"task {self.name}: give dataset and data, or statistics, to compare images with")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"task {self.name}: eta is {self.eta}, but must be from 0 (deterministic) to 1")
+        if self.scheduler not in SCHEDULERS:
+            raise discover.unknown(f"scheduler of task {self.name}", self.scheduler, SCHEDULERS, "Choose one of them.")
+        if self.guidance_scale < 0:
+            raise ValueError(f"task {self.name}: guidance_scale is {self.guidance_scale}, but must be at least 0")
+        if self.eta > 0 and self.scheduler == "pndm":
+            raise ValueError(f"task {self.name}: eta is {self.eta}, but {self.scheduler} adds no noise: give 0")
+        if self.prompts is None:
+            if self.clip:
+                raise ValueError(f"task {self.name}: clip scores how images match prompts, but there are no prompts")
+            if self.guidance_scale != 1:
+                raise ValueError(
+                    f"task {self.name}: guidance_scale is {self.guidance_scale}, but without prompts only 1"
+                )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells that are measured and shown together: every task with every method at every precision.
+
+    ``protocol`` says which layers are quantised. ``beside`` are methods that another table measures, under the shared
+    protocol; this one shows them too. The full-precision row is always there. ``seeds`` maps a precision to how many
+    calibration seeds its cells are measured with; the others have one, seed 0.
+    """
+
+    protocol: str
+    tasks: tuple[str, ...]
+    precisions: tuple[str, ...]
+    methods: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    seeds: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise discover.unknown("protocol", self.protocol, PROTOCOLS, "Choose one of them.")
+        for axis in ("tasks", "precisions", "methods"):
+            values = getattr(self, axis)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{axis} of a table is {list(values)}: give at least one, each once")
+        for precision in self.precisions:
+            if Precision.parse(precision).is_full:
+                raise ValueError(f"precisions has {precision}: the full-precision row is always there, remove it")
+        for precision, count in self.seeds.items():
+            if precision not in self.precisions:
+                raise discover.unknown(
+                    "precision in seeds", precision, self.precisions, "Those of the table are meant."
+                )
+            if count < 1:
+                raise ValueError(f"seeds of {precision} is {count}, but must be at least 1")
+
+    def seeds_of(self, precision: str) -> range:
+        """The calibration seeds of the cells at a precision."""
+        return range(self.seeds.get(precision, 1))
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Which numbers of papers stand beside a suite's own, and how near is near.
+
+    ``tasks`` maps a task to the names that its numbers go by in `baselines/reported.csv`, ``tolerances`` a metric, or
+    ``size_mib`` for that of the UNet, to the largest difference from a reported number that counts as none. What the
+    papers report of full precision is a gate like those of `Suite.gates`.
+    """
+
+    tasks: dict[str, tuple[str, ...]]
+    tolerances: dict[str, float]
+
+    def __post_init__(self) -> None:
+        for metric, tolerance in self.tolerances.items():
+            if tolerance < 0:
+                raise ValueError(f"reported.tolerances.{metric} is {tolerance}, but must be at least 0")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All cells of a benchmark: those of its tables and one full-precision cell a task.
+
+    ``methods`` maps each method's name to the settings that differ from its defaults. ``gates`` bounds metrics of a
+    task's full-precision row, ``{task: {fd_data: [low, high]}}``: where it is outside, all cells of the task are shown
+    as unverified. ``reported`` shows the papers' numbers beside the suite's.
+    """
+
+    name: str
+    tasks: dict[str, Task]
+    tables: dict[str, Table]
+    methods: dict[str, dict[str, object]]
+    gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    reported: Reported | None = None
+
+    def __post_init__(self) -> None:
+        if FULL_PRECISION in self.methods:
+            raise ValueError(f"methods has {FULL_PRECISION}: the full-precision row is always there, remove it")
+        for task in self.reported.tasks if self.reported else ():
+            if task not in self.tasks:
+                raise discover.unknown("task in reported", task, self.tasks, "Tasks stand above.")
+        for task, bounds in self.gates.items():
+            if task not in self.tasks:
+                raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")
+            for metric, ends in bounds.items():
+                if len(ends) != 2 or ends[0] > ends[1]:
+                    raise ValueError(f"gates.{task}.{metric} is {list(ends)}, but must be [low, high]")
+        for name, table in self.tables.items():
+            if name not in TABLES:
+                raise discover.unknown("table", name, TABLES, "Choose among them.")
+            for task in table.tasks:
+                if task not in self.tasks:
+                    raise discover.unknown(f"task in tables.{name}", task, self.tasks, "Tasks stand in params.yaml.")
+            for method in (*table.methods, *table.beside):
+                if method not in self.methods:
+                    advice = f"Add `{method}: {{}}` under methods, or the settings that differ from its defaults."
+                    raise discover.unknown(f"method in tables.{name}", method, self.methods, advice)
+        for task in self.tasks.values():
+            for method in task.methods:
+                if method not in self.methods:
+                    where = f"method in tasks.{task.name}.methods"
+                    raise discover.unknown(where, method, self.methods, "Methods stand below.")
+        cells = self.cells()
+        if len(set(cells)) < len(cells):
+            twice = next(cell for cell in cells if cells.count(cell) > 1)
+            raise ValueError(f"two tables measure {twice.name}: list the method under `beside` in one of them")
+        for name in self.tables:
+            for cell in self.beside(name):
+                if cell not in cells:
+                    raise ValueError(f"tables.{name} shows {cell.name} beside its own, but no table measures it")
+
+    @property
+    def pools(self) -> int:
+        """Calibration pools of each task: as many as any table has calibration seeds."""
+        return max((count for table in self.tables.values() for count in table.seeds.values()), default=1)
+
+    def settings(self, task: str, method: str) -> dict[str, object]:
+        """The settings of a method on a task that differ from its defaults."""
+        return self.methods.get(method, {}) | self.tasks[task].methods.get(method, {})
+
+    def cells(self) -> list[Cell]:
+        """Every cell: the full-precision ones, then table by table."""
+        full = [Cell(task, FULL_PRECISION, "w32a32") for task in self.tasks]
+        return full + [cell for name in self.tables for cell in self.measured(name)]
+
+    def measured(self, table: str) -> list[Cell]:
+        """The cells that a table measures, row by row."""
+        return self._cells(table, self.tables[table].methods, self.tables[table].protocol)
+
+    def beside(self, table: str) -> list[Cell]:
+        """The cells that a table shows and another one measures, row by row."""
+        return self._cells(table, self.tables[table].beside, SHARED)
+
+    def _cells(self, table: str, methods: tuple[str, ...], protocol: str) -> list[Cell]:
+        found = self.tables[table]
+        return [
+            Cell(task, method, precision, seed, protocol)
+            for task, method, precision in product(found.tasks, methods, found.precisions)
+            for seed in found.seeds_of(precision)
+        ]
+
+
+def parse(document: object) -> Suite:
+    """The suite that a parsed `params.yaml` describes.
+
+    Raises ValueError for unknown or missing keys, values of a wrong type or range, and names of methods, families or
+    evaluators that have no file; the message names the nearest one.
+    """
+    if isinstance(document, dict) and isinstance(document.get("tasks"), dict):
+        tasks = {name: _named(name, task) for name, task in document["tasks"].items()}
+        document = document | {"tasks": tasks}
+    suite = read(Suite, document, "params")
+    for task in suite.tasks.values():
+        _check(discover.FAMILIES, "family", task.family)
+        for evaluator in filter(None, (task.evaluator, task.second_evaluator)):
+            _check(discover.EXTRACTORS, "evaluator", evaluator)
+        if task.dataset is not None:
+            _check(discover.DATASETS, "dataset", task.dataset)
+    for method in suite.methods:
+        _check(discover.METHODS, "method", method)
+    return suite
+
+
+def load(path: Path) -> Suite:
+    """Read the suite from a YAML file; raises ValueError if it is missing or no YAML, and as `parse` does."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path} in {Path.cwd()}: run from the repository's root")
+    try:
+        return parse(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+
+
+def check_methods(suite: Suite) -> None:
+    """Raise ValueError for settings that a method does not have, naming the nearest one. Imports every method."""
+    for name, overrides in suite.methods.items():
+        read(discover.method(name).config, overrides, f"methods.{name}")
+    for task in suite.tasks.values():
+        for name, overrides in task.methods.items():
+            read(discover.method(name).config, overrides, f"tasks.{task.name}.methods.{name}")
+
+
+def _named(name: str, task: object) -> object:
+    return {"name": name} | task if isinstance(task, dict) else task
+
+
+def _check(package: str, kind: str, name: str) -> None:
+    if name not in discover.names(package):
+        folder = package.replace(".", "/")
+        raise discover.unknown(kind, name, discover.names(package), f"A file {folder}/{name}.py would add it.")

@@ -1,0 +1,156 @@
+"""What came out of one cell: a Record, kept as one JSON file in `results/records/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from benchmarks.suite.discover import unknown
+from benchmarks.suite.fields import read
+
+SCHEMA = 2
+STATUSES = ("measured", "not applicable", "failed", "unverified")
+EXECUTIONS = ("simulated", "executed")
+FULL_PRECISION = "full_precision"
+SHARED, PUBLISHED = PROTOCOLS = ("shared", "published")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a task, a method, a precision such as ``w4a8``, a calibration seed, and a protocol.
+
+    A seed means calibration images of its own and the quantiser's random numbers; all seeds are scored on images from
+    the same noise, so full precision has seed 0 alone.
+    The protocol says which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
+    method's own code or paper.
+    """
+
+    task: str
+    method: str
+    precision: str
+    seed: int = 0
+    protocol: str = SHARED
+
+    @property
+    def row(self) -> str:
+        """The method, with its protocol where that is not the shared one."""
+        return self.method if self.protocol == SHARED else f"{self.method}-{self.protocol}"
+
+    @property
+    def name(self) -> str:
+        """``emoji-ldm4/tfmq/w4a8``; seeds other than 0 add ``-s1``. Names the cell's files."""
+        name = f"{self.task}/{self.row}/{self.precision}"
+        return name if self.seed == 0 else f"{name}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A measured number with its 95 % interval [low, high] and the count n of images behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"the value {self.value} is outside its interval [{self.low}, {self.high}]")
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}: a value needs at least one image")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What quantising and sampling took.
+
+    ``seconds`` is wall time by phase: of quantising (``calibrate``, ``weights``, ``activations``), in one process, and
+    of ``sample``, which is summed over the processes that share it.
+    ``unet_evaluations`` counts the samples that went through the UNet while quantising, ``optimizer_steps`` the steps
+    of all reconstructions. Sizes are those of the UNet's weights as stored. ``execution`` says whether low-bit
+    arithmetic was ``simulated`` by fake quantisation or ``executed`` by integer kernels.
+    """
+
+    device: str
+    seconds: dict[str, float]
+    peak_memory_mib: float
+    unet_evaluations: int
+    optimizer_steps: int
+    size_mib: float
+    full_precision_size_mib: float
+    execution: str = "simulated"
+
+    def __post_init__(self) -> None:
+        if self.execution not in EXECUTIONS:
+            raise unknown("execution", self.execution, EXECUTIONS, "Name one of them.")
+
+    @property
+    def quantization_seconds(self) -> float:
+        """Wall time of all phases but sampling."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase != "sample")
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of one cell.
+
+    ``settings`` holds ``task`` (the fields of the Task) and ``method`` (the resolved settings of the method).
+    ``status`` is one of STATUSES; all but ``measured`` need a ``reason``, and ``not applicable`` and ``failed`` have no
+    metrics. ``coverage`` says which layers are quantised, ``details`` holds what a method tells of its own choices,
+    ``inputs`` maps each input to its SHA-256.
+    """
+
+    task: str
+    task_version: int
+    method: str
+    precision: str
+    seed: int
+    protocol: str
+    settings: dict[str, object]
+    status: str
+    reason: str
+    metrics: dict[str, Value]
+    cost: Cost | None
+    coverage: dict[str, object]
+    details: dict[str, object]
+    inputs: dict[str, str]
+    environment: dict[str, object]
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ValueError(
+                f"record {self.cell.name} has schema {self.schema!r}, this code reads {SCHEMA}: score the cell again"
+            )
+        if self.status not in STATUSES:
+            raise unknown("status", self.status, STATUSES, "Name one of them.")
+        if (self.status == "measured") == bool(self.reason):
+            raise ValueError(
+                f"record {self.cell.name} is {self.status} with reason {self.reason!r}:"
+                " measured cells have none, all others need one"
+            )
+        if self.status in ("not applicable", "failed") and self.metrics:
+            raise ValueError(f"record {self.cell.name} is {self.status} but has metrics: remove them")
+        if self.status in ("measured", "unverified") and (not self.metrics or self.cost is None):
+            raise ValueError(f"record {self.cell.name} is {self.status}: it needs metrics and a cost")
+
+    @property
+    def cell(self) -> Cell:
+        """The cell this record is of."""
+        return Cell(self.task, self.method, self.precision, self.seed, self.protocol)
+
+    def to_json(self) -> str:
+        """The record as indented JSON, the schema first. Raises ValueError for numbers that are not finite."""
+        fields = dataclasses.asdict(self)
+        ordered = {"schema": fields.pop("schema")} | fields
+        return json.dumps(ordered, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Read what `to_json` wrote. Raises ValueError for unknown or missing fields, or another schema."""
+        fields = json.loads(text)
+        if isinstance(fields, dict) and fields.get("schema") != SCHEMA:
+            raise ValueError(
+                f"the record has schema {fields.get('schema')!r}, this code reads {SCHEMA}: score the cell again"
+            )
+        return read(cls, fields, "record")

@@ -1,0 +1,119 @@
+"""The suite cut down to minutes: every stage, task and method of each table, with numbers that mean nothing.
+
+`python -m benchmarks.upkeep.smoke params < params.yaml` prints the cut-down settings. With these, in the current
+folder, `targets` prints the DVC stages to run: one row of each table, and so what comes before it. `rest` runs others
+in one process, since a row's own would take longer to start than to run: each method on one task, the next one on the
+next task. `check` fails unless their records and the tables are there. `nox -s bench-smoke` uses all four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from benchmarks.suite import discover, params
+from benchmarks.suite.record import FULL_PRECISION, Cell, Record
+
+PRECISION = "w4a8"
+ITERATIONS = 2
+TASK_LIMITS = {"steps": 4, "images": 12, "batch": 4, "calibration_images": 4, "reference_images": 16, "data_images": 64}
+PAGES = ("results/README.md", "results/METHODS.md", "results/COVERAGE.md", "results/FINDINGS.md", "results/cells.csv")
+
+
+def cut(document: dict[str, object]) -> dict[str, object]:
+    """A parsed `params.yaml` with all tasks and rows, one precision and seed, few images, steps and iterations.
+
+    Iterations are all settings of a method whose name ends in ``iterations``.
+    """
+    small = copy.deepcopy(document)
+    small["name"] = "smoke"
+    small["gates"] = {}
+    for table in small["tables"].values():
+        table |= {"precisions": [PRECISION], "seeds": {}}
+    for task in small["tasks"].values():
+        for key, limit in TASK_LIMITS.items():
+            if task.get(key) != 0:
+                task[key] = min(task.get(key) or limit, limit)
+        for settings in task.get("methods", {}).values():
+            settings |= {key: min(value, ITERATIONS) for key, value in settings.items() if key.endswith("iterations")}
+    for name, settings in small["methods"].items():
+        for field in dataclasses.fields(discover.method(name).config):
+            if field.name.endswith("iterations"):
+                settings[field.name] = min(getattr(discover.method(name).config(**settings), field.name), ITERATIONS)
+    return small
+
+
+def chosen(suite: params.Suite) -> list[Cell]:
+    """The cells to run: full precision of each task and, of each table, every method once, on its tasks in turn."""
+    cells = [cell for cell in suite.cells() if cell.method == FULL_PRECISION]
+    for name, table in suite.tables.items():
+        turns = {method: table.tasks[index % len(table.tasks)] for index, method in enumerate(table.methods)}
+        cells += [cell for cell in suite.measured(name) if cell.task == turns[cell.method]]
+    return cells
+
+
+def targets(suite: params.Suite) -> list[str]:
+    """Names of the DVC stages to run before `rest`: one row of each table. DVC adds all that these need."""
+    return [f"score_{name}@{table.tasks[0]}-{table.methods[0]}" for name, table in suite.tables.items()]
+
+
+def run_rest(suite: params.Suite, device: str) -> None:
+    """Run the chosen cells that have no record yet, and what comes before.
+
+    Raises an ExceptionGroup of what fails.
+    """
+    from benchmarks.runtime import files, workers
+    from benchmarks.stages import calibrate, generate, reference, score, setup
+
+    shards = workers.default_shards(setup.device_of(device))
+    rest = [cell for cell in chosen(suite) if not files.record_file(cell).is_file()]
+    full = [cell for cell in rest if cell.method == FULL_PRECISION]
+    for stage in (calibrate, reference):
+        for cell in full:
+            stage.run(suite, cell.task, device, shards)
+    for cells in (full, [cell for cell in rest if cell not in full]):
+        for stage in (generate, score):
+            stage.run(suite, cells, device, shards)
+
+
+def problems(root: Path) -> list[str]:
+    """What is missing or wrong, a line each, after a run of the suite in ``root``: records, pages, failed cells."""
+    found = [f"{path} is missing" for path in PAGES if not (root / path).is_file()]
+    for cell in chosen(params.load(root / "params.yaml")):
+        path = root / "results" / "records" / f"{cell.name}.json"
+        if not path.is_file():
+            found.append(f"{path.relative_to(root)} is missing")
+            continue
+        record = Record.from_json(path.read_text(encoding="utf-8"))
+        if record.cell != cell:
+            found.append(f"{path.relative_to(root)} is of {record.cell.name}")
+        if record.status == "failed":
+            found.append(f"{cell.name} failed: {record.reason}")
+    return found
+
+
+def main() -> None:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.upkeep.smoke", description=__doc__)
+    parser.add_argument("action", choices=("params", "targets", "rest", "check"), help="see above")
+    action = parser.parse_args().action
+    if action == "params":
+        print(yaml.safe_dump(cut(yaml.safe_load(sys.stdin)), sort_keys=False), end="")
+    elif action == "targets":
+        print("\n".join(targets(params.load(Path("params.yaml")))))
+    elif action == "rest":
+        run_rest(params.load(Path("params.yaml")), os.environ.get("TFMQ_BENCH_DEVICE", "auto"))
+    else:
+        found = problems(Path())
+        print("\n".join(found) or "all records and tables are there")
+        sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

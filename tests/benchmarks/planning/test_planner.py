@@ -1,0 +1,166 @@
+"""What a suite will cost, counted by hand and compared with files that were really written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models import create_model
+
+import baselines.nearest
+from benchmarks.features.efficientnet_lite0 import EfficientNetLite0
+from benchmarks.planning import page, planner
+from benchmarks.planning.planner import Item, Network, Planner, Rate
+from benchmarks.suite import params
+from tests.tfmq import networks
+from tfmq.checkpoint import save_quantized
+from tfmq.plan import SHARED
+from tfmq.precision import Precision
+
+RATE = Rate("a test", rows=2, seconds=0.5, memory=1000.0, operations=10**12)
+TASK = {
+    "version": 1,
+    "family": "ldm",
+    "checkpoint": "data/toy",
+    "statistics": "toy.npz",
+    "resolution": 32,
+    "scheduler": "ddim",
+    "steps": 5,
+    "eta": 0.0,
+    "guidance_scale": 1.0,
+    "images": 7,
+    "batch": 3,
+    "calibration_images": 4,
+    "reference_images": 10,
+    "evaluator": "inception",
+}
+METHODS = {"nearest": {"steps": 2, "images": 3}, "prev": {"steps": 2, "images": 3, "iterations": 9, "batch": 4}}
+
+
+def planned_for(kind="unconditional", precisions=("w4a8",), seeds=1, protocol="shared", **task):
+    settings = networks.KINDS[kind].settings
+    if kind != "unconditional":
+        task |= {"prompts": "prompts", "guidance_scale": settings.guidance_scale}
+    table = {"protocol": protocol, "tasks": ["toy"], "precisions": list(precisions), "methods": list(METHODS)}
+    table["seeds"] = dict.fromkeys(precisions, seeds)
+    document = {"name": "s", "tasks": {"toy": TASK | task}, "tables": {"leaderboard": table}, "methods": METHODS}
+    suite = params.parse(document)
+    scheduler = networks.KINDS[kind].scheduler()
+    scheduler.set_timesteps(settings.steps)
+    unet = networks.KINDS[kind].build().to("meta")
+    network = Network(unet, scheduler.timesteps, tokens=5)
+    return Planner(suite, suite.tasks["toy"], network, RATE)
+
+
+def items(*args, **changes):
+    return {item.name: item for item in planned_for(*args, **changes).items()}
+
+
+def test_steps_are_counted_as_by_hand():
+    found = items(seeds=2)
+    assert list(found) == [
+        "calibrate",
+        "reference",
+        "full_precision",
+        "nearest/w4a8",
+        "nearest/w4a8-s1",
+        "prev/w4a8",
+        "prev/w4a8-s1",
+    ]
+    assert found["calibrate"].calibration == found["calibrate"].evaluations == 2 * 5 * 4
+    assert found["reference"].reference == 5 * 10
+    assert found["full_precision"].sampling == 5 * 7 and found["full_precision"].images == 7
+    nearest, prev = found["nearest/w4a8"], found["prev/w4a8"]
+    assert (nearest.weights, nearest.activations, nearest.optimizer_steps) == (0, 2 * 3, 0)
+    # 6 rows wait in two streams; activation ranges are those of all 5 steps of 4 images. 12 blocks and 2 time layers.
+    assert (prev.weights, prev.activations) == (2 * 6, 5 * 4)
+    blocks = len(planner.UNetLayout.of(networks.unconditional()).blocks)
+    assert prev.optimizer_steps == 9 * (blocks + 2)
+    assert nearest.sampling == prev.sampling == 5 * 7 + 5 * 3, "images, and errors on the first batch"
+    assert nearest.seconds == pytest.approx(0.5 * (6 + planner.QUANTIZED * 50))
+    assert prev.seconds == pytest.approx(0.5 * (32 + planner.QUANTIZED * 50 + planner.LEARNED * 9 * 4))
+
+
+def test_guidance_doubles_and_pndm_visits_a_step_twice():
+    found = items("text")
+    assert found["calibrate"].calibration == 2 * 6 * 4 and found["full_precision"].sampling == 2 * 6 * 7
+    assert found["prev/w4a8"].activations == 2 * 6 * 4
+
+
+def test_weights_alone_need_no_ranges():
+    assert items(precisions=["w4a32"])["nearest/w4a32"].activations == 0
+
+
+def test_what_does_not_apply_costs_nothing():
+    nearest = items(protocol="published")["nearest-published/w4a8"]
+    assert nearest.note == "not applicable" and nearest.evaluations == nearest.disk == nearest.seconds == 0
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "text"])
+def test_disk_is_what_the_files_take(kind, tmp_path):
+    at_hand = planned_for(kind)
+    unet = networks.KINDS[kind].build()
+    pool = networks.KINDS[kind].pool(unet)
+    assert at_hand.pool_bytes == sum(tensor.nbytes for tensor in pool.tensors.values())
+    method, precision = baselines.nearest.METHOD, Precision.parse("w4a8")
+    method.quantize(unet, pool, precision, method.config(steps=2, images=3), networks.generator(), SHARED)
+    save_quantized(unet, tmp_path / "quantized.safetensors", {})
+    size = planner.checkpoint_bytes(at_hand.network.unet, precision, SHARED)
+    written = sum(tensor.nbytes for tensor in load_file(tmp_path / "quantized.safetensors").values())
+    assert size == pytest.approx(written, rel=0.02)
+    assert at_hand.cell(at_hand.suite.cells()[1]).disk == 7 * 32 * 32 * 3 + size
+
+
+def test_what_is_kept_of_an_image_is_what_the_evaluator_puts_out():
+    network = EfficientNetLite0(create_model("tf_efficientnet_lite0", pretrained=False).eval())
+    with torch.no_grad():
+        features, maps = network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert planner.KEPT["efficientnet_lite0"] == sum(tensor.numel() for tensor in (*vars(features).values(), *maps))
+
+
+def test_hours_of_another_device_follow_from_its_rate():
+    timed, other = planned_for(), planned_for()
+    other = replace(other, rate=replace(RATE, assumed=RATE.seconds / 4))
+    for ours, theirs in zip(timed.items(), other.items(), strict=True):
+        assert ours.seconds == 4 * theirs.seconds and ours.memory == theirs.memory
+    text = page.plan({"toy": other.items()}, {"toy": other.rate})
+    assert "An evaluation of 1 TFLOP is taken to last 0.125 s (8 TFLOP/s); it took 0.5 s on a test" in text
+
+
+def test_memory_grows_with_the_batch_and_with_what_waits():
+    small, large = items(), items(batch=6)
+    assert large["full_precision"].memory - small["full_precision"].memory == 3 * 1000
+    found = items()
+    assert found["prev/w4a8"].memory > found["nearest/w4a8"].memory > found["full_precision"].memory
+
+
+def test_a_method_that_does_not_say_what_it_takes_is_shown(monkeypatch):
+    @dataclass(frozen=True)
+    class Config:
+        steps: int = 2
+        images: int = 3
+
+    odd = baselines.Method("Odd", "a test", Config, lambda *arguments: None, baselines.applies_always)
+    monkeypatch.setattr(baselines.nearest, "METHOD", odd)
+    found = items()["nearest/w4a8"]
+    assert found.disk is None and "do not say" in found.note
+
+
+def test_the_text_has_a_line_a_step_and_sums_up():
+    downloads = [Item("fetch it", disk=None), Item("fetch that", disk=3 * 2**30)]
+    planned = {"downloads": downloads, "toy": planned_for().items()}
+    text = page.plan(planned, {"toy": RATE})
+    top, *tables = text.split("\n## ")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[1].splitlines() if line[:1] == "|"]
+    rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines}
+    assert rows["prev/w4a8"]["Weights"] == "12" and rows["prev/w4a8"]["Reference"] == "–"
+    assert re.search(r"\| fetch it .*\| +\? \|", tables[0]) and re.search(r"\| total .* 3.00 .*at least", tables[0])
+    whole = planner.total("total", planned["toy"])
+    assert rows["total"]["Sampling"] == f"{whole.sampling:,}" == str(35 + 2 * 50)
+    assert re.search(rf"\| toy +\| +{whole.evaluations:,} \|", top) and re.search(r"\| all .*at least", top)
+    assert text.endswith("An evaluation of 1 TFLOP took 0.5 s on a test, 2 at once (2 TFLOP/s).")
+    assert whole.memory == max(item.memory for item in planned["toy"])
+    assert planner.total("total", planned["downloads"]).note == "at least"

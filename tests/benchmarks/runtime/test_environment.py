@@ -1,0 +1,36 @@
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.runtime import environment
+
+
+def test_an_environment_is_plain_and_names_versions():
+    found = environment.describe()
+    assert json.loads(json.dumps(found)) == found
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu"]
+    assert found["gpu"] is None
+
+
+def test_it_says_nothing_about_whose_machine_this_is():
+    text = json.dumps(environment.describe())
+    assert socket.gethostname() not in text
+    assert str(Path.cwd()) not in text
+
+
+def test_outside_a_repository_the_commit_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    found = environment.describe()
+    assert found["commit"] is None
+    assert found["modified"] is False
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_named():
+    assert environment.describe("cuda")["gpu"] == torch.cuda.get_device_name()

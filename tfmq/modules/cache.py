@@ -1,0 +1,103 @@
+"""Temporal features looked up by time step instead of computed (Temporal Feature Matters, arXiv 2407.19547).
+
+With T sampling steps the projection of the time embedding in a residual block has T outputs. They are computed ahead in
+full precision, quantised with a range of their own for each step, and kept; the layers that made them are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.modules.fake_quantize import StepTracker
+from tfmq.network.unet import UNet
+from tfmq.numerics.affine import Grid, dequantize, quantize
+from tfmq.numerics.observer import minmax
+from tfmq.precision import FULL
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Bits of a table's codes (32: floats), and whether the layer stays for the steps that are not looked up."""
+
+    bits: int
+    keeps_layer: bool
+
+
+class CachedProjection(nn.Module):
+    """Takes the place of a residual block's time projection.
+
+    Buffers:
+        codes: (S, C), one row for each of ``tracker.steps``; uint8, int32 above 8 bits, or the float32 features
+            themselves at 32 bits.
+        scale, zero_point: (S,).
+        looked_up: bool (S,), the steps at which the table answers; at the others ``layer`` does.
+    """
+
+    def __init__(self, layer: nn.Linear, plan: CachePlan, tracker: StepTracker) -> None:
+        super().__init__()
+        self.bits = plan.bits
+        self.tracker = tracker
+        self.layer = layer if plan.keeps_layer else None
+        steps = len(tracker.steps)
+        dtype = torch.float32 if plan.bits == FULL else torch.uint8 if plan.bits <= 8 else torch.int32
+        self.register_buffer("codes", torch.zeros(steps, layer.out_features, dtype=dtype))
+        self.register_buffer("scale", torch.ones(steps))
+        self.register_buffer("zero_point", torch.zeros(steps))
+        self.register_buffer("looked_up", torch.ones(steps, dtype=torch.bool))
+
+    @property
+    def plan(self) -> CachePlan:
+        return CachePlan(self.bits, self.layer is not None)
+
+    def store(self, features: Tensor) -> None:
+        """Quantise and keep full-precision features (S, C): each step in its own min-max range."""
+        if self.bits == FULL:
+            self.codes = features.clone()
+            return
+        self.scale, self.zero_point = minmax(features, self.bits)
+        codes = quantize(features, self.scale[:, None], self.zero_point[:, None], Grid.unsigned(self.bits))
+        self.codes = codes.to(self.codes.dtype)
+
+    def features(self, index: int | Tensor) -> Tensor:
+        """The features at a position in ``tracker.steps``, (1, C), or at several, (B, C)."""
+        rows = torch.as_tensor(index, device=self.codes.device).reshape(-1)
+        return dequantize(self.codes[rows], self.scale[rows, None], self.zero_point[rows, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C) for the current step of the tracker; ``x`` (B, D) only tells B, unless the layer has to answer."""
+        index = self.tracker.index
+        looked_up = self.looked_up[index]
+        if self.layer is None or looked_up.all():
+            return self.features(index).expand(len(x), -1)
+        if not looked_up.any():
+            return self.layer(x)
+        return torch.where(looked_up[:, None], self.features(index), self.layer(x))
+
+
+class NoTimeEmbedding(nn.Module):
+    """Takes the place of the time-embedding network where nothing needs its output: lets the encoding pass."""
+
+    def forward(self, encoding: Tensor, condition: Tensor | None = None) -> Tensor:
+        return encoding
+
+
+def insert_cache(unet: UNet, plans: Mapping[str, CachePlan], time_projections: tuple[str, ...]) -> None:
+    """Put tables in the place of time projections, in place; they are empty until ``store`` or a checkpoint fills them.
+
+    Where no projection is left to compute, the time-embedding network goes too.
+    """
+    for path, plan in plans.items():
+        cached = CachedProjection(unet.get_submodule(path), plan, unet.step_tracker)
+        unet.set_submodule(path, cached.to(unet.device))
+    projections = [unet.get_submodule(path) for path in time_projections]
+    if all(isinstance(projection, CachedProjection) and projection.layer is None for projection in projections):
+        unet.time_embedding = NoTimeEmbedding()
+
+
+def cached_projections(unet: UNet) -> dict[str, CachedProjection]:
+    """The tables in a UNet, by path."""
+    return {path: module for path, module in unet.named_modules() if isinstance(module, CachedProjection)}

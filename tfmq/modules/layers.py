@@ -1,0 +1,190 @@
+"""Quantised Conv2d and Linear: drop-in modules for a diffusers UNet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tfmq.modules.dynamic import DynamicQuantize
+from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize, StepTracker
+from tfmq.numerics.affine import Grid, dequantize, quantize
+from tfmq.numerics.observer import minmax, search, thresholds
+from tfmq.numerics.rounding import AdaRound
+from tfmq.precision import FULL
+
+RANGES = {"minmax": minmax, "search": search, "thresholds": thresholds}
+
+
+class QuantizedLayer(nn.Module):
+    """What the quantised Conv2d and Linear share. Weights are affine per output channel, the bias stays as it is.
+
+    ``weight`` holds the full-precision weight until ``fold`` replaces it by its dequantised codes; from then on the
+    forward pass costs no weight quantisation.
+
+    With a low-rank branch (see ``tfmq.low_rank``) the input is divided by ``smoothing`` first, ``weight`` is what the
+    branch leaves of the smoothed weight, and the branch takes the smoothed input unquantised.
+
+    Attributes:
+        weight_bits, activation_bits: 32 where not quantised.
+        splits: sizes of consecutive groups of input channels that have ranges of their own; one entry where unsplit.
+        codes: uint8, shape of the weight, once folded.
+        weight_scale, weight_zero_point: (output channels, groups).
+        input_quantizer: FakeQuantize, SplitFakeQuantize, DynamicQuantize or Identity.
+        symmetric, dynamic: of the input's quantiser.
+        rank: of the branch, 0 for none.
+        smoothing: (input channels,), with a branch only.
+        down, up: float16, (rank, input channels, *kernel) and (output channels, rank, 1, 1) or without the ones where
+            linear, with a branch only; computed in the input's type.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    splits: tuple[int, ...]
+
+    def set_up(
+        self,
+        weight_bits: int,
+        activation_bits: int,
+        splits: tuple[int, ...],
+        symmetric: bool,
+        dynamic: bool,
+        rank: int,
+        tracker: StepTracker,
+    ) -> None:
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.splits = splits
+        self.symmetric = symmetric
+        self.dynamic = dynamic
+        self.rank = rank
+        self.rounding: AdaRound | None = None
+        self.register_buffer("codes", None)
+        self.register_buffer("weight_scale", torch.ones(self.weight.shape[0], len(splits)))
+        self.register_buffer("weight_zero_point", torch.zeros(self.weight.shape[0], len(splits)))
+        if rank:
+            outputs, inputs, *kernel = self.weight.shape
+            self.register_buffer("smoothing", torch.ones(inputs))
+            self.register_buffer("down", torch.zeros(rank, inputs, *kernel, dtype=torch.float16))
+            self.register_buffer("up", torch.zeros(outputs, rank, *[1] * len(kernel), dtype=torch.float16))
+        if activation_bits == FULL:
+            self.input_quantizer: nn.Module = nn.Identity()
+            return
+        if dynamic:
+            self.input_quantizer = DynamicQuantize(activation_bits, self.dynamic_dim, symmetric)
+            return
+        parts = [FakeQuantize(activation_bits, tracker, symmetric) for _ in splits]
+        self.input_quantizer = SplitFakeQuantize(splits, parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.unsigned(self.weight_bits)
+
+    @property
+    def dynamic_dim(self) -> int | None:
+        """The dimension of the input that shares a dynamic range; None for all of an image."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def find_weight_range(self, method: str) -> None:
+        """Set the weight's scales by one of ``RANGES``."""
+        groups = [RANGES[method](group.flatten(1), self.weight_bits) for group in self.weight.split(self.splits, 1)]
+        self.weight_scale = torch.stack([scale for scale, _ in groups], 1)
+        self.weight_zero_point = torch.stack([point for _, point in groups], 1)
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        """(output channels, groups) -> a shape that broadcasts against the weight."""
+        if len(self.splits) > 1:
+            per_group = per_group.repeat_interleave(
+                torch.tensor(self.splits, device=per_group.device), 1, output_size=sum(self.splits)
+            )
+        return per_group.view(*per_group.shape, *[1] * (self.weight.dim() - 2))
+
+    def learn_rounding(self) -> AdaRound:
+        """Start AdaRound from the present ranges; ``effective_weight`` uses it until ``fold``."""
+        scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
+        self.rounding = AdaRound(self.weight.detach(), scale, zero_point, self.grid)
+        return self.rounding
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Round for good (learned rounding if any, else to nearest) and replace the weight by its dequantised codes."""
+        scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
+        if self.rounding is not None:
+            codes, self.rounding = self.rounding.codes(), None
+        else:
+            codes = quantize(self.weight, scale, zero_point, self.grid)
+        self.load_codes(codes.to(torch.uint8))
+
+    @torch.no_grad()
+    def load_codes(self, codes: Tensor) -> None:
+        """Take integer codes (uint8, shape of the weight) with the present scales as the weight."""
+        self.codes = codes
+        values = dequantize(codes, self._spread(self.weight_scale), self._spread(self.weight_zero_point))
+        self.weight = nn.Parameter(values.to(self.weight.dtype), requires_grad=False)
+
+    def effective_weight(self) -> Tensor:
+        return self.weight if self.rounding is None else self.rounding()
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """Conv2d whose weight and input are quantised."""
+
+    @property
+    def dynamic_dim(self) -> int | None:
+        # A kernel of one pixel is a matrix product per pixel; larger ones mix pixels in one sum.
+        return 1 if self.kernel_size == (1, 1) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rank:
+            return self._conv_forward(self.input_quantizer(x), self.effective_weight(), self.bias)
+        x = x / self.smoothing.view(-1, 1, 1)
+        branch = F.conv2d(self._conv_forward(x, self.down.to(x.dtype), None), self.up.to(x.dtype), self.bias)
+        return branch + self._conv_forward(self.input_quantizer(x), self.effective_weight(), None)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """Linear layer whose weight and input are quantised."""
+
+    @property
+    def dynamic_dim(self) -> int | None:
+        return -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rank:
+            return F.linear(self.input_quantizer(x), self.effective_weight(), self.bias)
+        x = x / self.smoothing
+        branch = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias)
+        return branch + F.linear(self.input_quantizer(x), self.effective_weight())
+
+
+def quantized_layer(
+    layer: nn.Conv2d | nn.Linear,
+    weight_bits: int,
+    activation_bits: int,
+    tracker: StepTracker,
+    splits: tuple[int, ...] = (),
+    symmetric: bool = False,
+    dynamic: bool = False,
+    rank: int = 0,
+) -> QuantizedConv2d | QuantizedLinear:
+    """The quantised twin of ``layer``, sharing its parameters (weights not yet quantised)."""
+    if isinstance(layer, nn.Conv2d):
+        twin = QuantizedConv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
+    else:
+        twin = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    twin.weight, twin.bias = layer.weight, layer.bias
+    splits = splits or (layer.weight.shape[1],)
+    twin.set_up(weight_bits, activation_bits, splits, symmetric, dynamic, rank, tracker)
+    return twin

@@ -1,0 +1,158 @@
+"""Feeding the blocks of a UNet: all calibration rows wait between two blocks, and each block is evaluated once.
+
+So one pass over the network serves all blocks, where restarting from the input for every block costs a number of
+evaluations quadratic in depth. Full precision and quantised stream side by side. Where rows wait changes nothing of
+what comes out; too many for the memory can wait on a disk (``waiting_in``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.unet import Block, UNet, UNetLayout, run_block, time_features
+from tfmq.plan import announce_step
+
+Inputs = tuple[Tensor, ...]
+Allocate = Callable[[int, torch.dtype], Tensor]
+_room: ContextVar[Allocate | None] = ContextVar("room", default=None)
+
+
+@contextmanager
+def waiting_in(allocate: Allocate) -> Iterator[None]:
+    """Let rows for which there is not memory enough wait in flat CPU tensors that ``allocate(elements, dtype)`` gives.
+
+    Such as mapped files; a tensor is let go as soon as it is of no use. Elsewhere such rows are refused.
+    """
+    token = _room.set(allocate)
+    try:
+        yield
+    finally:
+        _room.reset(token)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rows wait: the device, and what gives memory there if torch shall not."""
+
+    device: torch.device
+    allocate: Allocate | None = None
+
+    def empty(self, rows: int, part: Tensor) -> Tensor:
+        """A tensor for so many rows like those of ``part`` (B, C, H, W), in the same order of dimensions in memory."""
+        last = part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
+        if self.allocate is None:
+            order = torch.channels_last if last else torch.contiguous_format
+            return torch.empty(rows, *part.shape[1:], dtype=part.dtype, device=self.device, memory_format=order)
+        flat = self.allocate(rows * part[0].numel(), part.dtype)
+        _, channels, height, width = part.shape
+        if last:
+            return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
+        return flat.view(rows, channels, height, width)
+
+
+@dataclass
+class BlockStream:
+    """All calibration rows, waiting between two blocks of one UNet.
+
+    Attributes:
+        batch: rows evaluated at once.
+        place: where rows wait.
+        hidden: (N, C, H, W), the hidden state.
+        skips: the stack of skip connections, each (N, C, H, W).
+        embedding: time embedding of each distinct time step, (S, D).
+        step: (N,), each row's position in ``timesteps``.
+    """
+
+    unet: UNet
+    rows: CalibrationRows
+    batch: int
+    place: Place
+    hidden: Tensor = field(init=False)
+    skips: list[Tensor] = field(default_factory=list)
+    embedding: Tensor = field(init=False)
+    step: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hidden = self.rows.latents.to(self.place.device)
+        timesteps, self.step = self.rows.timesteps.unique(return_inverse=True)
+        announce_step(self.unet, timesteps)
+        with torch.no_grad():
+            self.embedding = time_features(self.unet, timesteps.to(self.unet.device))
+
+    def inputs(self, block: Block) -> Inputs:
+        """The block's input for all rows: tensors that are concatenated along the channels, a batch at a time."""
+        return (self.hidden, self.skips[-1]) if block.pop else (self.hidden,)
+
+    def evaluate(self, unet: UNet, block: Block, inputs: Inputs, rows: Tensor | slice) -> Tensor:
+        """Output of ``block`` of ``unet`` for some rows of ``inputs``."""
+        announce_step(unet, self.rows.timesteps[rows])
+        context = None if self.rows.context is None else self.rows.context[rows]
+        parts = [part[rows].to(unet.device) for part in inputs]
+        hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return run_block(unet, block, hidden, self.embedding[self.step[rows]], context)
+
+    @torch.no_grad()
+    def outputs(self, block: Block, inputs: Inputs) -> Tensor:
+        """Output of the block for all rows. Raises ValueError if it holds NaN or infinity."""
+        outputs = None
+        for start in range(0, len(self.rows), self.batch):
+            rows = slice(start, start + self.batch)
+            part = self.evaluate(self.unet, block, inputs, rows)
+            if not part.is_meta and not torch.isfinite(part).all():
+                raise ValueError(f"{block.path} puts out NaN or infinity on the calibration set")
+            if outputs is None:
+                outputs = self.place.empty(len(self.rows), part)
+            outputs[rows] = part
+        return outputs
+
+    def advance(self, block: Block, outputs: Tensor) -> None:
+        """Make ``outputs`` the hidden state after ``block``."""
+        if block.pop:
+            self.skips.pop()
+        if block.push:
+            self.skips.append(outputs)
+        self.hidden = outputs
+
+
+def stream_bytes(unet: UNet, layout: UNetLayout, row: CalibrationRows) -> int:
+    """Peak bytes that one calibration row keeps in one stream, its current block's input and output included.
+
+    A network and a row on the meta device will do.
+    """
+    stream = BlockStream(unet, row, 1, Place(unet.device))
+    peak = 0
+    for block in layout.blocks:
+        outputs = stream.outputs(block, stream.inputs(block))
+        # The hidden state may be the top of the stack.
+        held = {id(tensor): tensor for tensor in (stream.hidden, *stream.skips, outputs)}
+        peak = max(peak, sum(tensor.nbytes for tensor in held.values()))
+        stream.advance(block, outputs)
+    return peak
+
+
+def place_for(unet: UNet, layout: UNetLayout, rows: CalibrationRows, streams: int, memory_bytes: int) -> Place:
+    """Where ``rows`` wait: with the UNet; in the host's memory where they would take half of a GPU's.
+
+    More than ``memory_bytes`` wait where ``waiting_in`` says; without it, raises ValueError, saying how many rows fit.
+    """
+    per_row = streams * stream_bytes(unet, layout, rows[:1])
+    needed, fitting = per_row * len(rows), memory_bytes // per_row
+    host = torch.device("cpu")
+    if needed > memory_bytes:
+        if _room.get() is not None:
+            return Place(host, _room.get())
+        fewer = f"use at most {fitting} rows or " if fitting else ""
+        raise ValueError(
+            f"{len(rows)} calibration rows need {needed:,} bytes ({needed / 2**30:.2f} GiB) between blocks, one row "
+            f"{per_row:,}, and memory_bytes allows {memory_bytes:,}: {fewer}raise memory_bytes"
+        )
+    if unet.device.type == "cuda" and needed > torch.cuda.mem_get_info(unet.device)[0] // 2:
+        return Place(host)
+    return Place(unet.device)

@@ -1,0 +1,205 @@
+"""PTQD: correcting the noise that a quantised network predicts (He et al., NeurIPS 2023, arXiv 2305.10657).
+
+The error of the prediction is read as a part that follows the prediction and a rest, eps_hat - eps = k eps + delta. At
+each time step the sampler subtracts the mean of the error, divides 1 + k out, and lets the remaining deviation take the
+place of some of the noise that the step would add. A corrected UNet carries the statistics of its schedule; sampling
+costs no evaluation more.
+
+The correction acts after guidance, so it is no part of the UNet's forward pass: `tfmq.sampling.sample` applies it, a
+stock pipeline only with a scheduler of `corrected_scheduler`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from functools import wraps
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
+from tfmq.network.unet import UNet
+
+
+def error_slope(noise: Tensor, error: Tensor) -> Tensor:
+    """Slope of the least-squares line, with intercept, of ``error`` on ``noise`` over all their elements: a scalar."""
+    noise, error = noise.double(), error.double()
+    centred = noise - noise.mean()
+    return (centred * error).sum() / centred.square().sum()
+
+
+def error_bias(error: Tensor) -> Tensor:
+    """Mean of the raw error (N, C, H, W) in each channel: (C,)."""
+    return error.double().mean((0, 2, 3))
+
+
+def residual_deviation(noise: Tensor, error: Tensor, slope: Tensor) -> Tensor:
+    """Deviation of error - slope noise (N, C, H, W) within an image, averaged over the images: a scalar."""
+    return (error.double() - slope * noise.double()).flatten(1).std(1).mean()
+
+
+def corrected_noise(predicted: Tensor, slope: float, bias: Tensor) -> Tensor:
+    """(eps_hat - bias) / (1 + slope) for a prediction (B, C, H, W) and biases (C,)."""
+    return (predicted - bias.to(predicted).view(-1, 1, 1)) / (1 + slope)
+
+
+def ddim_sigma(alpha: float, previous: float, eta: float) -> float:
+    """DDIM's sigma (arXiv 2010.02502, eq. 16) for cumulative alphas before and after the step."""
+    return eta * math.sqrt((1 - previous) / (1 - alpha) * (1 - alpha / previous))
+
+
+def reduced_sigma(sigma: float, alpha: float, previous: float, deviation: float) -> float:
+    """The sigma that is left to add, where the prediction already carries noise of a ``deviation``.
+
+    The prediction enters a DDIM step times lambda = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a), so that
+    sigma'^2 = max(sigma^2 - lambda^2 deviation^2, 0).
+    """
+    factor = math.sqrt(max(1 - previous - sigma**2, 0)) - math.sqrt(previous * (1 - alpha) / alpha)
+    return math.sqrt(max(sigma**2 - (factor * deviation) ** 2, 0))
+
+
+class NoiseCorrection(nn.Module):
+    """The corrections of all time steps, as a correction hook of `tfmq.sampling.sample`.
+
+    It applies to the prediction after guidance. With eta = 0 there is no noise to reduce and only slope and bias act.
+    A UNet carries it as ``noise_correction`` (see ``attach_correction``).
+
+    Buffers, one entry for each of S time steps:
+        timesteps: int64 (S,), ascending.
+        slopes: (S,), not negative.
+        biases: (S, channels).
+        deviations: (S,), of the prediction before it is divided by 1 + slope.
+        alphas, previous_alphas: float64 (S,), cumulative alpha at the step and after it.
+    """
+
+    def __init__(self, steps: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("timesteps", torch.zeros(steps, dtype=torch.int64))
+        self.register_buffer("slopes", torch.zeros(steps))
+        self.register_buffer("biases", torch.zeros(steps, channels))
+        self.register_buffer("deviations", torch.zeros(steps))
+        self.register_buffer("alphas", torch.ones(steps, dtype=torch.float64))
+        self.register_buffer("previous_alphas", torch.ones(steps, dtype=torch.float64))
+
+    def check_schedule(self, timesteps: Tensor) -> None:
+        """Raise ValueError if a schedule's time steps, each counted once, are not those of the statistics."""
+        given = timesteps.to("cpu", torch.int64).unique()
+        if not torch.equal(given, self.timesteps.cpu()):
+            raise ValueError(
+                f"the noise correction was measured for the {len(self.timesteps)} time steps "
+                f"{self.timesteps.tolist()}, and the schedule has {given.tolist()}: sample with that schedule, or "
+                "measure the correction on yours"
+            )
+
+    def forward(self, timestep: int, predicted: Tensor, eta: float) -> tuple[Tensor, float]:
+        """Corrected noise, and the eta with which a DDIM step adds the reduced noise.
+
+        Raises ValueError for a time step without statistics.
+        """
+        found = (self.timesteps == timestep).nonzero()
+        if not len(found):
+            raise ValueError(
+                f"no noise correction for time step {timestep}: the statistics are those of {self.timesteps.tolist()}; "
+                "sample with that schedule, or measure the correction on yours"
+            )
+        index = int(found[0])
+        slope = self.slopes[index].item()
+        corrected = corrected_noise(predicted, slope, self.biases[index])
+        alpha, previous = self.alphas[index].item(), self.previous_alphas[index].item()
+        sigma = ddim_sigma(alpha, previous, eta)
+        if sigma == 0:
+            return corrected, eta
+        deviation = self.deviations[index].item() / (1 + slope)
+        return corrected, eta * reduced_sigma(sigma, alpha, previous, deviation) / sigma
+
+
+def attach_correction(unet: UNet, correction: NoiseCorrection) -> None:
+    """Let ``unet`` carry its correction, in its checkpoint too, and warn that stock pipelines do not apply it."""
+    unet.noise_correction = correction
+    warnings.warn(
+        "this UNet carries a noise correction, which acts after guidance: tfmq.sample applies it, a stock diffusers "
+        "pipeline only with pipeline.scheduler = tfmq.corrected_scheduler(pipeline.scheduler, pipeline.unet)",
+        stacklevel=3,
+    )
+
+
+@torch.no_grad()
+def measure_correction(unet: UNet, pool: CalibrationSet, images: int, batch: int) -> NoiseCorrection:
+    """Statistics of a quantised UNet's error on the full-precision trajectory of a pool.
+
+    Takes steps x ``images`` evaluations (two each under guidance), at most as many images as the pool holds. The
+    correction is of no effect until the UNet carries it (``attach_correction``).
+    """
+    images = min(images, pool.images)
+    timesteps = pool.timesteps.unique()
+    correction = NoiseCorrection(len(timesteps), pool.noise.shape[2])
+    correction.timesteps = timesteps
+    for index, timestep in enumerate(timesteps):
+        visits = (pool.timesteps == timestep).nonzero().flatten()
+        predicted = torch.cat([quantized_noise(unet, pool, visit, images, batch) for visit in visits.tolist()])
+        noise = pool.noise[visits, :images].flatten(0, 1).to(predicted.device)
+        error = predicted - noise
+        slope = error_slope(noise, error).clamp_min(0)
+        correction.slopes[index] = slope
+        correction.biases[index] = error_bias(error)
+        correction.deviations[index] = residual_deviation(noise, error, slope)
+        correction.alphas[index] = pool.alphas[visits[-1]]
+        correction.previous_alphas[index] = pool.alphas[visits[-1] + 1]
+    return correction.to(unet.device)
+
+
+@torch.no_grad()
+def quantized_noise(unet: UNet, pool: CalibrationSet, step: int, images: int, batch: int) -> Tensor:
+    """What ``unet`` predicts, after guidance, at a step of the pool's trajectory: (images, C, H, W)."""
+    parts = []
+    for start in range(0, images, batch):
+        rows = slice(start, min(start + batch, images))
+        conditioning = None
+        if pool.context is not None:
+            off = None if pool.unconditional is None else pool.unconditional[rows].to(unet.device)
+            conditioning = Conditioning(pool.context[rows].to(unet.device), off)
+        latents, scale = pool.latents[step, rows].to(unet.device), pool.settings.guidance_scale
+        parts.append(predict_noise(unet, latents, pool.timesteps[step].to(unet.device), conditioning, scale))
+    return torch.cat(parts)
+
+
+def correction_of(unet: UNet) -> NoiseCorrection | None:
+    """The correction of the predicted noise that a UNet carries, or None."""
+    return getattr(unet, "noise_correction", None)
+
+
+def corrected_scheduler(scheduler: SchedulerMixin, unet: UNet) -> CorrectedScheduler:
+    """A copy of ``scheduler`` for stock pipelines, which applies the correction that ``unet`` carries.
+
+    A pipeline gives the noise to its scheduler after guidance, which is where the correction acts. Set it as
+    ``pipeline.scheduler``; ``sample`` corrects by itself and takes the plain one.
+
+    Raises ValueError if ``unet`` carries no correction; the scheduler does for a schedule that is not the correction's.
+    """
+    correction = correction_of(unet)
+    if correction is None:
+        raise ValueError("the UNet carries no noise correction: use the scheduler as it is")
+    if isinstance(scheduler, CorrectedScheduler):
+        raise ValueError("the scheduler corrects the noise already: give the plain one")
+    plain = type(scheduler)
+
+    class Corrected(CorrectedScheduler, plain):
+        @wraps(plain.set_timesteps)
+        def set_timesteps(self, *args: object, **options: object) -> None:
+            plain.set_timesteps(self, *args, **options)
+            correction.check_schedule(self.timesteps)
+
+        @wraps(plain.step)
+        def step(self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, **options: object) -> object:
+            model_output, eta = correction(int(timestep), model_output, options.get("eta", 0.0))
+            if "eta" in options:
+                options["eta"] = eta
+            return plain.step(self, model_output, timestep, sample, **options)
+
+    corrected = copy.deepcopy(scheduler)
+    corrected.__class__ = Corrected
+    return corrected

@@ -1,0 +1,163 @@
+"""A low-rank branch with smoothing beside a quantised layer, in the manner of SVDQuant (arXiv 2411.05007).
+
+    W x = (W diag(s)) (x / s) = L1 L2 (x / s) + R (x / s)
+
+The factors L1 L2, the largest part of the smoothed weight, stay in 16 bits and take the smoothed input unquantised; the
+residual R and its input are quantised. A convolution's kernel counts as the matrix (O, I * k * k), and its branch is a
+convolution to r channels followed by one of a single pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm.auto import tqdm
+
+from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.unet import UNet
+from tfmq.settings import check_counts
+
+HALF = torch.float16
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """Settings of the branch.
+
+    Attributes:
+        rank: of the branch; a layer no larger than that in one of its dimensions gets none.
+        candidates: migration strengths that are tried, i / (candidates - 1); a single one is 0.5.
+        search_rows: calibration rows, spread evenly, on which candidates are compared.
+    """
+
+    rank: int
+    candidates: int
+    search_rows: int
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rank", "candidates", "search_rows")
+
+
+def smoothing_factors(input_largest: Tensor, weight_largest: Tensor, strength: float) -> Tensor:
+    """s = max|X|^a / max|W|^(1 - a) for each input channel, from both maxima (I,); 1 where either is 0.
+
+    SmoothQuant's eq. 4 (arXiv 2211.10438), with a the migration strength.
+    """
+    factors = input_largest.pow(strength) / weight_largest.pow(1 - strength)
+    return torch.where((input_largest > 0) & (weight_largest > 0), factors, torch.ones_like(factors))
+
+
+def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """L1 (m, r) and L2 (r, n) whose product is the matrix of rank r nearest to ``matrix`` (Eckart and Young).
+
+    Both carry the square root of the singular values, so that 16 bits hold either. The singular vectors of the shorter
+    side are eigenvectors of its Gram matrix, in float64: several times faster than a singular value decomposition.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        left, right = truncate(matrix.T, rank)
+        return right.T, left.T
+    matrix = matrix.double()
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    vectors = vectors[:, -rank:]
+    # A singular value of 0 comes out as a rounding error of either sign.
+    limits = torch.finfo(values.dtype)
+    root = values[-rank:].clamp_min((values[-1] * limits.eps).clamp_min(limits.tiny)).pow(0.25)
+    return vectors * root, (vectors / root).T @ matrix
+
+
+def has_branch(layer: nn.Conv2d | nn.Linear, rank: int) -> bool:
+    """Whether a branch of ``rank`` is smaller than the layer; a grouped convolution is no matrix and gets none."""
+    return 0 < rank < min(layer.weight.flatten(1).shape) and getattr(layer, "groups", 1) == 1
+
+
+@torch.no_grad()
+def split_weight(layer: QuantizedLayer, weight: Tensor, smoothing: Tensor) -> None:
+    """Give ``layer`` the branch of a full-precision weight smoothed by ``smoothing`` (I,), and the residual as weight.
+
+    The residual is what the factors leave after their rounding to 16 bits.
+    """
+    smoothed = weight * smoothing.view(-1, *[1] * (weight.dim() - 2))
+    up, down = truncate(smoothed.flatten(1), layer.rank)
+    layer.smoothing = smoothing
+    layer.up = up.to(HALF).reshape(layer.up.shape).contiguous()
+    layer.down = down.to(HALF).reshape(layer.down.shape).contiguous()
+    product = layer.up.flatten(1).to(weight.dtype) @ layer.down.flatten(1).to(weight.dtype)
+    layer.codes = None
+    layer.weight = nn.Parameter(smoothed - product.view(weight.shape), requires_grad=False)
+
+
+@torch.no_grad()
+def add_branches(
+    full: UNet,
+    layers: dict[str, QuantizedLayer],
+    rows: CalibrationRows,
+    config: LowRankConfig,
+    weight_range: str,
+    batch: int,
+) -> dict[str, float | None]:
+    """Smooth each of ``layers`` and split its weight; returns the migration strength of each, None for no smoothing.
+
+    Two passes of the full-precision network ``full``, from which ``layers`` were inserted at the same paths with a
+    branch: the first takes the largest input of each channel over all ``rows``, the second compares the candidates, and
+    no smoothing, by the squared error of the quantised layer's output. Raises ValueError for activations that are not
+    finite.
+    """
+    largest: dict[str, Tensor] = {}
+    chosen: dict[str, float | None] = {}
+
+    def record(path: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        found = x.transpose(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).abs().amax(1)
+        if not torch.isfinite(found).all():
+            raise ValueError(f"the activation at {path} holds NaN or infinity on the calibration set")
+        largest[path] = torch.maximum(largest.get(path, found), found)
+
+    def choose(path: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        twin, weight = layers[path], layer.weight
+        weight_largest = weight.transpose(0, 1).flatten(1).abs().amax(1)
+        smoothings = {None: torch.ones_like(weight_largest)}
+        for i in range(config.candidates):
+            strength = i / (config.candidates - 1) if config.candidates > 1 else 0.5
+            smoothings[strength] = smoothing_factors(largest[path], weight_largest, strength)
+
+        def error(strength: float | None) -> float:
+            split_weight(twin, weight, smoothings[strength])
+            twin.find_weight_range(weight_range)
+            twin.fold()
+            return (twin(x) - output).square().mean().item()
+
+        chosen[path] = min(smoothings, key=error)
+        split_weight(twin, weight, smoothings[chosen[path]])
+
+    _run_hooked(full, layers, rows, batch, record)
+    spread = torch.arange(min(config.search_rows, len(rows))) * len(rows) // min(config.search_rows, len(rows))
+    _run_hooked(full, layers, rows[spread], len(spread), choose)
+    return chosen
+
+
+def _run_hooked(
+    unet: UNet,
+    paths: Iterable[str],
+    rows: CalibrationRows,
+    batch: int,
+    hook: Callable[[str, nn.Module, Tensor, Tensor], None],
+) -> None:
+    """Evaluate ``rows`` with ``hook(path, layer, input, output)`` called after each layer at ``paths``."""
+
+    def attach(path: str) -> RemovableHandle:
+        layer = unet.get_submodule(path)
+        return layer.register_forward_hook(lambda module, args, output: hook(path, module, args[0], output))
+
+    handles = [attach(path) for path in paths]
+    try:
+        for start in tqdm(range(0, len(rows), batch), desc="low-rank branches", disable=None):
+            part = rows[slice(start, start + batch)]
+            context = () if part.context is None else (part.context,)
+            unet(part.latents, part.timesteps.to(unet.device), *context)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,159 @@
+"""Quantisation-aware training: weights, their step sizes and those of activations, all learned on the diffusion loss.
+
+Weights follow LSQ (Esser et al. 2020, arXiv 1902.08153): one step size for each output channel, signed codes, gradients
+through rounding by the straight-through rule. Activation step sizes come from the networks of `step_network`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.unet import UNet
+from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize, quantize
+from tfmq.numerics.observer import search
+from tfmq.passes.step_network import StepNetworks, set_tables
+from tfmq.plan import activation_quantizers, quantized_layers
+from tfmq.settings import check_counts, check_numbers, check_positive
+
+GUIDANCE_DROPOUT = 0.1
+
+
+class LearnedStepWeight(nn.Module):
+    """LSQ for one weight: takes the place of a learned rounding in a layer until ``finish`` folds it.
+
+    The step sizes start where the error of the weight is smallest; their gradient is multiplied by 1 / sqrt(n N), with
+    n = 2^bits - 1 levels and N weights sharing a step.
+
+    Attributes:
+        scale: step sizes, of a shape that broadcasts against the weight.
+    """
+
+    def __init__(self, weight: nn.Parameter, bits: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.grid = Grid.signed(bits)
+        with torch.no_grad():
+            scale, _ = search(weight.flatten(1), bits, symmetric=True)
+        self.scale = nn.Parameter(scale.view(-1, *[1] * (weight.dim() - 1)))
+        self.gradient_scale = 1 / math.sqrt((2**bits - 1) * weight[0].numel())
+        self.scale.register_hook(lambda gradient: gradient * self.gradient_scale)
+
+    def forward(self) -> Tensor:
+        """The quantised weight; differentiable in weight and scale."""
+        scale = self.scale.clamp_min(SMALLEST_SCALE)
+        return fake_quantize(self.weight, scale, torch.zeros((), device=scale.device), self.grid)
+
+    @torch.no_grad()
+    def finish(self, layer: QuantizedLayer) -> None:
+        """Fold the weight of ``layer`` into codes: unsigned, with the zero point in the middle."""
+        layer.rounding = None
+        layer.weight_scale = self.scale.detach().clamp_min(SMALLEST_SCALE).flatten(1)
+        layer.weight_zero_point = torch.full_like(layer.weight_scale, -self.grid.qmin)
+        codes = quantize(self.weight, self.scale.clamp_min(SMALLEST_SCALE), -self.grid.qmin, layer.grid)
+        layer.load_codes(codes.to(torch.uint8))
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of the training.
+
+    AdamW in three groups: weights, biases and norms take ``learning_rate``, the step networks
+    ``network_learning_rate``, both with ``weight_decay``; the weights' step sizes a tenth of ``learning_rate`` and no
+    decay. Rates rise linearly over the first ``warmup`` part of the iterations, then fall to 0 along a cosine.
+    """
+
+    iterations: int = 200_000
+    batch: int = 32
+    learning_rate: float = 5e-5
+    network_learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.025
+
+    def __post_init__(self) -> None:
+        check_counts(self, "iterations", "batch")
+        check_positive(self, "learning_rate", "network_learning_rate")
+        check_numbers(self, "weight_decay", least=0)
+        check_numbers(self, "warmup", least=0, most=1)
+
+
+def train(
+    unet: UNet,
+    networks: StepNetworks,
+    pool: CalibrationSet,
+    config: TrainingConfig,
+    generator: torch.Generator,
+) -> list[float]:
+    """Train ``unet``, its quantisers in place, to predict the noise added to ``pool.samples``; returns the losses.
+
+    Time steps are drawn uniformly from the schedule, a repeated one as often. All parameters learn, those of layers
+    in full precision too. At the end weights are folded; the networks are left to the caller to tabulate.
+
+    Raises ValueError if the loss becomes NaN or infinite.
+    """
+    unet.requires_grad_(True)
+    layers, quantizers = quantized_layers(unet), activation_quantizers(unet)
+    parameters = list(unet.parameters())
+    learned = {}
+    for path, layer in layers.items():
+        learned[path] = layer.rounding = LearnedStepWeight(layer.weight, layer.weight_bits)
+    groups = [
+        {"params": parameters, "lr": config.learning_rate},
+        {"params": list(networks.parameters()), "lr": config.network_learning_rate},
+        {"params": [part.scale for part in learned.values()], "lr": config.learning_rate / 10, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: _rate(iteration, config))
+    encodings = unet.time_proj(unet.step_tracker.steps.to(unet.device))
+    trace = []
+    with torch.enable_grad():
+        for iteration in tqdm(range(config.iterations), desc="training", disable=None):
+            rows, noise = noised(pool, config.batch, generator)
+            rows, noise = rows.to(unet.device), noise.to(unet.device)
+            set_tables(quantizers, networks(encodings))
+            context = () if rows.context is None else (rows.context,)
+            loss = F.mse_loss(unet(rows.latents, rows.timesteps.to(unet.device), *context).sample, noise)
+            trace.append(loss.item())
+            if not math.isfinite(trace[-1]):
+                raise ValueError(f"the training loss is {trace[-1]} at iteration {iteration}: lower the learning rate")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    optimizer.zero_grad()
+    unet.requires_grad_(False)
+    for path, layer in layers.items():
+        learned[path].finish(layer)
+    return trace
+
+
+def _rate(iteration: int, config: TrainingConfig) -> float:
+    warmup = config.warmup * config.iterations
+    if iteration < warmup:
+        return (iteration + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(config.iterations - warmup, 1)))
+
+
+def noised(pool: CalibrationSet, batch: int, generator: torch.Generator) -> tuple[CalibrationRows, Tensor]:
+    """Samples of the pool with noise added, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e at steps t of the pool, and that e.
+
+    Where the pool has an unconditional context, it takes the place of one in ten rows' own, as guidance is trained.
+    """
+    image = torch.randint(pool.images, (batch,), generator=generator)
+    step = torch.randint(pool.steps, (batch,), generator=generator)
+    clean = pool.samples[image]
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    alpha = pool.alphas[step].to(clean).view(-1, *[1] * (clean.dim() - 1))
+    latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    context = None if pool.context is None else pool.context[image]
+    if pool.unconditional is not None:
+        dropped = torch.rand(batch, generator=generator) < GUIDANCE_DROPOUT
+        context = torch.where(dropped[:, None, None].to(context.device), pool.unconditional[image], context)
+    return CalibrationRows(latents, pool.timesteps[step], context), noise
