@@ -71,7 +71,10 @@ def run() -> int:
         f"`dvc repro`: {screen.total} cells, about {spoken(clock.left())} if none is there yet. It writes results/.\n\n"
         f"{HEADER}"
     )
-    failed = _follow([*REPRO, "--keep-going"], suite, clock, screen) != 0
+    # DVC takes its targets in this order: a row is scored when it is made, and the cells of a task follow one another.
+    cells = sorted(suite.cells(), key=lambda cell: list(suite.tasks).index(cell.task))
+    scores = dict.fromkeys(_stages(suite, cell)[1] for cell in cells)
+    failed = _follow([*REPRO, "--keep-going", *scores, "tables"], suite, clock, screen) != 0
     if failed:
         _follow([*REPRO, "--single-item", "tables"], suite, clock, screen)
     screen.close()
