@@ -139,20 +139,20 @@ def _of_task(options: argparse.Namespace) -> tuple:
 
 
 def _of_cells(options: argparse.Namespace) -> tuple:
-    from benchmarks.stages import setup
+    from benchmarks.stages import _setup
 
     suite = params.load(PARAMS)
     if options.method != FULL_PRECISION and not options.table:
         raise ValueError(f"--table is missing: give one of {', '.join(suite.tables)}")
-    cells = setup.cells_of(suite, options.table, options.task, options.method, options.precision, options.seed)
+    cells = _setup.cells_of(suite, options.table, options.task, options.method, options.precision, options.seed)
     return suite, cells, options.device, _shards(options)
 
 
 def _of_rehearsal(options: argparse.Namespace) -> tuple:
-    from benchmarks.stages import setup
+    from benchmarks.stages import _setup
 
     suite = params.load(PARAMS)
-    (cell,) = setup.cells_of(suite, options.table, options.task, options.method, [options.precision], 0)
+    (cell,) = _setup.cells_of(suite, options.table, options.task, options.method, [options.precision], 0)
     changes = {}
     for text in options.set:
         name, equals, value = text.partition("=")
@@ -192,9 +192,9 @@ def _rate(text: str) -> float:
 
 def _shards(options: argparse.Namespace) -> int:
     from benchmarks.runtime import workers
-    from benchmarks.stages import setup
+    from benchmarks.runtime.devices import device_of
 
-    return options.shards or workers.default_shards(setup.device_of(options.device))
+    return options.shards or workers.default_shards(device_of(options.device))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_methods_never_import_each_other() -> None:
 
 
 def test_the_check_sees_every_form_of_import() -> None:
-    assert rooms("import tfmq.layers as l") == {"tfmq"}
+    assert rooms("import tfmq.modules.layers as l") == {"tfmq"}
     assert rooms("def f():\n    from benchmarks import tables") == {"benchmarks"}
     assert imported("from baselines import nearest") == {"baselines", "baselines.nearest"}
 
@@ -59,6 +59,6 @@ def test_every_name_of_the_front_door_is_there() -> None:
 
 
 def test_scoring_does_not_wait_for_what_it_does_not_use() -> None:
-    code = "import sys, benchmarks.__main__, benchmarks.stages.score, benchmarks.stages.setup; print(*sys.modules)"
+    code = "import sys, benchmarks.__main__, benchmarks.stages.score, benchmarks.stages._setup; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     assert not {"diffusers", "pandas", "matplotlib"} & set(done.stdout.split())

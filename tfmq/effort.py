@@ -36,7 +36,7 @@ class PlannedEffort:
 
     @property
     def unet_evaluations(self) -> int:
-        """Sample evaluations of the UNet, as `tfmq.reconstruction.Effort` counts them."""
+        """Sample evaluations of the UNet, as `tfmq.passes.reconstruction.Effort` counts them."""
         return self.weight_evaluations + self.activation_evaluations
 
 

@@ -41,7 +41,7 @@ class PlannedMemory:
     Attributes:
         networks: the full-precision UNet, the quantised one and its codes.
         waiting: the calibration rows between two blocks, all streams together. Where these would take half of a GPU's
-            memory they are in the host's, and where more than ``memory_bytes``, on a disk (`tfmq.streaming`).
+            memory they are in the host's, and where more than ``memory_bytes``, on a disk (`tfmq.network.offload`).
         block: what the block that takes most takes.
     """
 

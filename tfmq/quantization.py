@@ -67,7 +67,7 @@ class QuantizationConfig:
         caching: which temporal features are looked up instead of computed, or None.
         batch: rows evaluated at once where nothing is learned.
         memory_bytes: most memory that calibration rows waiting between blocks may take. More wait where
-            `tfmq.streaming.waiting_in` says; without it they are refused.
+            `tfmq.network.offload.waiting_in` says; without it they are refused.
     """
 
     weight_range: Literal["minmax", "search", "thresholds"] = "search"
@@ -129,7 +129,7 @@ def quantize_(
 ) -> QuantizationReport:
     """Quantise ``unet`` in place; it keeps working in any diffusers pipeline.
 
-    A noise correction measured on it afterwards (PTQD, ``tfmq.correction``) does not by itself: see
+    A noise correction measured on it afterwards (PTQD, ``tfmq.passes.correction``) does not by itself: see
     ``corrected_scheduler``.
 
     Args:

@@ -26,7 +26,7 @@ RESULTS = Path("results")
 WORK = Path("work")
 RESUME = Path(".resume")
 
-# Files of a cell: the folder of its images (`benchmarks.images`); errors against full precision; the full-precision
+# Files of a cell: the folder of its images (see `images`); errors against full precision; the full-precision
 # cell's inputs and predictions at each step; the quantised checkpoint; settings, cost and what else is known of it.
 IMAGES = "images"
 ERRORS = "errors.safetensors"

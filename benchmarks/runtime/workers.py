@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from benchmarks.stages.setup import device_of
+from benchmarks.runtime.devices import device_of
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ import baselines
 from benchmarks.models import Model
 from benchmarks.report.figures import png, sample_grid
 from benchmarks.runtime import files, manifest
-from benchmarks.stages.setup import batches, conditioning_of, draw_noise, load_model, prompts_of, sampling_settings
+from benchmarks.stages._setup import batches, conditioning_of, draw_noise, load_model, prompts_of, sampling_settings
 from benchmarks.suite.discover import method
 from benchmarks.suite.params import Task
 from tfmq.network.calibration import collect_calibration

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.runtime import files
+from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workers import run_all
-from benchmarks.stages.setup import conditioning_of, device_of, draw_noise, load_model, sampling_settings, task_of
+from benchmarks.stages._setup import conditioning_of, draw_noise, load_model, sampling_settings, task_of
 from benchmarks.suite.params import Suite, Task
 from tfmq.network.calibration import CalibrationSet, collect_calibration
 

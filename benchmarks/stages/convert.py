@@ -9,7 +9,7 @@ from benchmarks.sources import disk
 from benchmarks.sources.archive import Mismatch, extract_member
 from benchmarks.sources.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.sources.originals.convert import convert, write_tokenizer
-from benchmarks.stages import setup
+from benchmarks.stages import _setup
 from benchmarks.stages.fetch import checked, unfit
 from benchmarks.suite import discover
 from benchmarks.suite.params import Suite
@@ -24,7 +24,7 @@ def run(suite: Suite, task_name: str) -> None:
     The folder takes its name when all is written and listed in its manifest. Raises ValueError for a task without an
     original, and in one line for a file that is missing, damaged or of another model.
     """
-    task = setup.task_of(suite, task_name)
+    task = _setup.task_of(suite, task_name)
     if task.name not in TASKS:
         raise discover.unknown("original of task", task.name, TASKS, "Only their checkpoints are converted.")
     architecture = ARCHITECTURES[TASKS[task.name]]

@@ -37,7 +37,7 @@ def run(name: str, path: Path | None = None) -> Path:
     """Download the source of that name, or take the user's own copy at ``path``; returns the file, which is checked.
 
     A download that was stopped is continued; one that is there already is only checked. Raises ValueError with the
-    nearest name for an unknown source, and in one line that says what to do where `benchmarks.fetch` does.
+    nearest name for an unknown source, and in one line that says what to do where `benchmarks.sources.download` does.
     """
     source = catalogue.find(catalogue.load(SOURCES), name)
     record = fetched().get(name)

@@ -20,19 +20,18 @@ import diffusers
 import torch
 
 import baselines
-import tfmq
-from benchmarks import models
 from benchmarks.models import Model
-from benchmarks.runtime import environment, files, journal, manifest
+from benchmarks.runtime import environment, files, manifest
+from benchmarks.runtime.closure import code_hash
+from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.files import ERRORS, IMAGES, OUTCOME, QUANTIZED, TRAJECTORY
 from benchmarks.runtime.images import TENSOR, batch_name
 from benchmarks.runtime.journal import MIB, FolderJournal, peak_memory, restart_peak
 from benchmarks.runtime.workers import run_units
-from benchmarks.stages import calibrate, setup
-from benchmarks.stages.setup import (
+from benchmarks.stages import calibrate
+from benchmarks.stages._setup import (
     batches,
     conditioning_of,
-    device_of,
     draw_noise,
     load_model,
     prompt_file,
@@ -124,7 +123,7 @@ def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
     inputs["checkpoint"] = manifest.verify(Path(task.checkpoint))
     if task.prompts is not None:
         inputs["prompts"] = files.sha256(prompt_file(task, PURPOSE))
-    key = files.fingerprint(asdict(task), asdict(cell), settings, inputs, str(device), _code())
+    key = files.fingerprint(asdict(task), asdict(cell), settings, inputs, str(device), _code(task, cell))
     resume = files.RESUME / cell.name
     work = Work(task, cell, str(device), resume.with_name(f"{resume.name}-{key}"), overrides, settings, inputs)
     for superseded in resume.parent.glob(f"{resume.name}-{'[0-9a-f]' * len(key)}"):
@@ -145,12 +144,12 @@ def _objection(method: baselines.Method, cell: Cell) -> str:
     return method.objection(Precision.parse(cell.precision))
 
 
-def _code() -> list[str]:
-    """What besides settings and inputs decides a cell's bytes: source files and the versions of what they call."""
-    folders = [Path(package.__file__).parent for package in (tfmq, baselines, models)]
-    stages = [Path(module.__file__) for module in (calibrate, journal, setup)]
-    sources = files.source_hash(*folders, *stages, Path(__file__))
-    return [sources, torch.__version__, diffusers.__version__]
+def _code(task: Task, cell: Cell) -> list[str]:
+    """What besides settings and inputs decides a cell's bytes: its code, and the versions of what that calls."""
+    entries = [Path(__file__), discover.file(discover.FAMILIES, task.family)]
+    if cell.method != FULL_PRECISION:
+        entries.append(discover.file(discover.METHODS, cell.method))
+    return [code_hash(*entries), torch.__version__, diffusers.__version__]
 
 
 def _do(unit: tuple[Work, str]) -> None:

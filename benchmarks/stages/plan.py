@@ -20,13 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.planning.page import TERA, plan
 from benchmarks.planning.planner import FLOAT, Item, Network, Planner, Rate
+from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.journal import MIB, peak_memory, restart_peak
 from benchmarks.sources import catalogue
 from benchmarks.sources.catalogue import Source
 from benchmarks.sources.originals import expected
 from benchmarks.sources.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.stages import convert, fetch, prompts, weights
-from benchmarks.stages.setup import SCHEDULERS, device_of, task_of
+from benchmarks.stages._setup import SCHEDULERS, task_of
 from benchmarks.suite import params
 from benchmarks.suite.params import Suite, Task
 from tfmq.network.unet import UNet, set_attention_heads

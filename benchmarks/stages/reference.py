@@ -16,27 +16,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import tfmq
-from benchmarks import datasets, features, models
 from benchmarks.datasets import _published, dataset
 from benchmarks.features import Evaluator, Features, concatenate, extract
 from benchmarks.features._clip import cosines, load_clip, prompt_vectors
 from benchmarks.metrics import References, ReferenceStatistics, reference_statistics
 from benchmarks.models import Model
 from benchmarks.runtime import files, manifest
+from benchmarks.runtime.closure import code_hash
+from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workers import run_all
-from benchmarks.stages import data_features, setup
-from benchmarks.stages.data_features import data_of, evaluator_of, moments_in, second_evaluator_of, tensors_of
-from benchmarks.stages.setup import (
+from benchmarks.stages import _data_features
+from benchmarks.stages._data_features import data_of, evaluator_of, moments_in, second_evaluator_of, tensors_of
+from benchmarks.stages._setup import (
     batches,
     conditioning_of,
-    device_of,
     draw_noise,
     load_model,
     prompt_file,
     sampling_settings,
     task_of,
 )
+from benchmarks.suite import discover
 from benchmarks.suite.params import Suite, Task
 
 __all__ = ["evaluator_of", "read", "run", "second_evaluator_of"]
@@ -72,7 +72,7 @@ def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
         samples = _features_of_samples(task, device, unfinished, shards)
         tensors |= {FEATURES: vars(samples), STATISTICS: reference_statistics(samples).to_tensors()}
     if task.data is not None:
-        found = data_features.measure(task, device, unfinished, shards)
+        found = _data_features.measure(task, device, unfinished, shards)
         tensors.setdefault(DATA_STATISTICS, found.statistics.to_tensors())
         tensors[DATA_POOLED] = {"pooled": found.pooled}
         if found.second is not None:
@@ -142,9 +142,13 @@ def _unfinished(task: Task, device: torch.device, evaluators: tuple[Evaluator | 
     if task.reference_images:
         inputs["checkpoint"] = manifest.verify(Path(task.checkpoint))
         inputs["prompts"] = None if task.prompts is None else files.sha256(prompt_file(task, PURPOSE))
-    packages = [Path(package.__file__).parent for package in (tfmq, models, features, datasets)]
-    modules = [Path(module.__file__) for module in (setup, data_features)]
-    code = [files.source_hash(*packages, *modules, Path(__file__))]
+    plugins = {
+        discover.FAMILIES: task.family,
+        discover.EXTRACTORS: task.evaluator,
+        discover.DATASETS: task.dataset,
+    }
+    entries = [discover.file(package, name) for package, name in plugins.items() if name is not None]
+    code = [code_hash(Path(__file__), *entries)]
     code += [version(name) for name in ("torch", "diffusers", "pillow")]
     key = files.fingerprint(asdict(task), inputs, str(device), code)
     folder = files.RESUME / PURPOSE / f"{task.name}-{key}"

@@ -18,8 +18,9 @@ from baselines import Settings
 from benchmarks.planning import rehearsal_page
 from benchmarks.planning.planner import Network
 from benchmarks.runtime import environment, files
+from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.journal import MIB, FolderJournal, peak_memory, restart_peak
-from benchmarks.stages import setup
+from benchmarks.stages import _setup
 from benchmarks.stages.plan import build, describe, timesteps_of
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
@@ -44,7 +45,7 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
     ``changes`` are settings of the method. Raises ValueError for unknown settings, methods that do not apply at the
     precision, and a task of no known architecture.
     """
-    task, device = setup.task_of(suite, cell.task), setup.device_of(device_name)
+    task, device = _setup.task_of(suite, cell.task), device_of(device_name)
     if cell.method == FULL_PRECISION:
         raise ValueError(f"{cell.name}: there is nothing to rehearse where nothing is quantised")
     method, settings = discover.method(cell.method), suite.settings(cell.task, cell.method)

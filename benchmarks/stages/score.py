@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.metrics import Evidence, metrics
 from benchmarks.runtime import files
+from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workers import run_units
-from benchmarks.stages import look, reference
-from benchmarks.stages.setup import device_of, seed_of, task_of
+from benchmarks.stages import _look, reference
+from benchmarks.stages._setup import seed_of, task_of
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell, Cost, Record, Value
 
@@ -42,8 +43,8 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     left: dict[Cell, int] = {}
     for cell in cells:
         task = task_of(suite, cell.task)
-        look.evaluators(task, device)  # before there are workers, which then have them too
-        parts = look.parts(task) if (files.cell_folder(cell) / files.IMAGES).exists() else []
+        _look.evaluators(task, device)  # before there are workers, which then have them too
+        parts = _look.parts(task) if (files.cell_folder(cell) / files.IMAGES).exists() else []
         left[cell] = len(parts)
         units += [(cell, part) for part in parts or [None]]
 
@@ -55,7 +56,7 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     files.WORK.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix=".score-", dir=files.WORK) as folder:
         failures = run_units(units, partial(_do, suite, device, Path(folder)), shards, device, then)
-    look.forget()
+    _look.forget()
     failed = {cell: error for (cell, _), error in reversed(failures)}
     for cell, error in failed.items():
         error.add_note(cell.name)
@@ -69,7 +70,7 @@ def _do(suite: Suite, device: torch.device, folder: Path, unit: Unit) -> None:
     if part is None:
         _score(task, cell, device, folder / cell.name)
     else:
-        look.look(task, cell, device, folder / cell.name, part)
+        _look.look(task, cell, device, folder / cell.name, part)
 
 
 def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
@@ -90,7 +91,7 @@ def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
         settings={
             "task": asdict(task),
             "method": outcome.get("settings", {}),
-            **look.seen_by(task, device),
+            **_look.seen_by(task, device),
             "reference": {key: made_with[key] for key in ("data", "features", "clip") if key in made_with},
         },
         status=outcome["status"],
@@ -110,7 +111,7 @@ def _measure(
     task: Task, cell: Cell, device: torch.device, looked: Path
 ) -> tuple[dict[str, Value], dict[str, torch.Tensor]]:
     """All metrics, and the values of images [N] of those that are a mean over images."""
-    features, seen = look.seen(looked)
+    features, seen = _look.seen(looked)
     if "clip_cosines" in seen:
         seen["clip_cosines"] = seen["clip_cosines"].T
     paired = {}
@@ -119,12 +120,12 @@ def _measure(
             for path in looked.iterdir():
                 path.rename(folder / path.name)
             # A change of evaluators or CLIPs shows here, in what all other cells of the task are compared with.
-            files.write_json(folder / SEEN_BY, look.seen_by(task, device))
+            files.write_json(folder / SEEN_BY, _look.seen_by(task, device))
     else:
         errors = files.read_tensors(files.cell_folder(cell) / files.ERRORS)
-        paired["paired_features"] = look.seen(files.paired(task.name))[0]
+        paired["paired_features"] = _look.seen(files.paired(task.name))[0]
         paired |= {"trajectory_error": errors["trajectory"], "temporal_error": errors["temporal"]}
-    references = reference.read(task, *look.evaluators(task, device))
+    references = reference.read(task, *_look.evaluators(task, device))
     evidence = Evidence(features=features, references=references, **seen, **paired)
     values, per_image = {}, {}
     for name, metric in metrics().items():

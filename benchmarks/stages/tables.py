@@ -13,7 +13,7 @@ import baselines
 from benchmarks.metrics import Metric, metrics
 from benchmarks.report import figures, findings, pages, tables
 from benchmarks.runtime import files
-from benchmarks.stages.setup import prompts_of
+from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, SHARED, Cell, Record, Value
 

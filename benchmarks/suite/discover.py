@@ -11,6 +11,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ def find(package: str, kind: str, name: str) -> object:
     if not hasattr(module, kind.upper()):
         raise ValueError(f"{module.__name__} has no {kind.upper()}: a {kind} file must define it")
     return getattr(module, kind.upper())
+
+
+def file(package: str, name: str) -> Path:
+    """The source file of the plugin ``name`` of ``package``. Raises ValueError as `find` does."""
+    if name not in names(package):
+        find(package, "plugin", name)
+    return Path(inspect.getfile(importlib.import_module(f"{package}.{name}")))
 
 
 def text(package: str, name: str) -> str:

@@ -55,7 +55,7 @@ def run() -> int:
     # Not above: these take seconds, in which Ctrl-C has to be heard.
     from benchmarks.report import tables
     from benchmarks.runtime import workers
-    from benchmarks.stages import setup
+    from benchmarks.runtime.devices import device_of
     from benchmarks.suite import params
     from benchmarks.upkeep.clock import Clock, spoken
     from benchmarks.upkeep.reproduce import read_records
@@ -64,7 +64,7 @@ def run() -> int:
     suite = params.load(Path("params.yaml"))
     params.check_methods(suite)
     committed = read_records(suite)
-    shards = workers.default_shards(setup.device_of(os.environ.get("TFMQ_BENCH_DEVICE", "auto")))
+    shards = workers.default_shards(device_of(os.environ.get("TFMQ_BENCH_DEVICE", "auto")))
     clock = Clock(expected(suite, committed, shards), 1)
     screen = Screen(suite, committed, len(suite.cells()))
     screen.write(

@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     """
     # Not above: these take seconds, in which Ctrl-C has to be heard.
     from benchmarks.runtime import workers
-    from benchmarks.stages import setup
+    from benchmarks.runtime.devices import device_of
     from benchmarks.suite import params
     from benchmarks.upkeep.clock import spoken
     from benchmarks.upkeep.remake import Remake
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     if keep is not None and keep.exists():
         raise ValueError(f"--keep {options.keep}: there is something already; name a new folder")
     minutes = options.minutes or (None if options.names or options.random else MINUTES)
-    device = setup.device_of(options.device)
+    device = device_of(options.device)
     shards = options.shards or workers.default_shards(device)
     committed, root = read_records(suite), Path.cwd()
     scratch = _open_scratch(root)

@@ -69,9 +69,10 @@ def run_rest(suite: params.Suite, device: str) -> None:
     Raises an ExceptionGroup of what fails.
     """
     from benchmarks.runtime import files, workers
-    from benchmarks.stages import calibrate, generate, reference, score, setup
+    from benchmarks.runtime.devices import device_of
+    from benchmarks.stages import calibrate, generate, reference, score
 
-    shards = workers.default_shards(setup.device_of(device))
+    shards = workers.default_shards(device_of(device))
     rest = [cell for cell in chosen(suite) if not files.record_file(cell).is_file()]
     full = [cell for cell in rest if cell.method == FULL_PRECISION]
     for stage in (calibrate, reference):

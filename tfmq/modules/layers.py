@@ -22,7 +22,7 @@ class QuantizedLayer(nn.Module):
     ``weight`` holds the full-precision weight until ``fold`` replaces it by its dequantised codes; from then on the
     forward pass costs no weight quantisation.
 
-    With a low-rank branch (see ``tfmq.low_rank``) the input is divided by ``smoothing`` first, ``weight`` is what the
+    With a low-rank branch (SVDQuant) the input is divided by ``smoothing`` first, ``weight`` is what the
     branch leaves of the smoothed weight, and the branch takes the smoothed input unquantised.
 
     Attributes:

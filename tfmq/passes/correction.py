@@ -5,7 +5,7 @@ each time step the sampler subtracts the mean of the error, divides 1 + k out, a
 place of some of the noise that the step would add. A corrected UNet carries the statistics of its schedule; sampling
 costs no evaluation more.
 
-The correction acts after guidance, so it is no part of the UNet's forward pass: `tfmq.sampling.sample` applies it, a
+The correction acts after guidance, so it is no part of the UNet's forward pass: `tfmq.sample` applies it, a
 stock pipeline only with a scheduler of `corrected_scheduler`.
 """
 
@@ -63,7 +63,7 @@ def reduced_sigma(sigma: float, alpha: float, previous: float, deviation: float)
 
 
 class NoiseCorrection(nn.Module):
-    """The corrections of all time steps, as a correction hook of `tfmq.sampling.sample`.
+    """The corrections of all time steps, as a correction hook of `tfmq.network.sampling.sample`.
 
     It applies to the prediction after guidance. With eta = 0 there is no noise to reduce and only slope and bias act.
     A UNet carries it as ``noise_correction`` (see ``attach_correction``).

@@ -1,7 +1,7 @@
 """Learning roundings and step sizes so that a part of the network reproduces its full-precision output.
 
 One loop each for roundings and step sizes serves single layers, blocks and the temporal information block. Blocks are
-fed by `tfmq.streaming`, and what is learned goes through `tfmq.journal`.
+fed by `tfmq.network.offload`, and what is learned goes through `tfmq.journal`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Size:
 
     Attributes:
         classes: that have a learned embedding; one embedding more stands for none.
-        heads: of every attention, where the UNet's settings cannot say it (see `tfmq.unet.set_attention_heads`).
+        heads: of every attention, where the UNet's settings cannot say it (see `tfmq.set_attention_heads`).
     """
 
     unet: Settings

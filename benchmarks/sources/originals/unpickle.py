@@ -2,7 +2,7 @@
 
 Published checkpoints hold callbacks and configuration objects beside their weights, and a pickle can name any function
 for its reader to call. Here every name becomes a stand-in that does nothing, except the few from which torch rebuilds
-tensors; these only note where a tensor's numbers lie (`benchmarks.originals.torch_file` reads them).
+tensors; these only note where a tensor's numbers lie (`benchmarks.sources.originals.torch_file` reads them).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from benchmarks.runtime import files, manifest
-from benchmarks.stages import generate, setup
+from benchmarks.stages import _setup, generate
 from benchmarks.suite import discover, params
 from benchmarks.suite.record import Cell, Record
 
@@ -65,7 +65,7 @@ def test_a_conditional_task_goes_through_all_stages(words, run):
     for stage in ("calibrate", "reference"):
         assert run(stage, "--task", "words", "--shards", "1") == (0, [])
     pools = [load_file(files.calibration("words") / files.pool(seed)) for seed in (0, 1)]
-    model = setup.load_model(words, torch.device("cpu"))
+    model = _setup.load_model(words, torch.device("cpu"))
     for pool, prompts in zip(pools, (["circle", "square"], ["square", "circle"]), strict=True):
         assert pool["latents"].shape[:2] == (evaluations, 2) and len(pool["timesteps"].unique()) == words.steps
         torch.testing.assert_close(pool["context"], model.conditioning(prompts).context)
@@ -95,23 +95,23 @@ def test_a_conditional_task_goes_through_all_stages(words, run):
 def test_one_seed_of_a_row_can_be_generated_alone(words, run):
     row = ("--task", "words", "--method", "nearest", "--table", "leaderboard", "--shards", "1")
     suite = params.load(Path("params.yaml"))
-    assert setup.cells_of(suite, "leaderboard", "words", "nearest", seed=1) == [Cell("words", "nearest", "w4a8", 1)]
+    assert _setup.cells_of(suite, "leaderboard", "words", "nearest", seed=1) == [Cell("words", "nearest", "w4a8", 1)]
     assert "no cell has seed 2" in run("generate", *row, "--seed", "2")[1][0]
     assert "full precision has 0 alone" in run("generate", *row, "--method", "full_precision", "--seed", "1")[1][0]
 
 
 def test_prompts_follow_the_images_and_start_again(words):
-    assert setup.prompts_of(words, "sample", range(1, 4)) == ["circle", "square", "circle"]
-    assert setup.prompts_of(words, "reference", range(2)) == PROMPTS["evaluation"]
-    assert setup.prompts_of(words, "calibration", range(2)) == ["circle", "square"]
-    assert setup.prompts_of(words, "calibration", range(2), seed=1) == ["square", "circle"]
+    assert _setup.prompts_of(words, "sample", range(1, 4)) == ["circle", "square", "circle"]
+    assert _setup.prompts_of(words, "reference", range(2)) == PROMPTS["evaluation"]
+    assert _setup.prompts_of(words, "calibration", range(2)) == ["circle", "square"]
+    assert _setup.prompts_of(words, "calibration", range(2), seed=1) == ["square", "circle"]
 
 
 def test_without_guidance_there_is_no_unconditional_half(words):
     change_task(guidance_scale=1.0)
     task = params.load(Path("params.yaml")).tasks["words"]
-    model = setup.load_model(task, torch.device("cpu"))
-    assert setup.conditioning_of(model, task, "sample", range(2)).unconditional is None
+    model = _setup.load_model(task, torch.device("cpu"))
+    assert _setup.conditioning_of(model, task, "sample", range(2)).unconditional is None
 
 
 @pytest.mark.parametrize("content", [None, "", "circle\n\nsquare\n"])

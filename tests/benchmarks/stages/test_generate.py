@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import baselines.nearest
 from benchmarks.runtime import files, journal, manifest
+from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.images import Images, batch_name
 from benchmarks.runtime.journal import FolderJournal
 from benchmarks.stages import generate as stage
-from benchmarks.stages.setup import device_of, draw_noise
+from benchmarks.stages._setup import draw_noise
 from benchmarks.suite import params
 from benchmarks.suite.record import Cell
 from tests.benchmarks.tiny_suite import arguments
@@ -117,7 +118,7 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(suite, generate, root
 KILLED = """
 import os, signal, sys
 from benchmarks.__main__ import main
-from benchmarks.stages.journal import FolderJournal
+from benchmarks.runtime.journal import FolderJournal
 
 def put(self, key, tensors, put=FolderJournal.put):
     put(self, key, tensors)

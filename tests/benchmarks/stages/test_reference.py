@@ -17,7 +17,7 @@ from benchmarks.metrics import reference_statistics
 from benchmarks.metrics._frechet import moments
 from benchmarks.runtime import files
 from benchmarks.small.data import Emoji, write_sheet, write_table
-from benchmarks.stages import data_features, reference
+from benchmarks.stages import _data_features, reference
 from benchmarks.suite.params import Suite, Task
 
 CPU = torch.device("cpu")
@@ -81,11 +81,11 @@ def evaluator(name, digest="0123456789abcdef", batch=4):
 def folder(tmp_path, monkeypatch):
     """Images of a data set in the current folder, units of four images, and evaluators without weights."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_features, "_evaluator", lambda name, device: evaluator(name))
-    monkeypatch.setattr(data_features, "UNIT_BATCHES", 1)
+    monkeypatch.setattr(_data_features, "_evaluator", lambda name, device: evaluator(name))
+    monkeypatch.setattr(_data_features, "UNIT_BATCHES", 1)
     write_images(seed=0)
     yield tmp_path
-    for cached in (data_features.evaluator_of, data_features.second_evaluator_of, data_features.data_of):
+    for cached in (_data_features.evaluator_of, _data_features.second_evaluator_of, _data_features.data_of):
         cached.cache_clear()
 
 
@@ -154,7 +154,7 @@ def test_data_gives_moments_of_both_evaluators_and_features():
 
 @pytest.mark.parametrize("chunk", [5, 7, 11, 22, 23])
 def test_chunks_give_the_moments_of_all_images_and_the_first_features(chunk, monkeypatch):
-    monkeypatch.setattr(data_features, "CHUNK", chunk)
+    monkeypatch.setattr(_data_features, "CHUNK", chunk)
     found = run(second_evaluator="inception_clean")
     close(found.data_statistics.pooled, moments(expected().pooled))
     close(found.data_statistics.spatial, moments(expected().spatial))
@@ -163,7 +163,7 @@ def test_chunks_give_the_moments_of_all_images_and_the_first_features(chunk, mon
 
 
 def test_processes_share_the_images_and_give_the_same_bytes(monkeypatch):
-    monkeypatch.setattr(data_features, "CHUNK", 13)
+    monkeypatch.setattr(_data_features, "CHUNK", 13)
     found = []
     for shards in (1, 2):
         run(shards, second_evaluator="inception_clean")
@@ -174,7 +174,7 @@ def test_processes_share_the_images_and_give_the_same_bytes(monkeypatch):
 def test_the_identity_is_that_of_the_pixels_however_they_are_cut(monkeypatch):
     run()
     before = made_with()["data"]
-    monkeypatch.setattr(data_features, "CHUNK", 6)
+    monkeypatch.setattr(_data_features, "CHUNK", 6)
     run()
     assert made_with()["data"] == before
     write_images(seed=1)
@@ -206,7 +206,7 @@ def test_published_statistics_take_the_place_of_data(published):
 
 
 def test_features_stand_beside_published_statistics(published, monkeypatch):
-    monkeypatch.setattr(data_features, "CHUNK", 10)
+    monkeypatch.setattr(_data_features, "CHUNK", 10)
     found = run(statistics="adm.npz")
     assert found.data_statistics.pooled.mean.tolist() == [0, 1, 2]
     assert torch.equal(found.data_pooled, expected().pooled[:10]) and found.second_data is None
@@ -236,7 +236,7 @@ def test_what_was_made_with_another_evaluator_is_not_read():
 def stop_at(unit, monkeypatch):
     """Let the work stop at the n-th unit from now; returns the units that are begun."""
     begun = []
-    extract = data_features._extract
+    extract = _data_features._extract
 
     def stopping(task, device, work):
         begun.append(work[0].start)
@@ -244,13 +244,13 @@ def stop_at(unit, monkeypatch):
             raise KeyboardInterrupt
         extract(task, device, work)
 
-    monkeypatch.setattr(data_features, "_extract", stopping)
+    monkeypatch.setattr(_data_features, "_extract", stopping)
     return begun
 
 
 @pytest.mark.parametrize("unit", [1, 3, 5])
 def test_a_stopped_run_continues(unit, monkeypatch):
-    monkeypatch.setattr(data_features, "CHUNK", 12)
+    monkeypatch.setattr(_data_features, "CHUNK", 12)
     whole = run().data_statistics.to_tensors(), contents()
     with monkeypatch.context() as patch:
         stop_at(unit, patch)
@@ -270,7 +270,7 @@ def test_a_stopped_run_on_other_images_begins_anew(monkeypatch):
         stop_at(3, patch)
         with pytest.raises(KeyboardInterrupt):
             run()
-    data_features.data_of.cache_clear()
+    _data_features.data_of.cache_clear()
     write_images(seed=1)
     begun = stop_at(0, monkeypatch)
     assert torch.equal(run().data_pooled, expected().pooled)

@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks.runtime import manifest
 from benchmarks.sources.originals.architectures import ARCHITECTURES, TASKS
-from benchmarks.stages import convert, setup
+from benchmarks.stages import _setup, convert
 from benchmarks.stages import fetch as fetch_stage
 from benchmarks.suite import params
 from tests.benchmarks.sources.originals import tiny
@@ -86,7 +86,7 @@ def test_a_task_gets_the_folder_that_it_is_loaded_from(suite, capsys):
             "vqvae/diffusion_pytorch_model.safetensors",
         )
     ]
-    model = setup.load_model(suite.tasks[CHURCHES], torch.device("cpu"))
+    model = _setup.load_model(suite.tasks[CHURCHES], torch.device("cpu"))
     assert model.latent_shape == (4, 16, 16) and {a.heads for a in model.unet.mid_block.attentions} == {4}
 
 
@@ -94,7 +94,7 @@ def test_text_to_image_gets_its_tokenizer(suite):
     fetch(COCO)
     tiny.write_tokenizer(Path("downloads/clip-vocab.json"), Path("downloads/clip-merges.txt"))
     convert.run(suite, COCO)
-    model = setup.load_model(suite.tasks[COCO], torch.device("cpu"))
+    model = _setup.load_model(suite.tasks[COCO], torch.device("cpu"))
     found = model.conditioning(["a cat", "a dog"])
     assert found.context.shape == (2, 77, 32) and not torch.allclose(found.context[0], found.context[1])
 
@@ -102,7 +102,7 @@ def test_text_to_image_gets_its_tokenizer(suite):
 def test_the_pixel_model_gets_its_own_time_steps(suite):
     fetch("cifar10-ddim")
     convert.run(suite, "cifar10-ddim")
-    model = setup.load_model(suite.tasks["cifar10-ddim"], torch.device("cpu"))
+    model = _setup.load_model(suite.tasks["cifar10-ddim"], torch.device("cpu"))
     model.scheduler.set_timesteps(4)
     assert model.scheduler.timesteps.tolist() == [800, 355, 88, 0]
 

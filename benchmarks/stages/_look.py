@@ -16,8 +16,8 @@ from benchmarks.features import Evaluator, Features, compare, extract, extract_w
 from benchmarks.features._clip import Scorer, cosines, load_clip, prompt_vectors
 from benchmarks.runtime import files
 from benchmarks.runtime.images import Images
-from benchmarks.stages.data_features import evaluator_of, second_evaluator_of
-from benchmarks.stages.setup import batches, prompts_of
+from benchmarks.stages._data_features import evaluator_of, second_evaluator_of
+from benchmarks.stages._setup import batches, prompts_of
 from benchmarks.suite.params import Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
 

@@ -1,4 +1,4 @@
-"""What several stages begin with: the task's model, the noise and prompts of its images, and the device."""
+"""What several stages begin with: the task's model, and the noise and prompts of its images."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from benchmarks.suite.record import FULL_PRECISION, Cell
 if TYPE_CHECKING:  # importing diffusers takes seconds, and not all stages need it
     from tfmq.network.sampling import Conditioning, SamplingSettings
 
-DEVICES = ("auto", "cpu", "cuda")
-# Modules and classes; the names are checked by `benchmarks.params`.
+# Modules and classes; the names are checked by `benchmarks.suite.params`.
 SCHEDULERS = {
     "ddim": ("diffusers", "DDIMScheduler"),
     "ddim_quad": ("benchmarks.models._quad", "QuadDDIMScheduler"),
@@ -68,25 +67,6 @@ def cells_of(
     if not cells:
         raise ValueError(f"no cell has seed {seed}: `seeds` of table {table} says how many a precision has")
     return cells
-
-
-def device_of(name: str) -> torch.device:
-    """The device to compute on: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
-
-    CUDA computes in float32 without TF32, and with deterministic convolutions, so that results can be compared.
-    Raises ValueError for another name, or if CUDA is asked for and there is none.
-    """
-    if name not in DEVICES:
-        raise discover.unknown("device", name, DEVICES, "Choose one of them.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
-    if name == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
-    return torch.device(name)
 
 
 def load_model(task: Task, device: torch.device) -> Model:

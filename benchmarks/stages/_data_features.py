@@ -21,7 +21,7 @@ from benchmarks.metrics._frechet import moments
 from benchmarks.metrics._merge import merge
 from benchmarks.runtime import files, manifest
 from benchmarks.runtime.workers import run_all
-from benchmarks.stages.setup import batches
+from benchmarks.stages._setup import batches
 from benchmarks.suite.params import Task
 
 EVALUATORS = Path("data")

@@ -1,0 +1,75 @@
+"""What code decides a result: the files that a module imports, directly or not."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("tfmq", "baselines", "benchmarks")
+
+
+def closure(*entries: Path) -> list[Path]:
+    """The files of this project that ``entries`` import, directly or not, and the entries themselves, sorted.
+
+    Imports inside functions count, those for type checkers alone do not. A module that is found by its name, as a
+    method or a metric is, is none of them: name it as an entry.
+    """
+    found: set[Path] = set()
+    waiting = [path.resolve() for path in entries]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += _imported(path)
+    return sorted(found)
+
+
+def code_hash(*entries: Path) -> str:
+    """One hash over the code of a closure; comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for path in closure(*entries):
+        digest.update(_code(path).encode())
+    return digest.hexdigest()
+
+
+@cache
+def _imported(path: Path) -> frozenset[Path]:
+    names = set(_names(ast.parse(path.read_text(encoding="utf-8"))))
+    files = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] not in PACKAGES:
+            continue
+        for end in range(1, len(parts) + 1):  # a package is imported before what is in it
+            place = ROOT.joinpath(*parts[:end])
+            files |= {file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()}
+    return frozenset(files)
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """Dotted names that are imported, with `from a import b` as both a and a.b."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        yield node.module
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        children = node.orelse
+    for child in children:
+        yield from _names(child)
+
+
+@cache
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            node.body = node.body[1:]
+    return ast.dump(tree)
