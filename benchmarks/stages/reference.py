@@ -78,8 +78,8 @@ def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
         if found.second is not None:
             tensors[SECOND_DATA] = tensors_of(found.second, "pooled")
         made_with["features" if task.statistics else "data"] = found.identity
-    if task.clip and task.dataset is not None and dataset(task.dataset).held_out is not None:
-        made_with["clip"] = _clip_of_data(task, device)
+    if task.clip and task.dataset is not None and (found := _clip_of_data(task, device)):
+        made_with["clip"] = found
     for cached in (evaluator_of, second_evaluator_of, data_of, _model):
         cached.cache_clear()
     evaluator, second = evaluators
@@ -119,8 +119,11 @@ def read(task: Task, evaluator: Evaluator, second: Evaluator | None = None) -> R
 
 
 def _clip_of_data(task: Task, device: torch.device) -> list[dict[str, object]]:
-    """What each of the task's CLIPs says of real images and their captions, on images held out from training."""
-    images, captions = dataset(task.dataset).held_out(Path(task.data), task.resolution)
+    """What each of the task's CLIPs says of real images and their captions, where any are held out from training."""
+    held_out = dataset(task.dataset).held_out
+    images, captions = ([], []) if held_out is None else held_out(Path(task.data), task.resolution)
+    if not captions:
+        return []
     found = []
     for folder in task.clip:
         scorer = load_clip(Path(folder), device)

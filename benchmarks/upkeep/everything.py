@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from benchmarks.suite.record import FULL_PRECISION
+
 if TYPE_CHECKING:
     from benchmarks.suite.params import Suite
     from benchmarks.suite.record import Cell, Record
@@ -71,10 +73,7 @@ def run() -> int:
         f"`dvc repro`: {screen.total} cells, about {spoken(clock.left())} if none is there yet. It writes results/.\n\n"
         f"{HEADER}"
     )
-    # DVC takes its targets in this order: a row is scored when it is made, and the cells of a task follow one another.
-    cells = sorted(suite.cells(), key=lambda cell: list(suite.tasks).index(cell.task))
-    scores = dict.fromkeys(_stages(suite, cell)[1] for cell in cells)
-    failed = _follow([*REPRO, "--keep-going", *scores, "tables"], suite, clock, screen) != 0
+    failed = _follow([*REPRO, "--keep-going", "--single-item", "--glob", *in_order(suite)], suite, clock, screen) != 0
     if failed:
         _follow([*REPRO, "--single-item", "tables"], suite, clock, screen)
     screen.close()
@@ -107,10 +106,23 @@ def expected(suite: Suite, records: Mapping[Cell, Record], shards: int) -> dict[
     return {name: seconds + START_SECONDS for name, seconds in stages.items()}
 
 
+def in_order(suite: Suite) -> list[str]:
+    """Patterns of all stages in an order in which each comes after what it needs.
+
+    DVC keeps it where stages are single items; its own order, which differs from run to run, scores hardly a cell
+    before most are made. Here tasks follow one another, and each row is made and then scored.
+    """
+    patterns = {}
+    for task in suite.tasks:
+        rows = (
+            _stages(suite, cell)[0] for cell in suite.cells() if cell.task == task and cell.method != FULL_PRECISION
+        )
+        patterns |= dict.fromkeys([f"*@{task}", *(f"*{row.removeprefix('generate')}" for row in rows)])
+    return [*patterns, "tables"]
+
+
 def _stages(suite: Suite, cell: Cell) -> tuple[str, str]:
     """The stages of dvc.yaml that generate and score a cell."""
-    from benchmarks.suite.record import FULL_PRECISION
-
     if cell.method == FULL_PRECISION:
         return f"full_precision@{cell.task}", f"score_full_precision@{cell.task}"
     table = next(name for name in suite.tables if cell in suite.measured(name))
