@@ -7,6 +7,7 @@ again when pyproject.toml or constraints.txt change.
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ BIN = ENVIRONMENT / "bin"
 PYTHON = str(BIN / "python")
 STAMP = ENVIRONMENT / "installed"
 DEVICE = "TFMQ_BENCH_DEVICE"
+INTERRUPTED = 130
 
 
 @nox.session
@@ -43,22 +45,34 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Reproduce the small suite and its tables: what has not changed since the last run is skipped.
+    """Make every method anew at w4a8 on emoji-ldm4, in ten minutes, and compare with the committed results.
 
-    A cell that fails does not stop the others; the tables then show it, and this session fails.
-    `nox -s bench -- --device cuda` runs on a GPU.
+    `nox -s bench -- emoji-text` makes all cells of a task anew. Both work in a scratch folder and leave results/ as it
+    is. `nox -s bench -- --all` is `dvc repro` with progress: what has changed since the last run is made again, and
+    results/ is written. `--device cuda` runs on a GPU.
     """
     install(session)
     pull(session, ROOT)
-    repro = [PYTHON, "-m", "dvc", "repro"]
-    variables = os.environ | stage_environment(session.posargs)
-    done = subprocess.run([*repro, "--keep-going"], cwd=ROOT, env=variables, check=False).returncode == 0
-    if not done:
-        subprocess.run([*repro, "--single-item", "tables"], cwd=ROOT, env=variables, check=True)
-    print((ROOT / "README.md").read_text(encoding="utf-8").split("leaderboard -->")[1].removesuffix("<!-- /").strip())
-    print("\nAll tables and figures: results/README.md")
-    if not done:
-        session.error("some cells failed; DVC names them above")
+    arguments = list(session.posargs)
+    if "--all" in arguments:
+        arguments.remove("--all")
+        call(session, "benchmarks.upkeep.everything", [], stage_environment(arguments))
+    else:
+        call(session, "benchmarks.upkeep.reproduce", arguments)
+
+
+@nox.session
+def reproduce(session: nox.Session) -> None:
+    """Make cells anew in a scratch folder and compare them with the committed results.
+
+    `nox -s reproduce -- emoji-ldm4/tfmq/w4a8`: names of cells, rows or tasks, and patterns; `--random 5` draws cells;
+    `--help` says the rest.
+    """
+    install(session)
+    pull(session, ROOT)
+    if not session.posargs:
+        session.error("name cells, such as `nox -s reproduce -- emoji-ldm4/tfmq/w4a8`, or draw some: `-- --random 5`")
+    call(session, "benchmarks.upkeep.reproduce", session.posargs)
 
 
 @nox.session(name="bench-smoke")
@@ -107,6 +121,17 @@ def install(session: nox.Session) -> None:
     extras = f"{ROOT}[bench,paper,small,dev]"
     session.run(PYTHON, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", extras, external=True)
     STAMP.write_text(requirements, encoding="utf-8")
+
+
+def call(session: nox.Session, module: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run a module that says itself how it ends, also where it is stopped with Ctrl-C."""
+    process = subprocess.Popen([PYTHON, "-m", module, *arguments], cwd=ROOT, env=os.environ | (environment or {}))
+    signal.signal(signal.SIGINT, lambda signum, frame: None)  # reaches the process too, which ends at once
+    code = process.wait()
+    if code == INTERRUPTED:
+        sys.exit(code)
+    if code:
+        session.error("see above")
 
 
 def fingerprint(paths: list[Path]) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
@@ -24,6 +26,9 @@ from tqdm import tqdm
 from benchmarks.stages.setup import device_of
 
 T = TypeVar("T")
+
+# Seconds after which `run_units` lets its watcher look again.
+WATCHED_EVERY = 1.0
 
 
 def default_shards(device: torch.device) -> int:
@@ -39,44 +44,65 @@ def run_units(
     shards: int,
     device: torch.device,
     then: Callable[[T], Iterable[T]] = lambda unit: (),
+    watch: Callable[[Sequence[T]], object] | None = None,
 ) -> list[tuple[T, Exception]]:
-    """Do ``units`` in their order in ``shards`` processes (1: in this one), and after each those that ``then`` gives.
+    """Do ``units`` in their order in ``shards`` processes (1: in this one), and after all those that ``then`` gives.
 
-    A unit that raises stops no other one; returns these units with what they raised. Raises ValueError if a process
-    dies. Call ``torch.set_num_threads(1)`` before.
+    A unit is taken from ``units`` when a process is free for it. ``watch``, in place of a progress bar, is called with
+    the units that are being done: about every second, or with one shard before each. A unit that raises stops no other
+    one; returns these units with what they raised. Raises ValueError if a process dies. Call
+    ``torch.set_num_threads(1)`` before.
     """
-    failures = []
-    with tqdm(unit="unit", disable=None) as progress:
+    failures: list[tuple[T, Exception]] = []
+    first, later = iter(units), deque[T]()
+
+    def take(most: int) -> list[T]:
+        taken = list(islice(first, most))
+        return taken + [later.popleft() for _ in range(min(most - len(taken), len(later)))]
+
+    def finish(unit: T, error: BaseException | None) -> None:
+        if isinstance(error, Exception):
+            failures.append((unit, error))
+        else:
+            later.extend(then(unit))
+        progress.update()
+
+    with tqdm(unit="unit", disable=None if watch is None else True) as progress:
         if shards == 1:
-            queue = deque(units)
-            while queue:
-                unit = queue.popleft()
+            while taken := take(1):
+                (unit,) = taken
+                if watch is not None:
+                    watch([unit])
                 try:
                     do(unit)
                 except Exception as error:
-                    failures.append((unit, error))
+                    finish(unit, error)
                 else:
-                    queue.extend(then(unit))
-                progress.update()
+                    finish(unit, None)
             return failures
         context = _context(device)
         started = context.Value("i", 0)
         with ProcessPoolExecutor(shards, context, _begin, (os.getpid(), device.type, started)) as executor:
-            running = {executor.submit(do, unit): unit for unit in units}
-            while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    unit, error = running.pop(future), future.exception()
-                    if isinstance(error, BrokenProcessPool):
-                        raise ValueError(
-                            "a worker process died, most likely for lack of memory: what is finished is kept, run it"
-                            " again with --shards 1"
-                        ) from error
-                    if error is None:
-                        running |= {executor.submit(do, more): more for more in then(unit)}
-                    else:
-                        failures.append((unit, error))
-                    progress.update()
-    return failures
+            running: dict[Future, T] = {}
+            try:
+                while True:
+                    running |= {executor.submit(do, unit): unit for unit in take(shards - len(running))}
+                    if not running:
+                        return failures
+                    if watch is not None:
+                        watch(list(running.values()))
+                    for future in wait(running, WATCHED_EVERY, FIRST_COMPLETED).done:
+                        unit, error = running.pop(future), future.exception()
+                        if isinstance(error, BrokenProcessPool):
+                            raise ValueError(
+                                "a worker process died, most likely for lack of memory: what is finished is kept, run"
+                                " it again with --shards 1"
+                            ) from error
+                        finish(unit, error)
+            except KeyboardInterrupt:  # which workers do not hear
+                for child in multiprocessing.active_children():
+                    child.kill()
+                raise
 
 
 def run_all(units: Iterable[T], do: Callable[[T], object], shards: int, device: torch.device) -> None:
@@ -92,10 +118,11 @@ def _context(device: torch.device) -> multiprocessing.context.BaseContext:
 
 
 def _begin(parent: int, device_name: str, started: Synchronized) -> None:
-    """What each worker does first: take its GPU, and see to it that it ends with its parent.
+    """What each worker does first: take its GPU, and see to it that it ends with its parent, and not by Ctrl-C alone.
 
     ``started`` counts the workers that have begun.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     with started.get_lock():
         worker = started.value

@@ -26,9 +26,8 @@ from benchmarks.stages import files, journal
 from benchmarks.stages import generate as stage
 from benchmarks.stages.journal import FolderJournal
 from benchmarks.stages.setup import device_of, draw_noise
+from tests.benchmarks.tiny_suite import arguments
 from tfmq.checkpoint import load_quantized
-
-from .conftest import arguments
 
 ROW = Path("work/cells/toy/tfmq")
 CELL = ROW / "w4a8"

@@ -1,0 +1,121 @@
+"""Does a cell that was made anew agree with its committed record?
+
+With the record's processor and versions all has to be equal, bit for bit. Elsewhere sums are rounded in another order,
+a rounding of a weight or an activation falls the other way, and sampling makes more of it; there a metric may differ by
+a part of its own interval.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from benchmarks.record import Record, Value
+
+# What has to be the same for bits to be.
+PLACE = ("system", "cpu", "gpu", "python", "versions")
+# A metric may differ by so much of the half width of its committed interval, or of its value where that is more.
+OF_INTERVAL = 1.0
+OF_VALUE = 0.05
+
+Verdict = Literal["identical", "agrees", "differs", "no committed record"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a record compares with the committed one, and a line for each thing in which they differ too much.
+
+    ``largest`` is the largest difference of a metric in half widths of its committed interval.
+    """
+
+    verdict: Verdict
+    lines: tuple[str, ...] = ()
+    largest: float = 0.0
+
+
+def compare(committed: Record | None, remade: Record) -> Agreement:
+    """Compare a record that was made anew with the committed one."""
+    if committed is None:
+        return Agreement("no committed record")
+    lines = _settings(committed, remade)
+    if lines:
+        return Agreement("differs", tuple(lines))
+    identical = _lines(committed, remade, exact=True)
+    largest = max((_share(committed.metrics[name], remade.metrics.get(name)) for name in committed.metrics), default=0)
+    if not identical:
+        return Agreement("identical")
+    if same_place(committed, remade):
+        return Agreement("differs", tuple(identical), largest)
+    lines = _lines(committed, remade, exact=False)
+    return Agreement("differs" if lines else "agrees", tuple(lines), largest)
+
+
+def same_place(one: Record, other: Record) -> bool:
+    """Whether two records were made on the same kind of processor with the same versions."""
+    return all(one.environment.get(key) == other.environment.get(key) for key in PLACE)
+
+
+def _settings(committed: Record, remade: Record) -> list[str]:
+    """Settings that are others than those of the committed record: its numbers are then of something else."""
+    lines = []
+    if committed.task_version != remade.task_version:
+        lines.append(f"task version: committed {committed.task_version}, now {remade.task_version}")
+    for part in ("task", "method"):
+        old, new = committed.settings.get(part, {}), remade.settings.get(part, {})
+        old, new = ({key: _plain(value) for key, value in settings.items()} for settings in (old, new))
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        lines += [f"{part} setting {key}: committed {old.get(key)}, now {new.get(key)}" for key in keys]
+    return lines
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _lines(committed: Record, remade: Record, exact: bool) -> list[str]:
+    """What differs: of the facts that no rounding changes, of the images where bits count, and of the metrics."""
+    old, new = _facts(committed), _facts(remade)
+    if exact:
+        old, new = old | {"images": committed.inputs.get("images")}, new | {"images": remade.inputs.get("images")}
+    lines = [f"{key}: committed {old[key]}, remade {new[key]}" for key in old if old[key] != new[key]]
+    for name in {**committed.metrics, **remade.metrics}:
+        mine, yours = committed.metrics.get(name), remade.metrics.get(name)
+        if mine is None or yours is None:
+            lines.append(f"{name}: {'not committed' if mine is None else 'not remade'}")
+        elif exact:
+            lines += [
+                f"{name} ({field}): committed {value!r}, remade {asdict(yours)[field]!r}"
+                for field, value in asdict(mine).items()
+                if value != asdict(yours)[field]
+            ]
+        elif mine.n != yours.n or abs(mine.value - yours.value) > allowed(mine):
+            lines.append(
+                f"{name}: committed {mine.value:.6g} (n {mine.n}), remade {yours.value:.6g} (n {yours.n}), allowed"
+                f" ± {allowed(mine):.2g}"
+            )
+    return lines
+
+
+def _facts(record: Record) -> dict[str, object]:
+    cost = record.cost
+    return {
+        "status": record.status,
+        "reason": record.reason,
+        "layers": record.coverage.get("layers"),
+        "UNet evaluations": cost and cost.unet_evaluations,
+        "optimiser steps": cost and cost.optimizer_steps,
+        "size": cost and cost.size_mib,
+    }
+
+
+def allowed(value: Value) -> float:
+    """By how much a metric may differ where processor or versions do."""
+    return max(OF_INTERVAL * (value.high - value.low) / 2, OF_VALUE * abs(value.value))
+
+
+def _share(mine: Value, yours: Value | None) -> float:
+    if yours is None or mine.value == yours.value:
+        return 0.0
+    width = (mine.high - mine.low) / 2
+    return abs(mine.value - yours.value) / width if width else math.inf

@@ -1,0 +1,114 @@
+"""`dvc repro` of everything is followed from what DVC prints."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import params
+from benchmarks.upkeep import everything
+from benchmarks.upkeep.reproduce import read_records
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C ends these tests as ever."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def dvc(tmp_path, monkeypatch):
+    """Stands in for DVC: a script that writes records and prints as DVC does."""
+
+    def stand_in(script: str) -> None:
+        path = tmp_path / "dvc.py"
+        path.write_text(f"import shutil, sys, time\nsingle = '--single-item' in sys.argv\n{script}")
+        monkeypatch.setattr(everything, "REPRO", (sys.executable, "-u", str(path)))
+
+    return stand_in
+
+
+@pytest.fixture
+def measured(suite, generate, score):
+    """The tiny suite with the records of one row, which stand-ins of DVC bring back from `made`."""
+    assert generate("nearest") == (0, [])
+    score("nearest")
+    shutil.move("results/records/toy/nearest", "made")
+    return suite
+
+
+def test_every_stage_of_the_pipeline_has_an_expected_time(root, monkeypatch):
+    monkeypatch.chdir(root)
+    suite = params.load(Path("params.yaml"))
+    listed = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
+    names = subprocess.run(listed, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    expected = everything.expected(suite, read_records(suite), 2)
+    assert set(expected) == set(names)
+    order = [name for pattern in everything.in_order(suite) for name in fnmatch.filter(names, pattern)]
+    assert sorted(order) == sorted(names)
+    row = order.index("generate_leaderboard@emoji-ldm4-tfmq")
+    assert order[row + 1] == "score_leaderboard@emoji-ldm4-tfmq"
+    for stage in ("calibrate", "reference", "full_precision", "score_full_precision"):
+        assert order.index(f"{stage}@emoji-ldm4") < row
+    assert min(expected.values()) >= everything.START_SECONDS
+
+
+def test_cells_are_shown_when_their_stage_ends_and_unchanged_ones_are_counted(measured, dvc, capsys):
+    dvc(
+        "print(\"Stage 'score_full_precision@toy' didn't change, skipping\")\n"
+        "print(\"Running stage 'score_leaderboard@toy-nearest':\\n> python -m benchmarks score\")\n"
+        "shutil.copytree('made', 'results/records/toy/nearest')\n"
+        "print('Updating lock file')\n"
+        "print(\"Running stage 'tables':\")\n"
+    )
+    assert everything.main([]) == 0
+    out = capsys.readouterr().out
+    assert "2/8    toy/nearest/w4a8 " in out and "3/8    toy/nearest/w4a32" in out
+    assert "no committed record" in out and "> python" not in out and "Updating" not in out
+    assert "2 cells made anew in 5 s, 0 differ from before." in out
+
+
+def test_a_failing_stage_is_named_with_what_it_printed_and_tables_are_made_all_the_same(measured, dvc, capsys):
+    dvc(
+        "if single:\n    print(\"Running stage 'tables':\")\n    sys.exit(0)\n"
+        "print(\"Running stage 'score_leaderboard@toy-nearest':\")\n"
+        "print('toy/nearest/w4a8: no such luck')\n"
+        "print(\"ERROR: failed to reproduce 'score_leaderboard@toy-nearest'\")\n"
+        "sys.exit(1)\n"
+    )
+    assert everything.main([]) == 1
+    out = capsys.readouterr().out
+    assert "no such luck\nERROR: failed to reproduce" in out and "0 cells made anew" in out
+
+
+def test_ctrl_c_leaves_no_process(measured, dvc, root):
+    script = "import subprocess\nsubprocess.Popen(['sleep', '1234.5'])\nprint('begun')\ntime.sleep(60)\n"
+    dvc(script)
+    code = (
+        "import sys; from benchmarks.upkeep import everything;"
+        f" everything.REPRO = {everything.REPRO!r}; sys.exit(everything.main([]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    stopped = time.monotonic()
+    _, err = process.communicate(timeout=20)
+    assert time.monotonic() - stopped < 2 and process.returncode == everything.INTERRUPTED
+    assert err.strip() == "stopped; what is finished is kept, and the same command goes on from there"
+    assert not subprocess.run(["pgrep", "-f", "sleep 1234.5"], stdout=subprocess.PIPE, check=False).stdout

@@ -1,0 +1,173 @@
+"""Cells are named as people would, made anew in a scratch folder, and compared with their records."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import params
+from benchmarks.upkeep import reproduce
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C ends these tests as ever."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def small(root):
+    return params.load(root / "params.yaml")
+
+
+def names(*arguments, **options):
+    return [cell.name for cell in reproduce.chosen(*arguments, **options)]
+
+
+def test_without_names_all_methods_of_one_task_at_one_precision_are_meant(small):
+    found = names(small, [])
+    assert found[:3] == ["emoji-ldm4/tfmq/w4a8", "emoji-ldm4/nearest/w4a8", "emoji-ldm4/ptq4dm/w4a8"]
+    assert len(found) == len(small.tables["leaderboard"].methods)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("emoji-ldm4/tfmq/w4a8", 1),
+        ("emoji-ldm4/tfmq/w4a8-s2", 1),
+        ("emoji-ldm4/tfmq-published/w4a8", 1),
+        ("emoji-ldm4/tfmq", 6),
+        ("emoji-ldm4/tfmq/", 6),
+        ("emoji-ldm4/full_precision/w32a32", 1),
+        ("emoji-*/tfmq/w4a8", 4),
+        ("emoji-text", 61),
+        ("*/w8a8", 57),
+    ],
+)
+def test_cells_rows_tasks_and_patterns_are_names(small, name, count):
+    assert len(names(small, [name])) == count
+
+
+def test_names_add_up_and_draws_can_be_repeated(small):
+    assert names(small, ["emoji-ldm4/tfmq/w4a8", "emoji-ldm4/tfmq", "emoji-ldm4/tfmq/w4a8"])[0].endswith("w4a8")
+    assert len(names(small, ["emoji-ldm4/tfmq/w4a8", "emoji-ldm4/tfmq"])) == 6
+    drawn = names(small, [], count=5, seed=1)
+    assert len(set(drawn)) == 5 and drawn == names(small, [], count=5, seed=1) != names(small, [], count=5, seed=2)
+    assert set(names(small, ["emoji-text"], count=500)) == set(names(small, ["emoji-text"]))
+
+
+def test_a_name_that_fits_nothing_gets_the_nearest(small):
+    with pytest.raises(ValueError, match="did you mean 'emoji-ldm4/tfmq/w4a8'"):
+        reproduce.chosen(small, ["emoji-ldm4/tfqm/w4a8"])
+    with pytest.raises(ValueError, match="did you mean 'emoji-text'"):
+        reproduce.chosen(small, ["emoji-txt"])
+
+
+@pytest.fixture
+def measured(suite, generate, score):
+    """The tiny suite with two measured cells, one of them of two calibration seeds."""
+    assert generate("nearest", "w4a8") == (0, [])
+    score("nearest", "w4a8")
+    return suite
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_cell_is_made_anew_beside_the_results_and_equals_its_record(measured, capsys):
+    before = contents(measured)
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("identical") == 2 and "1/2    toy/full_precision/w32a32" in out
+    assert "2 cells made anew in" in out and "2 equal to their records bit for bit" in out
+    assert contents(measured) == before
+
+
+def test_a_falsified_digit_is_found_and_named(measured, capsys):
+    path = measured / "results/records/toy/nearest/w4a8.json"
+    record = json.loads(path.read_text())
+    record["metrics"]["psnr"]["value"] += 1e-9
+    path.write_text(json.dumps(record))
+    assert reproduce.main(["toy/nearest/w4a8"]) == 1
+    out = capsys.readouterr().out
+    assert "psnr (value): committed" in out
+    assert "These differ from their committed records, see above: toy/nearest/w4a8" in out
+
+
+def test_a_cell_that_cannot_be_made_is_named_and_the_others_are_made(measured, capsys, monkeypatch):
+    import baselines.tfmq
+
+    def fail(*arguments):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(
+        baselines.tfmq,
+        "METHOD",
+        baselines.tfmq.METHOD.__class__("TFMQ-DM", "x", baselines.tfmq.METHOD.config, fail, lambda precision: ""),
+    )
+    assert reproduce.main(["toy/tfmq/w4a8", "toy/nearest/w4a8", "--shards", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "toy/tfmq/w4a8 failed: no such luck" in out and "2 equal to their records" in out
+
+
+def test_cells_that_do_not_fit_into_the_time_are_left_out_and_named(measured, capsys):
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--minutes", "0.01"]) == 0
+    out = capsys.readouterr().out
+    assert "Left out, since they did not fit into the time: toy/nearest/w4a8" in out
+    assert "1 cells made anew" in out
+
+
+def test_what_was_made_can_be_kept(measured, capsys):
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--keep", "kept"]) == 0
+    assert (measured / "kept/work/cells/toy/nearest/w4a8/quantized.safetensors").is_file()
+    assert not (measured / "kept/data").exists() and (measured / "data/toy").is_dir()
+    assert reproduce.main(["toy/nearest/w4a8", "--keep", "kept"]) == 1
+    assert "error: --keep kept: there is something already; name a new folder" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line_each(measured, capsys):
+    for arguments, line in (
+        (
+            ["toy/nearest/w4a9"],
+            "error: no cell, row or task is named 'toy/nearest/w4a9': did you mean 'toy/nearest/w4a8'",
+        ),
+        (["toy", "--minutes", "0"], "error: --minutes is 0.0, but has to be more than 0"),
+        (["--random", "-1"], "error: --random is -1, but has to be more than 0"),
+    ):
+        assert reproduce.main(arguments) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(line) and err.count("\n") == 1
+    (measured / "results/records/toy/nearest/w4a8.json").write_text("{")
+    assert reproduce.main(["toy"]) == 1
+    assert "w4a8.json is no record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0.3, 4.0, 9.0])
+def test_ctrl_c_ends_it_with_one_line_and_the_next_run_works(measured, root, seconds):
+    before = contents(measured)
+    command = [sys.executable, "-m", "benchmarks.upkeep.reproduce", "toy/nearest", "toy/tfmq", "--shards", "2"]
+    environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    stopped = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - stopped < 2
+    if process.returncode == reproduce.INTERRUPTED:
+        assert err.strip() == "stopped; what is finished is kept, and the same command goes on from there"
+    assert {name: data for name, data in contents(measured).items() if not name.startswith(".resume")} == before
+    done = subprocess.run(
+        [*command[:3], "toy/nearest/w4a8"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
