@@ -113,8 +113,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage; errors a user can act on become one line each and exit code 1."""
+    """Run one stage; errors a user can act on become one line each and exit code 1, and so does Ctrl-C with 130."""
     options = parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     code = 0
     try:
         stage = importlib.import_module(f"benchmarks.stages.{options.command}")

@@ -84,20 +84,25 @@ def run_units(
         started = context.Value("i", 0)
         with ProcessPoolExecutor(shards, context, _begin, (os.getpid(), device.type, started)) as executor:
             running: dict[Future, T] = {}
-            while True:
-                running |= {executor.submit(do, unit): unit for unit in take(shards - len(running))}
-                if not running:
-                    return failures
-                if watch is not None:
-                    watch(list(running.values()))
-                for future in wait(running, WATCHED_EVERY, FIRST_COMPLETED).done:
-                    unit, error = running.pop(future), future.exception()
-                    if isinstance(error, BrokenProcessPool):
-                        raise ValueError(
-                            "a worker process died, most likely for lack of memory: what is finished is kept, run it"
-                            " again with --shards 1"
-                        ) from error
-                    finish(unit, error)
+            try:
+                while True:
+                    running |= {executor.submit(do, unit): unit for unit in take(shards - len(running))}
+                    if not running:
+                        return failures
+                    if watch is not None:
+                        watch(list(running.values()))
+                    for future in wait(running, WATCHED_EVERY, FIRST_COMPLETED).done:
+                        unit, error = running.pop(future), future.exception()
+                        if isinstance(error, BrokenProcessPool):
+                            raise ValueError(
+                                "a worker process died, most likely for lack of memory: what is finished is kept, run"
+                                " it again with --shards 1"
+                            ) from error
+                        finish(unit, error)
+            except KeyboardInterrupt:  # which workers do not hear
+                for child in multiprocessing.active_children():
+                    child.kill()
+                raise
 
 
 def run_all(units: Iterable[T], do: Callable[[T], object], shards: int, device: torch.device) -> None:

@@ -21,16 +21,13 @@ from tfmq.network.calibration import CalibrationSet, collect_calibration
 PURPOSE = "calibration"
 
 
-def run(suite: Suite, task_name: str, device_name: str, shards: int, pools: int | None = None) -> None:
-    """Write the pools of a task, which ``shards`` processes share, and what the first of them cost.
-
-    ``pools`` is how many: those of the first calibration seeds, or as many as the suite's tables need.
-    """
+def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
+    """Write the pools of a task, which ``shards`` processes share, and what the first of them cost."""
     task = task_of(suite, task_name)
     device = device_of(device_name)
     torch.set_num_threads(1)
     with files.new_folder(files.calibration(task.name)) as folder:
-        run_all(range(pools or suite.pools), partial(_record, task, device, folder), shards, device)
+        run_all(range(suite.pools), partial(_record, task, device, folder), shards, device)
 
 
 def read_pool(task: Task, seed: int, device: torch.device) -> CalibrationSet:

@@ -32,7 +32,8 @@ INTERRUPTED = 130
 REPRO = (sys.executable, "-m", "dvc", "repro")
 RUNNING = re.compile(r"Running stage '(.+)':")
 UNCHANGED = re.compile(r"Stage '(.+)' (?:didn't change|is cached|is frozen)")
-FAILED = re.compile(r"ERROR:|error:|WARNING:")
+# Of its warnings, that a run before this one was stopped is none to a reader.
+FAILED = re.compile(r"ERROR:|error:|WARNING:(?!.*RWLock)")
 # Of what a stage has printed, this is shown where it fails.
 LAST_LINES = 12
 # Seconds in which one process has started and loaded what it needs, and those of tables and figures.

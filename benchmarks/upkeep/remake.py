@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -76,15 +77,14 @@ class Remake:
 
     def _prepare(self, task: str, full: Cell) -> None:
         """What the cells of a task need: calibration pools, references, and the full-precision cell."""
-        work = (self.suite, task, str(self.device), self.shards)
         pools = self._pools(task)
         if not (files.calibration(task) / files.pool(pools - 1)).exists():
             with self._piece(("pools", task), f"{task}: calibration data"):
-                calibrate.run(*work, pools)
+                calibrate.run(_with_pools(self.suite, pools), task, str(self.device), self.shards)
         self.clock.drop(("pools", task))
         if not (files.reference(task) / reference.EVALUATOR).exists():
             with self._piece(("reference", task), f"{task}: features of the data and of reference samples"):
-                reference.run(*work)
+                reference.run(self.suite, task, str(self.device), self.shards)
         self.clock.drop(("reference", task))
         if not files.record_file(full).exists():
             with self._piece(full, full.name):
@@ -123,6 +123,15 @@ class Remake:
         self.clock.finish(cell)
         self.screen.show(cell, self.clock.left())
         return ()
+
+
+def _with_pools(suite: Suite, pools: int) -> Suite:
+    """The suite with so many calibration pools a task, or as few as it has."""
+    tables = {
+        name: replace(table, seeds={precision: min(count, pools) for precision, count in table.seeds.items()})
+        for name, table in suite.tables.items()
+    }
+    return replace(suite, tables=tables)
 
 
 def _make(suite: Suite, device: str, cell: Cell) -> None:

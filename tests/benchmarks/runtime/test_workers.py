@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -67,3 +69,23 @@ def test_every_gpu_has_its_process_and_processes_take_turns(tmp_path, monkeypatc
 
 def test_a_cpu_has_a_process_a_core():
     assert default_shards(CPU) >= 1
+
+
+def test_ctrl_c_ends_the_workers_though_they_do_not_hear_it(tmp_path):
+    """A unit that sleeps for a minute, stopped after it has begun."""
+    code = (
+        "import sys, time; from pathlib import Path; import torch; from benchmarks.stages.workers import run_units\n"
+        "def do(unit):\n    Path(sys.argv[1], str(unit)).touch()\n    time.sleep(60)\n"
+        "run_units([1, 2], do, 2, torch.device('cpu'))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    stopped = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - stopped < 2 and err.count("KeyboardInterrupt\n") == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

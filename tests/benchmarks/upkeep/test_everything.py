@@ -32,7 +32,7 @@ def dvc(tmp_path, monkeypatch):
 
     def stand_in(script: str) -> None:
         path = tmp_path / "dvc.py"
-        path.write_text(f"import shutil, sys, time\nsingle = '--single-item' in sys.argv\n{script}")
+        path.write_text(f"import shutil, sys, time\nsingle = '--glob' not in sys.argv\n{script}")
         monkeypatch.setattr(everything, "REPRO", (sys.executable, "-u", str(path)))
 
     return stand_in
@@ -92,7 +92,7 @@ def test_a_failing_stage_is_named_with_what_it_printed_and_tables_are_made_all_t
 
 
 def test_ctrl_c_leaves_no_process(measured, dvc, root):
-    script = "import subprocess\nsubprocess.Popen(['sleep', '1234.5'])\nprint('begun')\ntime.sleep(60)\n"
+    script = "import subprocess\nsubprocess.Popen(['sleep', '1234.5'])\nopen('begun', 'w').close()\ntime.sleep(60)\n"
     dvc(script)
     code = (
         "import sys; from benchmarks.upkeep import everything;"
@@ -105,7 +105,9 @@ def test_ctrl_c_leaves_no_process(measured, dvc, root):
         text=True,
         env=os.environ | {"PYTHONPATH": str(root)},
     )
-    time.sleep(8)
+    while not (measured / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     stopped = time.monotonic()
     _, err = process.communicate(timeout=20)
