@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "torchvision", "diffusers", "numpy", "safetensors", "pillow", "torch-fidelity")
+# The repository, wherever the process works: a suite's folder, or a scratch folder.
+ROOT = Path(__file__).parents[2]
 CODE = ("tfmq", "baselines", "benchmarks", "params.yaml", "dvc.yaml")
 
 
@@ -49,7 +51,7 @@ def _cpu() -> str:
 def _git(*arguments: str) -> str:
     """Output of a git command, empty where git or a repository is missing."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -172,6 +173,33 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(folder: Path, name: str) -> Iterator[None]:
+    """A folder that no other process works in meanwhile; it is made where it is missing.
+
+    Raises ValueError if another process does, saying so of ``name``. The lock is a file beside the folder, which goes
+    with this process, however that ends.
+    """
+    path = folder.with_name(f"{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ValueError(f"{name}: another process is at work on it in {folder}: wait for it to end") from None
+        if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+            break
+        lock.close()  # the process that held it has just ended, and taken the file away
+    with lock:
+        folder.mkdir(exist_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def mapped(folder: Path, elements: int, dtype: torch.dtype) -> Tensor:

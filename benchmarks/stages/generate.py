@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -92,6 +93,15 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     device = device_of(device_name)
     torch.set_num_threads(1)
     works = [work for cell in cells if (work := _prepare(suite, cell, device)) is not None]
+    with ExitStack() as held:
+        for work in works:
+            held.enter_context(files.exclusive(work.folder, work.cell.name))
+            _remove_superseded(work)
+        _make(works, device, shards)
+
+
+def _make(works: Sequence[Work], device: torch.device, shards: int) -> None:
+    """Do all units of some cells and put these together."""
     failures = run_units((unit for work in works for unit in work.missing), _do, shards, device, then=_then)
     _forget_networks()
     failed = {work.cell: error for (work, _), error in reversed(failures)}
@@ -101,9 +111,17 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     for cell, error in failed.items():
         error.add_note(cell.name)
     if failed:
-        raise ExceptionGroup(f"{len(failed)} of {len(cells)} cells failed", list(failed.values()))
+        raise ExceptionGroup(f"{len(failed)} of {len(works)} cells failed", list(failed.values()))
     for work in works:
         shutil.rmtree(work.folder)
+
+
+def _remove_superseded(work: Work) -> None:
+    """Remove unfinished work on the same cell with other code, settings or inputs."""
+    name, _, key = work.folder.name.rpartition("-")
+    for folder in work.folder.parent.glob(f"{name}-{'[0-9a-f]' * len(key)}"):
+        if folder != work.folder:
+            shutil.rmtree(folder)
 
 
 def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
@@ -125,12 +143,7 @@ def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
         inputs["prompts"] = files.sha256(prompt_file(task, PURPOSE))
     key = files.fingerprint(asdict(task), asdict(cell), settings, inputs, str(device), _code(task, cell))
     resume = files.RESUME / cell.name
-    work = Work(task, cell, str(device), resume.with_name(f"{resume.name}-{key}"), overrides, settings, inputs)
-    for superseded in resume.parent.glob(f"{resume.name}-{'[0-9a-f]' * len(key)}"):
-        if superseded != work.folder:
-            shutil.rmtree(superseded)
-    work.folder.mkdir(parents=True, exist_ok=True)
-    return work
+    return Work(task, cell, str(device), resume.with_name(f"{resume.name}-{key}"), overrides, settings, inputs)
 
 
 def _config(method: baselines.Method, cell: Cell, overrides: dict[str, object]) -> object:

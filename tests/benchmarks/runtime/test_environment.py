@@ -1,5 +1,6 @@
 import json
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,26 @@ def test_it_says_nothing_about_whose_machine_this_is():
 
 
 def test_outside_a_repository_the_commit_is_none(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     found = environment.describe()
     assert found["commit"] is None
     assert found["modified"] is False
+
+
+def test_edited_code_is_seen_from_any_folder(tmp_path, monkeypatch):
+    root, elsewhere = tmp_path / "root", tmp_path / "root" / "benchmarks" / "paper"
+    elsewhere.mkdir(parents=True)
+    (root / "tfmq").mkdir()
+    (root / "tfmq" / "code.py").write_text("a = 1\n")
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@localhost"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], cwd=root, check=True)
+    monkeypatch.setattr(environment, "ROOT", root)
+    monkeypatch.chdir(elsewhere)
+    assert environment.describe()["modified"] is False
+    (root / "tfmq" / "code.py").write_text("a = 2\n")
+    assert environment.describe()["modified"] is True
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -74,7 +74,7 @@ def test_a_cpu_has_a_process_a_core():
 def test_ctrl_c_ends_the_workers_though_they_do_not_hear_it(tmp_path):
     """A unit that sleeps for a minute, stopped after it has begun."""
     code = (
-        "import sys, time; from pathlib import Path; import torch; from benchmarks.stages.workers import run_units\n"
+        "import sys, time; from pathlib import Path; import torch; from benchmarks.runtime.workers import run_units\n"
         "def do(unit):\n    Path(sys.argv[1], str(unit)).touch()\n    time.sleep(60)\n"
         "run_units([1, 2], do, 2, torch.device('cpu'))"
     )
@@ -82,6 +82,7 @@ def test_ctrl_c_ends_the_workers_though_they_do_not_hear_it(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while len(list(tmp_path.iterdir())) < 2:
+        assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     stopped = time.monotonic()
