@@ -15,9 +15,20 @@ from benchmarks.record import Record, Value
 
 # What has to be the same for bits to be.
 PLACE = ("system", "cpu", "gpu", "python", "versions")
-# A metric may differ by so much of the half width of its committed interval, or of its value where that is more.
-OF_INTERVAL = 1.0
-OF_VALUE = 0.05
+# Elsewhere a metric may differ by so many half widths of its committed interval, or by so much of its value where that is
+# more. What was seen on emoji-ldm4 at w4a8, as the largest difference of any metric in half widths, from records of torch
+# 2.15, one thread and batches of 64:
+#
+#                            full precision   round-to-nearest   SVDQuant   TFMQ-DM
+#   torch 2.14               0                0                  0          0
+#   torch 2.11, 2.12, 2.13   0.01             0.41               1.00       1.80
+#   two threads              0.000002         0.000001           0.000003   0.000002
+#   batches of 32            0.01             0.51               0.99       1.35
+#
+# Versions 2.11 to 2.13 give equal numbers, and two threads equal images. What learns differs most: its roundings end
+# elsewhere, as they do with another calibration seed. Temporal errors, which have no interval, were equal everywhere.
+OF_INTERVAL = 2.0
+OF_VALUE = 0.01
 
 Verdict = Literal["identical", "agrees", "differs", "no committed record"]
 
