@@ -15,9 +15,9 @@ from benchmarks.record import Record, Value
 
 # What has to be the same for bits to be.
 PLACE = ("system", "cpu", "gpu", "python", "versions")
-# Elsewhere a metric may differ by so many half widths of its committed interval, or by so much of its value where that is
-# more. What was seen on emoji-ldm4 at w4a8, as the largest difference of any metric in half widths, from records of torch
-# 2.15, one thread and batches of 64:
+# Elsewhere a metric may differ by so many half widths of its committed interval, or by so much of its value where that
+# is more. What was seen on emoji-ldm4 at w4a8, as the largest difference of any metric in half widths, from records of
+# torch 2.15, one thread and batches of 64:
 #
 #                            full precision   round-to-nearest   SVDQuant   TFMQ-DM
 #   torch 2.14               0                0                  0          0
