@@ -82,6 +82,7 @@ def test_ctrl_c_ends_the_workers_though_they_do_not_hear_it(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while len(list(tmp_path.iterdir())) < 2:
+        assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     stopped = time.monotonic()
