@@ -45,33 +45,37 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Make every method anew at w4a8 on emoji-ldm4, in ten minutes, and compare with the committed results.
+    """Reproduce every method at w4a8 on emoji-ldm4, in ten minutes, and compare with the committed results.
 
-    `nox -s bench -- emoji-text` makes all cells of a task anew. Both work in a scratch folder and leave results/ as it
+    `nox -s bench -- emoji-text` reproduces all cells of a task. Both work in a scratch folder and leave results/ as it
     is. `nox -s bench -- --all` is `dvc repro` with progress: what has changed since the last run is made again, and
     results/ is written. `--device cuda` runs on a GPU.
     """
+    arguments = list(session.posargs)
+    everything = "--all" in arguments
+    if everything:
+        arguments.remove("--all")
+        if [name for name in arguments if not name.startswith("--device") and name not in ("cpu", "cuda", "auto")]:
+            session.error("--all takes nothing but --device: `nox -s bench -- emoji-text` is for one task")
     install(session)
     pull(session, ROOT)
-    arguments = list(session.posargs)
-    if "--all" in arguments:
-        arguments.remove("--all")
-        call(session, "benchmarks.upkeep.everything", [], stage_environment(arguments))
+    if everything:
+        call(session, "benchmarks.upkeep.everything", arguments, stage_environment([]))
     else:
         call(session, "benchmarks.upkeep.reproduce", arguments)
 
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Make cells anew in a scratch folder and compare them with the committed results.
+    """Reproduce cells in a scratch folder and compare them with the committed results.
 
     `nox -s reproduce -- emoji-ldm4/tfmq/w4a8`: names of cells, rows or tasks, and patterns; `--random 5` draws cells;
     `--help` says the rest.
     """
-    install(session)
-    pull(session, ROOT)
     if not session.posargs:
         session.error("name cells, such as `nox -s reproduce -- emoji-ldm4/tfmq/w4a8`, or draw some: `-- --random 5`")
+    install(session)
+    pull(session, ROOT)
     call(session, "benchmarks.upkeep.reproduce", session.posargs)
 
 
@@ -126,12 +130,15 @@ def install(session: nox.Session) -> None:
 def call(session: nox.Session, module: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
     """Run a module that says itself how it ends, also where it is stopped with Ctrl-C."""
     process = subprocess.Popen([PYTHON, "-m", module, *arguments], cwd=ROOT, env=os.environ | (environment or {}))
-    signal.signal(signal.SIGINT, lambda signum, frame: None)  # reaches the process too, which ends at once
-    code = process.wait()
-    if code == INTERRUPTED:
-        sys.exit(code)
+    before = signal.signal(signal.SIGINT, lambda signum, frame: None)  # reaches the process too, which ends at once
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if code in (INTERRUPTED, -signal.SIGINT):
+        sys.exit(INTERRUPTED)
     if code:
-        session.error("see above")
+        session.error("not all is well: see above")
 
 
 def fingerprint(paths: list[Path]) -> str:

@@ -14,8 +14,8 @@ import yaml
 
 from benchmarks.suite import params
 from benchmarks.suite.record import FULL_PRECISION
+from benchmarks.upkeep import DEVICE_VARIABLE, INTERRUPTED, STOPPED
 
-DEVICE_VARIABLE = "TFMQ_BENCH_DEVICE"
 PARAMS = Path("params.yaml")
 # A suite is a folder with params.yaml and dvc.yaml, and all its paths are relative to it.
 SUITES = {"paper": Path(__file__).parent / "paper"}
@@ -113,13 +113,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage; errors a user can act on become one line each and exit code 1, and so does Ctrl-C with 130."""
+    """Run one stage. Errors a user can act on print one line each and give exit code 1; Ctrl-C gives 130."""
     options = parser().parse_args(arguments)
     try:
         return _run(options)
     except KeyboardInterrupt:
-        print("stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
+        print(STOPPED, file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(options: argparse.Namespace) -> int:

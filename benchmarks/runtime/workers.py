@@ -45,15 +45,15 @@ def run_units(
     device: torch.device,
     then: Callable[[T], Iterable[T]] = lambda unit: (),
     watch: Callable[[Sequence[T]], object] | None = None,
-) -> list[tuple[T, Exception]]:
-    """Do ``units`` in their order in ``shards`` processes (1: in this one), and after all those that ``then`` gives.
+) -> list[tuple[T, BaseException]]:
+    """Do ``units`` in their order in ``shards`` processes (1: in this one), then those that ``then`` returned for them.
 
     A unit is taken from ``units`` when a process is free for it. ``watch``, in place of a progress bar, is called with
     the units that are being done: about every second, or with one shard before each. A unit that raises stops no other
     one; returns these units with what they raised. Raises ValueError if a process dies. Call
     ``torch.set_num_threads(1)`` before.
     """
-    failures: list[tuple[T, Exception]] = []
+    failures: list[tuple[T, BaseException]] = []
     first, later = iter(units), deque[T]()
 
     def take(most: int) -> list[T]:
@@ -61,10 +61,10 @@ def run_units(
         return taken + [later.popleft() for _ in range(min(most - len(taken), len(later)))]
 
     def finish(unit: T, error: BaseException | None) -> None:
-        if isinstance(error, Exception):
-            failures.append((unit, error))
-        else:
+        if error is None:
             later.extend(then(unit))
+        else:
+            failures.append((unit, error))
         progress.update()
 
     with tqdm(unit="unit", disable=None if watch is None else True) as progress:
@@ -118,7 +118,7 @@ def _context(device: torch.device) -> multiprocessing.context.BaseContext:
 
 
 def _begin(parent: int, device_name: str, started: Synchronized) -> None:
-    """What each worker does first: take its GPU, and see to it that it ends with its parent, and not by Ctrl-C alone.
+    """What each worker does first: take its GPU, ignore Ctrl-C, which its parent handles, and end when that does.
 
     ``started`` counts the workers that have begun.
     """

@@ -67,11 +67,10 @@ class Clock:
 
     def left(self) -> float:
         """Seconds until all is done."""
-        now, rest = self._now(), 0.0
-        for piece in self._left:
-            spent = now - self._started[piece] if piece in self._started else 0.0
-            rest += max(self.takes(piece) - spent, 0.0)
-        return rest / self.processes
+        now = self._now()
+        spent = {piece: now - self._started.get(piece, now) for piece in self._left}
+        rest = [max(self.takes(piece) - spent[piece], 0.0) for piece in self._left]
+        return max(sum(rest) / self.processes, max(rest, default=0.0))
 
 
 def of_cell(record: Record | None, typical: float) -> float:

@@ -1,26 +1,31 @@
 """`dvc repro` of everything, with progress: cells done of all, the time left, and each table when its rows are there.
 
 Works in this checkout: it writes results/, and skips what DVC finds unchanged. Stopped, it goes on where it was when it
-is started again. Exit code 1 if a cell fails; cells that differ from the records that were there before are named.
+is started again. Exit code 1 if a cell fails. Cells that differ from the records of the last commit are named.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import queue
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import yaml
+
 from benchmarks.suite.record import FULL_PRECISION
+from benchmarks.upkeep import DEVICE_VARIABLE, INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
     from benchmarks.suite.params import Suite
@@ -28,11 +33,11 @@ if TYPE_CHECKING:
     from benchmarks.upkeep.clock import Clock
     from benchmarks.upkeep.screen import Screen
 
-INTERRUPTED = 130
 REPRO = (sys.executable, "-m", "dvc", "repro")
+LOCK = Path("dvc.lock")
 RUNNING = re.compile(r"Running stage '(.+)':")
-UNCHANGED = re.compile(r"Stage '(.+)' (?:didn't change|is cached|is frozen)")
-# Of its warnings, that a run before this one was stopped is none to a reader.
+UNCHANGED = re.compile(r"Stage '(.+)' (?:didn't change|is cached)")
+# Errors and warnings, but for those on locks that a stopped run has left behind.
 FAILED = re.compile(r"ERROR:|error:|WARNING:(?!.*RWLock)")
 # Of what a stage has printed, this is shown where it fails.
 LAST_LINES = 12
@@ -40,15 +45,23 @@ LAST_LINES = 12
 START_SECONDS = 8.0
 TABLES_SECONDS = 60.0
 STOP_SECONDS = 1.0
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; see the module's text."""
-    signal.signal(signal.SIGINT, lambda signum, frame: _stop(None))
-    argparse.ArgumentParser(prog="python -m benchmarks.upkeep.everything", description=__doc__).parse_args(arguments)
+    for ending in ENDINGS:
+        signal.signal(ending, lambda signum, frame: _stop(None))
+    parser = argparse.ArgumentParser(prog="nox -s bench -- --all", description=__doc__)
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help=f"where to compute (default: the variable {DEVICE_VARIABLE})"
+    )
+    options = parser.parse_args(arguments)
+    if options.device is not None:
+        os.environ[DEVICE_VARIABLE] = options.device  # the stages read it
     try:
         return run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -61,32 +74,52 @@ def run() -> int:
     from benchmarks.runtime.devices import device_of
     from benchmarks.suite import params
     from benchmarks.upkeep.clock import Clock, spoken
-    from benchmarks.upkeep.reproduce import read_records
     from benchmarks.upkeep.screen import HEADER, Screen
 
     suite = params.load(Path("params.yaml"))
     params.check_methods(suite)
-    committed = read_records(suite)
-    shards = workers.default_shards(device_of(os.environ.get("TFMQ_BENCH_DEVICE", "auto")))
+    committed = committed_records(suite)
+    shards = workers.default_shards(device_of(os.environ.get(DEVICE_VARIABLE, "auto")))
     clock = Clock(expected(suite, committed, shards), 1)
     screen = Screen(suite, committed, len(suite.cells()))
     screen.write(
         f"`dvc repro`: {screen.total} cells, about {spoken(clock.left())} if none is there yet. It writes results/.\n\n"
         f"{HEADER}"
     )
-    failed = _follow([*REPRO, "--keep-going", "--single-item", "--glob", *in_order(suite)], suite, clock, screen) != 0
-    if failed:
-        _follow([*REPRO, "--single-item", "tables"], suite, clock, screen)
+    failed = _follow(suite, clock, screen) != 0
     screen.close()
-    print(f"\n{tables.region(Path('README.md').read_text(encoding='utf-8')).strip()}\n")
-    print("All tables and figures: results/README.md")
+    with suppress(OSError, ValueError):  # a README without the table
+        print(f"\n{tables.region(Path('README.md').read_text(encoding='utf-8')).strip()}\n")
+        print("All tables and figures: results/README.md")
     differing = [cell.name for cell, agreement in screen.agreements.items() if agreement.verdict == "differs"]
-    print(f"{len(screen.agreements)} cells made anew in {spoken(clock.elapsed)}, {len(differing)} differ from before.")
+    print(
+        f"{len(screen.agreements)} cells made in {spoken(clock.elapsed)}, {len(differing)} differ from the last commit."
+    )
     if differing:
-        print(f"These differ from the records that were here: {', '.join(differing)}")
+        print(f"These differ: {', '.join(differing)}")
     if failed:
         print("some cells failed; they are named above", file=sys.stderr)
     return int(failed)
+
+
+def committed_records(suite: Suite) -> dict[Cell, Record]:
+    """The records of the suite's cells in the last commit, as far as this code reads them; none without a commit."""
+    from benchmarks.runtime import files
+    from benchmarks.suite.record import Record
+
+    command = ["git", "archive", "--format=tar", "HEAD", files.RECORDS.as_posix()]
+    found: dict[Cell, Record] = {}
+    try:
+        archive = subprocess.run(command, check=True, capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return found
+    names = {files.record_file(cell).as_posix(): cell for cell in suite.cells()}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+        for member in members:
+            if member.name in names:
+                with suppress(ValueError):  # of an older schema
+                    found[names[member.name]] = Record.from_json(members.extractfile(member).read().decode())
+    return found
 
 
 def expected(suite: Suite, records: Mapping[Cell, Record], shards: int) -> dict[str, float]:
@@ -113,12 +146,11 @@ def in_order(suite: Suite) -> list[str]:
     DVC keeps it where stages are single items; its own order, which differs from run to run, scores hardly a cell
     before most are made. Here tasks follow one another, and each row is made and then scored.
     """
-    patterns = {}
+    quantized = [cell for cell in suite.cells() if cell.method != FULL_PRECISION]
+    patterns: dict[str, None] = {}
     for task in suite.tasks:
-        rows = (
-            _stages(suite, cell)[0] for cell in suite.cells() if cell.task == task and cell.method != FULL_PRECISION
-        )
-        patterns |= dict.fromkeys([f"*@{task}", *(f"*{row.removeprefix('generate')}" for row in rows)])
+        rows = (_stages(suite, cell)[0].removeprefix("generate") for cell in quantized if cell.task == task)
+        patterns |= dict.fromkeys([f"*@{task}", *(f"*{row}" for row in rows)])
     return [*patterns, "tables"]
 
 
@@ -130,18 +162,13 @@ def _stages(suite: Suite, cell: Cell) -> tuple[str, str]:
     return f"generate_{table}@{cell.task}-{cell.method}", f"score_{table}@{cell.task}-{cell.method}"
 
 
-def _follow(command: Iterable[str], suite: Suite, clock: Clock, screen: Screen) -> int:
-    """Run DVC and show what it does; returns its exit code."""
+def _follow(suite: Suite, clock: Clock, screen: Screen) -> int:
+    """Run DVC and show what it does; returns its exit code. Whatever happens, DVC has ended then."""
     from benchmarks.runtime import files
 
     scored: dict[str, list[Cell]] = {}
     for cell in suite.cells():
         scored.setdefault(_stages(suite, cell)[1], []).append(cell)
-    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends all of them.
-    process = subprocess.Popen(
-        [*command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    signal.signal(signal.SIGINT, lambda signum, frame: _stop(process))
     current: str | None = None
     printed: deque[str] = deque(maxlen=LAST_LINES)
 
@@ -151,58 +178,98 @@ def _follow(command: Iterable[str], suite: Suite, clock: Clock, screen: Screen) 
             for cell in scored.get(current, []):
                 if files.record_file(cell).exists():  # else its stage failed
                     screen.show(cell, clock.left())
+        printed.clear()
 
-    for line in _lines(process):
-        if found := RUNNING.match(line):
-            finish()
-            printed.clear()
-            current = found[1]
-            clock.start(current)
-        elif found := UNCHANGED.match(line):
-            finish()
-            current = None
-            clock.drop(found[1])
-            screen.done += len(scored.get(found[1], []))
-        elif FAILED.match(line):
-            screen.write("\n".join([*printed, line]))
-            printed.clear()
-        elif line:
-            printed.append(line)
-        if current is not None:
-            screen.status([current], clock.left())
-    finish()
-    return process.wait()
+    dvc = _Dvc([*REPRO, "--keep-going", "--single-item", "--glob", *in_order(suite)])
+    try:
+        for line in dvc.lines():
+            if found := RUNNING.match(line):
+                finish()
+                dvc.keep_lock()
+                current = found[1]
+                clock.start(current)
+            elif found := UNCHANGED.match(line):
+                finish()
+                current = None
+                clock.drop(found[1])
+                screen.skip(scored.get(found[1], []))
+            elif FAILED.match(line):
+                screen.write("\n".join([*printed, line]))
+                printed.clear()
+            elif line:
+                printed.append(line)
+            if current is not None:
+                screen.status([current], clock.left())
+        finish()
+        return dvc.process.wait()
+    finally:
+        dvc.end()
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    """The lines that a process prints, and an empty one every second, until it ends."""
-    found: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+class _Dvc:
+    """DVC in a session of its own: Ctrl-C reaches this process alone, which then ends DVC, its stage and workers."""
 
-    def read() -> None:
-        for line in process.stdout:
-            found.put(line.rstrip())
-        found.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
+    def __init__(self, command: list[str]) -> None:
+        self._lock: bytes | None = None
+        self.keep_lock()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
         try:
-            line = found.get(timeout=1.0)
-        except queue.Empty:
-            line = ""
-        if line is None:
-            return
-        yield line
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS),
+            )
+            for ending in ENDINGS:
+                signal.signal(ending, lambda signum, frame: _stop(self))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 
+    def lines(self) -> Iterator[str]:
+        """The lines that it prints, and an empty one every second, until it ends."""
+        found: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
-def _stop(process: subprocess.Popen[str] | None) -> NoReturn:
-    """Ctrl-C: end DVC, its stage and its workers at once, with one line."""
-    if process is not None:
+        def read() -> None:
+            for line in self.process.stdout:
+                found.put(line.rstrip())
+            found.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        while True:
+            try:
+                line = found.get(timeout=1.0)
+            except queue.Empty:
+                line = ""
+            if line is None:
+                return
+            yield line
+
+    def keep_lock(self) -> None:
+        """Remember dvc.lock, which is whole while a stage runs; DVC rewrites it in place after each."""
+        self._lock = LOCK.read_bytes() if LOCK.exists() else None
+
+    def end(self) -> None:
+        """End all its processes, if any is left, and bring dvc.lock back where that has cut it off."""
         for kind in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, kind)
+                os.killpg(self.process.pid, kind)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
-    print("\nstopped; what is finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+                self.process.wait(STOP_SECONDS)
+        if self._lock is not None and LOCK.read_bytes() != self._lock:
+            try:
+                yaml.load(LOCK.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            except (yaml.YAMLError, ValueError):
+                LOCK.write_bytes(self._lock)
+
+
+def _stop(dvc: _Dvc | None) -> NoReturn:
+    """Ctrl-C: end at once, with one line and no process left."""
+    if dvc is not None:
+        dvc.end()
+    print(f"\n{STOPPED}", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 

@@ -19,7 +19,7 @@ from benchmarks.report import tables
 
 RECORDS = "results/records"
 MISSING = ("deleted", "not in cache")
-REMEDY = "Run `nox -s bench` and commit results/ and dvc.lock."
+REMEDY = "Run `nox -s bench -- --all` and commit results/ and dvc.lock."
 
 
 def stale(

@@ -1,11 +1,12 @@
-"""Make cells anew in the current folder, compare each with its committed record as it is finished, and show it."""
+"""Reproduce cells in the current folder, compare each with its committed record as it is finished, and show it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 
 import torch
 
@@ -24,11 +25,11 @@ LAST_SECONDS = 10.0
 
 
 class Remake:
-    """Cells that are made anew, and what came of them.
+    """Cells that are reproduced, and what came of them.
 
     ``cells`` are made in their order, after the full-precision cell of each task. ``committed`` are the records to
-    compare with. No cell is begun that would end after ``seconds``, where that is given. What an earlier run has
-    finished in the current folder is not made again.
+    compare with. No quantised cell is begun that would end after ``seconds``, where that is given. What an earlier run
+    has finished in the current folder is not made again.
 
     Attributes:
         screen: shows what is finished, and has the records.
@@ -56,10 +57,15 @@ class Remake:
     def run(self) -> None:
         """Make them all."""
         torch.set_num_threads(1)
-        for task, full in self.full.items():
-            self._prepare(task, full)
-        do = partial(_make, self.suite, str(self.device))
-        self.failures = run_units(self._fitting(), do, self.shards, self.device, self._finish, self._watch)
+        with redirect_stderr(StringIO()):  # the stages' own progress bars, in this process and in its workers
+            for task, full in self.full.items():
+                try:
+                    self._prepare(task, full)
+                except Exception as error:  # the cells of other tasks can do without
+                    self.failures.append((full, error))
+                    self.cells = [cell for cell in self.cells if cell.task != task]
+            do = partial(_make, self.suite, str(self.device))
+            self.failures += run_units(self._fitting(), do, self.shards, self.device, self._finish, self._watch)
         self.screen.close()
 
     def _pools(self, task: str) -> int:
@@ -96,7 +102,7 @@ class Remake:
     def _piece(self, piece: object, name: str) -> Iterator[None]:
         """A piece of work that all processes share."""
         self.clock.start(piece)
-        self.screen.status([name], self.clock.left())
+        self.screen.begin(name, self.clock.left())
         yield
         self.clock.finish(piece, self.shards)
 

@@ -1,7 +1,8 @@
-"""Make cells of the committed results anew, from nothing, and compare them with their records.
+"""Reproduce cells of the committed results from nothing, and compare them with their records.
 
-Works in a scratch folder inside .resume/: results/, work/ and all else stay as they are. A run that is stopped goes on
-where it was when it is started again with the same code. Exit code 1 if a cell differs from its record or fails.
+Works in a scratch folder inside .resume/: results/, work/ and all else stay as they are. A run that is stopped, or of
+which a cell fails, goes on where it was when it is started again with the same code. Exit code 1 if a cell differs from
+its record or fails, or if there was nothing to compare.
 """
 
 from __future__ import annotations
@@ -12,52 +13,62 @@ import fcntl
 import fnmatch
 import multiprocessing
 import os
+import platform
 import random
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from benchmarks.upkeep import DEVICE_VARIABLE, INTERRUPTED, STOPPED
+
 if TYPE_CHECKING:
+    import torch
+
     from benchmarks.suite.params import Suite
     from benchmarks.suite.record import Cell, Record
     from benchmarks.upkeep.remake import Remake
 
-INTERRUPTED = 130
-DEVICE_VARIABLE = "TFMQ_BENCH_DEVICE"
 SCRATCH = Path(".resume")
 PREFIX = "reproduce-"
+LOCK = ".lock"
 # What the suite's paths lead to, and the scratch folder has links to.
 LINKED = ("data", "benchmarks", "params.yaml")
-# What decides a cell, besides data/: unfinished work of other code or settings is never continued.
-CODE = ("tfmq", "baselines", "benchmarks", "params.yaml", "data.dvc")
 # Without names: every method of this table on this task at this precision, this method first, in so many minutes.
 TABLE, TASK, PRECISION, FIRST = "leaderboard", "emoji-ldm4", "w4a8", "tfmq"
 MINUTES = 10.0
+WORDS = {
+    "identical": "identical, bit for bit",
+    "agrees": "agree (other processor or versions)",
+    "differs": "differ",
+    "no committed record": "without a committed record",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.upkeep.reproduce", description=__doc__)
+    parser = argparse.ArgumentParser(prog="nox -s reproduce --", description=__doc__)
     parser.add_argument(
         "names",
         nargs="*",
         metavar="CELL",
         help="cells such as emoji-ldm4/tfmq/w4a8, with w4a8-s1 for calibration seed 1 and tfmq-published for the"
-        " protocol `published`; rows such as emoji-ldm4/tfmq; tasks such as emoji-text; patterns such as"
-        f" 'emoji-*/tfmq/*'. Without any: every method of the leaderboard on {TASK} at {PRECISION}, seed 0",
+        " protocol `published`; rows such as emoji-ldm4/tfmq; tasks such as emoji-text; patterns such as '*/tfmq/*'."
+        f" Without any: every method of the leaderboard on {TASK} at {PRECISION}, seed 0",
     )
     parser.add_argument("--random", type=int, metavar="N", help="N cells drawn from these, or from all")
-    parser.add_argument("--draw", type=int, metavar="SEED", help="the seed of --random (default: a new one)")
+    parser.add_argument("--draw", type=int, metavar="SEED", help="the seed of --random (default: a new one, printed)")
     parser.add_argument(
         "--minutes",
         type=float,
         metavar="M",
         help="begin no cell that would end after so many minutes, so that a slow machine makes fewer (default:"
-        f" {MINUTES} where no cell is named, else no limit)",
+        f" {MINUTES:g} where no cell is named, else no limit)",
     )
     parser.add_argument(
         "--device",
@@ -97,43 +108,55 @@ def run(options: argparse.Namespace) -> int:
     from benchmarks.upkeep.screen import HEADER
 
     began = time.monotonic()
-    suite = params.load(Path("params.yaml"))
-    params.check_methods(suite)
     for name in ("random", "minutes", "shards"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} is {value}, but has to be more than 0")
-    cells = chosen(suite, options.names, options.random, options.draw)
+    if options.draw is not None and options.random is None:
+        raise ValueError("--draw is the seed of --random: give that too")
+    suite = params.load(Path("params.yaml"))
+    params.check_methods(suite)
+    drawn = random.SystemRandom().randrange(10**6) if options.draw is None else options.draw
+    cells = chosen(suite, options.names, options.random, drawn)
     keep = None if options.keep is None else options.keep.resolve()
     if keep is not None and keep.exists():
-        raise ValueError(f"--keep {options.keep}: there is something already; name a new folder")
+        raise ValueError(f"--keep {options.keep} exists already: give a new folder")
     minutes = options.minutes or (None if options.names or options.random else MINUTES)
     device = device_of(options.device)
     shards = options.shards or workers.default_shards(device)
     committed, root = read_records(suite), Path.cwd()
-    scratch = _open_scratch(root)
+    scratch, lock = _open_scratch(root, device)
     os.chdir(scratch)
     seconds = None if minutes is None else minutes * 60 - (time.monotonic() - began)
     remake = Remake(suite, committed, cells, device, shards, seconds)
     processes = f"{shards} process" + ("es" if shards > 1 else "")
-    limit = "" if minutes is None else f", of at most {minutes:g} min"
+    limit = "" if minutes is None else f", at most {minutes:g} min"
+    again = "" if options.random is None else f" Drawn with --draw {drawn}."
     remake.screen.write(
-        f"{remake.screen.total} cells to make anew with {processes}: about {spoken(remake.clock.left())}{limit}."
+        f"Reproducing {remake.screen.total} cells with {processes}: about {spoken(remake.clock.left())}{limit}.{again}"
         f" results/ stays as it is.\n\n{HEADER}"
     )
     remake.run()
     os.chdir(root)
+    code = tell(remake, time.monotonic() - began)
     if keep is not None:
         for name in LINKED:
             (scratch / name).unlink()
         keep.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(scratch, keep)
-    shutil.rmtree(scratch, ignore_errors=True)
-    return tell(remake, time.monotonic() - began)
+    elif remake.failures or remake.skipped:
+        print(f"What is finished is kept in {scratch.relative_to(root)} for the next run.")
+    else:
+        shutil.rmtree(scratch)
+    lock.close()
+    return code
 
 
 def read_records(suite: Suite) -> dict[Cell, Record]:
-    """The records in results/ of the suite's cells, as far as they are there. Raises ValueError for a damaged one."""
+    """The records in results/ of the suite's cells, as far as they are there.
+
+    Raises ValueError for one that cannot be read.
+    """
     from benchmarks.runtime import files
     from benchmarks.suite.record import Record
 
@@ -144,116 +167,139 @@ def read_records(suite: Suite) -> dict[Cell, Record]:
             try:
                 found[cell] = Record.from_json(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{path} is no record: {error}; `git checkout {path}` brings it back") from None
+                raise ValueError(
+                    f"{path} cannot be read by this code ({error}): restore it, or score it again"
+                ) from None
     return found
 
 
 def chosen(suite: Suite, names: Sequence[str], count: int | None = None, seed: int | None = None) -> list[Cell]:
     """The cells that are named, or the default ones, or ``count`` random ones of those that are named or of all.
 
-    Raises ValueError for a name that fits no cell, with the nearest one.
+    Raises ValueError for a name that fits no cell, with the nearest one, and where the default ones are none.
     """
     every = suite.cells()
     if not names and count is None:
-        of_task = [cell for cell in suite.measured(TABLE) if (cell.task, cell.precision) == (TASK, PRECISION)]
-        return sorted((cell for cell in of_task if cell.seed == 0), key=lambda cell: cell.method != FIRST)
-    found: dict[Cell, None] = {} if names else dict.fromkeys(every)
+        table = suite.measured(TABLE) if TABLE in suite.tables else []
+        found = [c for c in table if (c.task, c.precision, c.seed) == (TASK, PRECISION, 0)]
+        if not found:
+            raise ValueError(f"params.yaml measures no {TASK} at {PRECISION} in {TABLE}: name the cells to reproduce")
+        return sorted(found, key=lambda cell: cell.method != FIRST)
+    named: dict[Cell, None] = {} if names else dict.fromkeys(every)
     for name in names:
-        fitting = [cell for cell in every if _fits(cell, name)]
+        plain = name.removeprefix("results/records/").removesuffix(".json").rstrip("/")
+        fitting = [cell for cell in every if _fits(cell, plain)]
         if not fitting:
             known = [known for cell in every for known in (cell.task, f"{cell.task}/{cell.row}", cell.name)]
-            nearest = difflib.get_close_matches(name, dict.fromkeys(known), n=1)
+            known += [f"*/{cell.row}/*" for cell in every if cell.row == plain]
+            nearest = difflib.get_close_matches(plain, dict.fromkeys(known), n=1, cutoff=0.4)
             guess = f"did you mean {nearest[0]!r}? " if nearest else ""
             raise ValueError(
                 f"no cell, row or task is named {name!r}: {guess}Cells are named as the files in results/records, such"
-                f" as {TASK}/{FIRST}/{PRECISION}; patterns such as '{TASK}/*/{PRECISION}' are names too."
+                f" as {TASK}/{FIRST}/{PRECISION}; patterns such as '*/{FIRST}/*' are names too."
             )
-        found |= dict.fromkeys(fitting)
+        named |= dict.fromkeys(fitting)
     if count is None:
-        return list(found)
-    drawn = set(random.Random(seed).sample(list(found), min(count, len(found))))
-    return [cell for cell in found if cell in drawn]
+        return list(named)
+    drawn = set(random.Random(seed).sample(list(named), min(count, len(named))))
+    return [cell for cell in named if cell in drawn]
 
 
 def _fits(cell: Cell, name: str) -> bool:
-    named = (cell.task, f"{cell.task}/{cell.row}", cell.name)
-    return any(fnmatch.fnmatchcase(known, name.rstrip("/").removesuffix(".json")) for known in named)
+    return any(fnmatch.fnmatchcase(known, name) for known in (cell.task, f"{cell.task}/{cell.row}", cell.name))
 
 
 def tell(remake: Remake, seconds: float) -> int:
-    """Print what came of it, the committed leaderboard, and what was not made anew; returns the exit code."""
+    """Print the committed leaderboard, what was not reproduced, and the outcome; returns the exit code."""
     from benchmarks.report import tables
     from benchmarks.upkeep.clock import spoken
 
     screen = remake.screen
-    by_verdict: dict[str, list[str]] = {}
-    for cell, agreement in screen.agreements.items():
-        by_verdict.setdefault(agreement.verdict, []).append(cell.name)
-    differing = by_verdict.get("differs", [])
-    text = Path("README.md").read_text(encoding="utf-8")
-    print(f"\nThe committed leaderboard of all tasks:\n\n{tables.region(text).strip()}\n")
-    print("All tables and figures: results/README.md. What each method does: results/METHODS.md.")
-    left = len(remake.suite.cells()) - len(screen.made)
+    with suppress(OSError, ValueError):  # a README without the table
+        region = tables.region(Path("README.md").read_text(encoding="utf-8")).strip()
+        print(f"\nThe committed leaderboard of all tasks:\n\n{region}\n")
+        print("All tables and figures: results/README.md. What each method does: results/METHODS.md.")
+    every = remake.suite.cells()
     print(
-        f"Not made anew here: {left} of {len(remake.suite.cells())} cells. `nox -s reproduce -- CELL` makes any of"
-        " them, `nox -s bench -- TASK` all of a task, `nox -s bench -- --all` everything."
+        f"Not reproduced here: {len(every) - len(screen.made)} of {len(every)} cells. `nox -s reproduce -- CELL` makes"
+        " any of them, `nox -s bench -- TASK` all of a task, `nox -s bench -- --all` everything."
     )
     if remake.skipped:
-        print(f"Left out, since they did not fit into the time: {', '.join(cell.name for cell in remake.skipped)}")
+        print(f"Left out for lack of time: {', '.join(cell.name for cell in remake.skipped)}")
     print()
     for cell, error in remake.failures:
         reasons = error.exceptions if isinstance(error, ExceptionGroup) else [error]
-        print(f"{cell.name} failed: {'; '.join(' '.join(str(reason).split()) for reason in reasons)}")
+        print(f"{cell.name} failed: {'; '.join(_reason(reason) for reason in reasons)}")
+    by_verdict: dict[str, list[str]] = {}
+    for cell, agreement in screen.agreements.items():
+        by_verdict.setdefault(agreement.verdict, []).append(cell.name)
     counts = ", ".join(f"{len(names)} {WORDS[verdict]}" for verdict, names in by_verdict.items())
-    print(f"{len(screen.made)} cells made anew in {spoken(seconds)}: {counts or 'none'}.")
+    print(f"{_cells(len(screen.made))} in {spoken(seconds)}: {counts or 'none'}.")
+    differing = by_verdict.get("differs", [])
     if differing:
         print(f"These differ from their committed records, see above: {', '.join(differing)}")
-    return 1 if differing or remake.failures else 0
+    compared = any(cell in screen.made for cell in remake.cells) or not remake.cells
+    if not compared:
+        print("No quantised cell was compared: give more time, as in `--minutes 30`.")
+    return 1 if differing or remake.failures or not compared else 0
 
 
-WORDS = {
-    "identical": "equal to their records bit for bit",
-    "agrees": "agree with their records (other processor or versions)",
-    "differs": "differ",
-    "no committed record": "without a committed record",
-}
+def _cells(count: int) -> str:
+    return f"{count} cell" + ("" if count == 1 else "s")
 
 
-def _open_scratch(root: Path) -> Path:
-    """The scratch folder of this code and these settings; those of other ones are removed.
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def _open_scratch(root: Path, device: torch.device) -> tuple[Path, TextIOWrapper]:
+    """The scratch folder of this code, these settings and this place, and its lock; those of other ones are removed.
 
     Raises ValueError if another run is at work in it.
     """
+    import diffusers
+    import torch
+
     from benchmarks.runtime import files
 
-    key = files.fingerprint([files.source_hash(root / name) for name in CODE])
+    packages = [root / name for name in ("tfmq", "baselines", "benchmarks")]
+    inputs = [root / name for name in ("params.yaml", "data.dvc")]
+    inputs += sorted((root / "benchmarks" / "prompts").rglob("*.txt"))
+    versions = [platform.python_version(), torch.__version__, diffusers.__version__]
+    key = files.fingerprint(files.source_hash(*packages, *filter(Path.is_file, inputs)), str(device), versions)
     folder = root / SCRATCH / f"{PREFIX}{key}"
     for superseded in folder.parent.glob(f"{PREFIX}*"):
-        if superseded != folder and superseded.is_dir():
+        if superseded != folder and (other := _locked(superseded)) is not None:
             shutil.rmtree(superseded)
+            other.close()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another run is at work in {folder.relative_to(root)}: wait for it, or stop it") from None
-    LOCKS.append(lock)
+    lock = _locked(folder)
+    if lock is None:
+        raise ValueError(f"another run is at work in {folder.relative_to(root)}: wait for it, or stop it")
     for name in LINKED:
         link = folder / name
         link.unlink(missing_ok=True)
         link.symlink_to(root / name)
-    return folder
+    return folder, lock
 
 
-# Held until this process ends.
-LOCKS = []
+def _locked(folder: Path) -> TextIOWrapper | None:
+    """The lock file of a folder, held, or None if another process holds it."""
+    lock = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
     """Ctrl-C: end at once, with one line and no process left."""
     for child in multiprocessing.active_children():
         child.kill()
-    print("\nstopped; what is finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+    print(f"\n{STOPPED}", file=sys.__stderr__, flush=True)
     os._exit(INTERRUPTED)
 
 

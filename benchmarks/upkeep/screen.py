@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -15,11 +15,16 @@ from benchmarks.suite.record import Cell, Record
 from benchmarks.upkeep.agreement import Agreement, compare
 from benchmarks.upkeep.clock import spoken
 
-# The metric that a cell is shown with: the first of these that its record has.
-SHOWN = {"feature_distance": "", "fd_data": "distance to data; "}
+# The metric that a cell is shown with, the first of these that its record has; one that the heading does not name is
+# named in the cell's line.
+SHOWN = {"feature_distance": "", "fd_data": "Frechet distance to data; "}
 # The columns of a table that is printed when all its cells are there.
 COLUMNS = ("feature_distance", "noise_error", "temporal_error")
-HEADER = f"{'done':>7}  {'cell':44} {'committed':>10} {'remade':>10}"
+# Of what differs, so many lines are shown for a cell.
+DIFFERENCES = 3
+HEADER = (
+    f"{'':>7}  {'':44} {'feature distance':^21}\n{'done':>7}  {'cell':44} {'committed':>10} {'this run':>10}  verdict"
+)
 
 
 class Screen:
@@ -38,6 +43,7 @@ class Screen:
         self.done = 0
         self.made: dict[Cell, Record] = {}
         self.agreements: dict[Cell, Agreement] = {}
+        self._unchanged: dict[Cell, Record] = {}
         self._status = tqdm(bar_format="{desc}", file=sys.stdout, disable=None, leave=False)
 
     def write(self, text: str) -> None:
@@ -46,9 +52,22 @@ class Screen:
         sys.stdout.flush()
 
     def status(self, making: Sequence[str], left: float) -> None:
-        """Show what is being made and about how many seconds are left."""
+        """Show what is being made and about how many seconds are left; nothing where the output is no terminal."""
         shown = f"{self.done} of {self.total} cells done, about {spoken(left)} left; making {', '.join(making)}"
         self._status.set_description_str(shown)
+
+    def begin(self, name: str, left: float) -> None:
+        """Show what all processes make together now, where the output is no terminal as a line of its own."""
+        if self._status.disable:
+            self.write(f"{'':>9}{name} (about {spoken(left)} left)")
+        self.status([name], left)
+
+    def skip(self, cells: Iterable[Cell]) -> None:
+        """Count cells that are there already."""
+        for cell in cells:
+            self.done += 1
+            if cell in self.committed:
+                self._unchanged[cell] = self.committed[cell]
 
     def show(self, cell: Cell, left: float) -> None:
         """Print a cell that is finished, and any table that has all its cells now."""
@@ -59,14 +78,17 @@ class Screen:
         metric = next((name for name in SHOWN if name in record.metrics), None)
         values = [_value(committed, metric), _value(record, metric)]
         time = "" if self.done == self.total else f" (about {spoken(left)} left)"
-        words = f"{SHOWN.get(metric, '')}{self.agreements[cell].verdict}{time}"
+        words = f"{SHOWN.get(metric, '')}{self.agreements[cell].text}{time}"
         self.write(f"{self.done:>3}/{self.total:<3}  {cell.name:44} {values[0]:>10} {values[1]:>10}  {words}")
-        for line in self.agreements[cell].lines:
+        lines = self.agreements[cell].lines
+        more = [f"and {len(lines) - DIFFERENCES} more"] if len(lines) > DIFFERENCES else []
+        for line in [*lines[:DIFFERENCES], *more]:
             self.write(f"{'':>9}{line}")
         for table in self.suite.tables:
             wanted = [other for other in self.suite.measured(table) if other.task == cell.task]
-            if cell in wanted and all(other in self.made for other in wanted):
-                self._show_table(table, cell.task, [self.made[other] for other in wanted])
+            known = self._unchanged | self.made
+            if cell in wanted and all(other in known for other in wanted):
+                self._show_table(table, cell.task, [known[other] for other in wanted])
 
     def close(self) -> None:
         """Take the status line away."""
@@ -75,7 +97,7 @@ class Screen:
     def _show_table(self, table: str, task: str, records: list[Record]) -> None:
         columns = {name: metric for name, metric in metrics().items() if name in COLUMNS}
         text = cells_table(records, columns, intervals=(), cost=True, rank=False)
-        self.write(f"\nTable {table} of {task}, made anew:\n\n{text}\n")
+        self.write(f"\nTable {table} of {task}, from this run:\n\n{text}\n")
         if self.done < self.total:
             self.write(HEADER)
 
@@ -83,4 +105,6 @@ class Screen:
 def _value(record: Record | None, metric: str | None) -> str:
     if record is None:
         return "–"
-    return f"{record.metrics[metric].value:.4f}" if metric in record.metrics else record.status[:10]
+    if metric in record.metrics:
+        return f"{record.metrics[metric].value:.4f}"
+    return "n/a" if record.status == "not applicable" else record.status

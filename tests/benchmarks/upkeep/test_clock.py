@@ -19,11 +19,15 @@ class Time:
 
 def test_what_is_left_is_shared_by_the_processes_and_what_was_spent_counts():
     time = Time()
-    found = Clock({"a": 100.0, "b": 300.0}, processes=2, now=time)
+    found = Clock({"a": 100.0, "b": 150.0, "c": 150.0}, processes=2, now=time)
     assert found.left() == 200.0
     found.start("b")
     time.now += 50
-    assert found.left() == (100 + 250) / 2 and found.elapsed == 50
+    assert found.left() == (100 + 100 + 150) / 2 and found.elapsed == 50
+
+
+def test_no_number_of_processes_ends_before_the_longest_piece():
+    assert Clock({"a": 10.0, "b": 100.0}, processes=16, now=Time()).left() == 100.0
 
 
 def test_one_factor_corrects_all_that_is_left():
@@ -45,7 +49,7 @@ def test_work_that_processes_share_counts_for_each_of_them():
     found.start("shared")
     time.now += 500
     found.finish("shared", processes=2)
-    assert found.factor == 1 and found.left() == 300
+    assert found.factor == 1 and found.left() == 600
 
 
 def test_work_that_was_done_before_corrects_nothing():

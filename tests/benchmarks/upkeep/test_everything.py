@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.suite import params
-from benchmarks.upkeep import everything
+from benchmarks.upkeep import INTERRUPTED, STOPPED, everything
 from benchmarks.upkeep.reproduce import read_records
 
 
@@ -32,7 +33,7 @@ def dvc(tmp_path, monkeypatch):
 
     def stand_in(script: str) -> None:
         path = tmp_path / "dvc.py"
-        path.write_text(f"import shutil, sys, time\nsingle = '--glob' not in sys.argv\n{script}")
+        path.write_text(f"import shutil, sys, time\n{script}")
         monkeypatch.setattr(everything, "REPRO", (sys.executable, "-u", str(path)))
 
     return stand_in
@@ -75,27 +76,31 @@ def test_cells_are_shown_when_their_stage_ends_and_unchanged_ones_are_counted(me
     out = capsys.readouterr().out
     assert "2/8    toy/nearest/w4a8 " in out and "3/8    toy/nearest/w4a32" in out
     assert "no committed record" in out and "> python" not in out and "Updating" not in out
-    assert "2 cells made anew in 5 s, 0 differ from before." in out
+    assert "2 cells made in 5 s, 0 differ from the last commit." in out
 
 
 def test_a_failing_stage_is_named_with_what_it_printed_and_tables_are_made_all_the_same(measured, dvc, capsys):
     dvc(
-        "if single:\n    print(\"Running stage 'tables':\")\n    sys.exit(0)\n"
         "print(\"Running stage 'score_leaderboard@toy-nearest':\")\n"
         "print('toy/nearest/w4a8: no such luck')\n"
         "print(\"ERROR: failed to reproduce 'score_leaderboard@toy-nearest'\")\n"
+        "print(\"Running stage 'tables':\")\n"
         "sys.exit(1)\n"
     )
     assert everything.main([]) == 1
     out = capsys.readouterr().out
-    assert "no such luck\nERROR: failed to reproduce" in out and "0 cells made anew" in out
+    assert "no such luck\nERROR: failed to reproduce" in out and "0 cells made" in out
 
 
-def test_ctrl_c_leaves_no_process(measured, dvc, root):
-    script = "import subprocess\nsubprocess.Popen(['sleep', '1234.5'])\nopen('begun', 'w').close()\ntime.sleep(60)\n"
+def test_ctrl_c_leaves_no_process_and_no_broken_lock(measured, dvc, root):
+    script = (
+        "import os, subprocess\nchild = subprocess.Popen(['sleep', '60'])\nopen('dvc.lock', 'w').write('stages: [')\n"
+        "open('begun.tmp', 'w').write(str(child.pid))\nos.rename('begun.tmp', 'begun')\ntime.sleep(60)\n"
+    )
+    (measured / "dvc.lock").write_text("stages: {}\n")
     dvc(script)
     code = (
-        "import sys; from benchmarks.upkeep import everything;"
+        "import sys; from benchmarks.upkeep import INTERRUPTED, STOPPED, everything;"
         f" everything.REPRO = {everything.REPRO!r}; sys.exit(everything.main([]))"
     )
     process = subprocess.Popen(
@@ -111,6 +116,8 @@ def test_ctrl_c_leaves_no_process(measured, dvc, root):
     process.send_signal(signal.SIGINT)
     stopped = time.monotonic()
     _, err = process.communicate(timeout=20)
-    assert time.monotonic() - stopped < 2 and process.returncode == everything.INTERRUPTED
-    assert err.strip() == "stopped; what is finished is kept, and the same command goes on from there"
-    assert not subprocess.run(["pgrep", "-f", "sleep 1234.5"], stdout=subprocess.PIPE, check=False).stdout
+    assert time.monotonic() - stopped < 2 and process.returncode == INTERRUPTED
+    assert err.strip() == STOPPED
+    child = int((measured / "begun").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert (measured / "dvc.lock").read_text() == "stages: {}\n"  # and not what it was cut off in

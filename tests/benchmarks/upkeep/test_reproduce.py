@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.suite import params
-from benchmarks.upkeep import reproduce
+from benchmarks.upkeep import INTERRUPTED, STOPPED, reproduce
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,7 @@ def test_without_names_all_methods_of_one_task_at_one_precision_are_meant(small)
         ("emoji-ldm4/tfmq-published/w4a8", 1),
         ("emoji-ldm4/tfmq", 6),
         ("emoji-ldm4/tfmq/", 6),
+        ("results/records/emoji-ldm4/tfmq/w4a8-s1.json", 1),
         ("emoji-ldm4/full_precision/w32a32", 1),
         ("emoji-*/tfmq/w4a8", 4),
         ("emoji-text", 61),
@@ -69,6 +71,8 @@ def test_a_name_that_fits_nothing_gets_the_nearest(small):
         reproduce.chosen(small, ["emoji-ldm4/tfqm/w4a8"])
     with pytest.raises(ValueError, match="did you mean 'emoji-text'"):
         reproduce.chosen(small, ["emoji-txt"])
+    with pytest.raises(ValueError, match=r"did you mean '\*/tfmq/\*'"):
+        reproduce.chosen(small, ["tfmq"])
 
 
 @pytest.fixture
@@ -87,8 +91,8 @@ def test_a_cell_is_made_anew_beside_the_results_and_equals_its_record(measured, 
     before = contents(measured)
     assert reproduce.main(["toy/nearest/w4a8", "--shards", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.count("identical") == 2 and "1/2    toy/full_precision/w32a32" in out
-    assert "2 cells made anew in" in out and "2 equal to their records bit for bit" in out
+    assert out.count("identical") == 3 and "1/2    toy/full_precision/w32a32" in out
+    assert re.search(r"2 cells in \d+ s: 2 identical, bit for bit\.", out)
     assert contents(measured) == before
 
 
@@ -116,14 +120,30 @@ def test_a_cell_that_cannot_be_made_is_named_and_the_others_are_made(measured, c
     )
     assert reproduce.main(["toy/tfmq/w4a8", "toy/nearest/w4a8", "--shards", "1"]) == 1
     out = capsys.readouterr().out
-    assert "toy/tfmq/w4a8 failed: no such luck" in out and "2 equal to their records" in out
+    assert "toy/tfmq/w4a8 failed: no such luck" in out and "2 identical" in out
+    assert "What is finished is kept in .resume/reproduce-" in out
 
 
 def test_cells_that_do_not_fit_into_the_time_are_left_out_and_named(measured, capsys):
-    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--minutes", "0.01"]) == 0
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--minutes", "0.01"]) == 1
     out = capsys.readouterr().out
-    assert "Left out, since they did not fit into the time: toy/nearest/w4a8" in out
-    assert "1 cells made anew" in out
+    assert "Left out for lack of time: toy/nearest/w4a8" in out
+    assert "No quantised cell was compared: give more time" in out
+
+
+def test_what_was_left_out_does_not_begin_anew(measured):
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--minutes", "0.01"]) == 1
+    (scratch,) = (measured / ".resume").glob("reproduce-*")
+    record = "results/records/toy/full_precision/w32a32.json"
+    made = (scratch / record).stat().st_mtime_ns
+    assert reproduce.main(["toy/full_precision", "--shards", "1", "--keep", "kept"]) == 0
+    assert (measured / "kept" / record).stat().st_mtime_ns == made
+
+
+def test_random_cells_can_be_drawn_again(measured, capsys):
+    assert reproduce.main(["toy/nearest", "--random", "1", "--shards", "1", "--minutes", "0.01"]) == 1
+    (seed,) = re.findall(r"Drawn with --draw (\d+)\.", capsys.readouterr().out)
+    assert 0 <= int(seed) < 10**6
 
 
 def test_what_was_made_can_be_kept(measured, capsys):
@@ -131,7 +151,7 @@ def test_what_was_made_can_be_kept(measured, capsys):
     assert (measured / "kept/work/cells/toy/nearest/w4a8/quantized.safetensors").is_file()
     assert not (measured / "kept/data").exists() and (measured / "data/toy").is_dir()
     assert reproduce.main(["toy/nearest/w4a8", "--keep", "kept"]) == 1
-    assert "error: --keep kept: there is something already; name a new folder" in capsys.readouterr().err
+    assert "error: --keep kept exists already: give a new folder" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_each(measured, capsys):
@@ -141,6 +161,7 @@ def test_mistakes_are_one_line_each(measured, capsys):
             "error: no cell, row or task is named 'toy/nearest/w4a9': did you mean 'toy/nearest/w4a8'",
         ),
         (["toy", "--minutes", "0"], "error: --minutes is 0.0, but has to be more than 0"),
+        (["toy", "--draw", "1"], "error: --draw is the seed of --random: give that too"),
         (["--random", "-1"], "error: --random is -1, but has to be more than 0"),
     ):
         assert reproduce.main(arguments) == 1
@@ -148,7 +169,7 @@ def test_mistakes_are_one_line_each(measured, capsys):
         assert err.startswith(line) and err.count("\n") == 1
     (measured / "results/records/toy/nearest/w4a8.json").write_text("{")
     assert reproduce.main(["toy"]) == 1
-    assert "w4a8.json is no record" in capsys.readouterr().err
+    assert "w4a8.json cannot be read by this code" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", [0.3, 4.0, 9.0])
@@ -164,8 +185,10 @@ def test_ctrl_c_ends_it_with_one_line_and_the_next_run_works(measured, root, sec
     stopped = time.monotonic()
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - stopped < 2
-    if process.returncode == reproduce.INTERRUPTED:
-        assert err.strip() == "stopped; what is finished is kept, and the same command goes on from there"
+    if process.returncode == INTERRUPTED:
+        assert err.strip() == STOPPED
+    else:  # before the first line of the program
+        assert seconds < 1
     assert {name: data for name, data in contents(measured).items() if not name.startswith(".resume")} == before
     done = subprocess.run(
         [*command[:3], "toy/nearest/w4a8"], env=environment, capture_output=True, text=True, check=False
