@@ -71,11 +71,11 @@ def thresholds(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row by PTQ4DM's search (arXiv 2211.15736, released code).
 
     Of the ranges [-c M / 100, c M / 100], c = 1..100, M the row's largest magnitude, the one with the smallest mean
-    |x - x_hat|^2.4. Where ``rows`` as a whole have one sign, the other half of the range is cut. Codes are unsigned and
-    0 is one of them, so that a two-sided range fits either of the two middle zero points; both are tried. (The released
-    code takes one of them by the rounding error of the range's end.)
+    |x - x_hat|^2.4, the narrowest of equal ones. Where ``rows`` as a whole have one sign, the other half of the range
+    is cut. Codes are unsigned and 0 is one of them. A two-sided range lies half-way between two zero points, and the
+    rounding of its end in float32 decides which it is; operations are in the released code's order.
     """
-    _, scale, zero_point = _best_threshold(rows, None, bits, Side.of(rows))
+    _, scale, zero_point = _best_threshold(rows, None, rows.abs().amax(1), bits, Side.of(rows))
     return scale, zero_point
 
 
@@ -93,48 +93,46 @@ class Side(Enum):
             return cls.POSITIVE
         return cls.NEGATIVE if high <= 0 else cls.BOTH
 
-    def zero_points(self, bits: int) -> tuple[int, ...]:
-        """The codes that may stand for 0."""
-        last = 2**bits - 1
-        return {Side.POSITIVE: (0,), Side.NEGATIVE: (last,), Side.BOTH: (last // 2, last // 2 + 1)}[self]
-
-    def scale(self, threshold: Tensor, bits: int) -> Tensor:
-        return (threshold * (self.value[1] - self.value[0]) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
+    def ends(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """The range that a threshold spans."""
+        low, high = (multiple * threshold for multiple in self.value)
+        return low, high
 
 
-def _best_threshold(rows: Tensor, counts: Tensor | None, bits: int, side: Side) -> tuple[Tensor, Tensor, Tensor]:
-    """Threshold, scale and zero point (rows,) of the search; ``counts`` as in ``search``.
+def _affine_of_ends(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a range on the unsigned grid, as PTQ4DM's released code rounds them in float32."""
+    last = 2**bits - 1
+    scale = ((high - low) / last).clamp_min(SMALLEST_SCALE)
+    return scale, (-torch.round(low / scale)).clamp(0, last) + 0.0  # and no -0.0
+
+
+def _best_threshold(
+    rows: Tensor, counts: Tensor | None, largest: Tensor, bits: int, side: Side
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Threshold, scale and zero point (rows,) of the search; ``largest`` (rows,) is M, ``counts`` as in ``search``.
 
     It goes from the widest range to narrower ones, and stops where what is cut off alone costs more than the best range
     in all: no narrower one can win. A two-sided grid has one code more on one side of 0, so that it reaches half a step
     beyond the threshold there.
     """
-    largest = rows.abs().amax(1)
     reach = 1 + (side is Side.BOTH) / (2**bits - 1)
-    best = [torch.full_like(largest, torch.inf), largest.clone(), side.scale(largest, bits), torch.zeros_like(largest)]
+    best = [torch.full_like(largest, torch.inf), largest.clone(), *_affine_of_ends(*side.ends(largest), bits)]
     chunk = _chunk(rows, 10)
-    for first in range(THRESHOLDS, 0, -chunk):
-        shares = torch.arange(first, max(first - chunk, 0), -1, device=rows.device)
-        candidates = shares[:, None] * (largest / THRESHOLDS)
-        cut = (rows.abs() - reach * candidates[0, :, None]).clamp_min_(0).pow_(SEARCH_NORM)
+    for last in range(THRESHOLDS, 0, -chunk):
+        shares = torch.arange(max(last - chunk, 0) + 1, last + 1, device=rows.device)
+        candidates = (largest / THRESHOLDS) * shares[:, None]
+        cut = (rows.abs() - reach * candidates[-1, :, None]).clamp_min_(0).pow_(SEARCH_NORM)
         cut = cut.mean(-1) if counts is None else cut.mul_(counts).sum(-1) / counts.sum(-1)
-        if (cut >= best[0]).all():
+        if (cut > best[0]).all():
             break
-        scales = side.scale(candidates, bits)
-        for zero_point in side.zero_points(bits):
-            errors = _threshold_errors(rows, counts, scales, zero_point, bits)
-            error, index = errors.min(0)
-            better = error < best[0]
-            found = (error, candidates.gather(0, index[None])[0], scales.gather(0, index[None])[0])
-            for kept, new in zip(best, (*found, torch.full_like(error, zero_point)), strict=True):
-                kept[better] = new[better]
+        scales, points = _affine_of_ends(*side.ends(candidates), bits)
+        errors = _search_error(rows, counts, scales[..., None], points[..., None], Grid.unsigned(bits))
+        error, index = errors.min(0)
+        better = error <= best[0]
+        found = (error, *(each.gather(0, index[None])[0] for each in (candidates, scales, points)))
+        for kept, new in zip(best, found, strict=True):
+            kept[better] = new[better]
     return best[1], best[2], best[3]
-
-
-def _threshold_errors(rows: Tensor, counts: Tensor | None, scales: Tensor, zero_point: int, bits: int) -> Tensor:
-    """Errors (candidates, rows) for scales (candidates, rows)."""
-    point = torch.tensor(float(zero_point), device=rows.device)
-    return _search_error(rows, counts, scales[..., None], point, Grid.unsigned(bits))
 
 
 class RangeObserver:
@@ -192,32 +190,28 @@ class SearchObserver(RangeObserver):
 class ThresholdObserver(RangeObserver):
     """PTQ4DM's activation range: the one that ``thresholds`` finds for each batch, combined as in ``RangeObserver``.
 
-    The signs are those of the first batch of a step. Of the two middle zero points that fit the combined range, the one
-    is taken that suits the last batch better. Large batches are searched by a histogram as in ``SearchObserver``.
+    The first batch is averaged with itself, which can change its last bit, and with it the zero point. The signs are
+    those of the first batch of a step. Large batches are searched by a histogram as in ``SearchObserver``.
     """
 
     def __init__(self, bits: int, momentum: float | None, steps: int = 0) -> None:
         super().__init__(momentum, steps)
         self.bits = bits
-        self.zero_point = torch.zeros(max(steps, 1))
         self.sides: dict[int, Side] = {}
 
     def update(self, x: Tensor, step: int = 0) -> None:
         """Take in one batch of finite values, all of one time step."""
         side = self.sides.setdefault(step, Side.of(x))
         values, counts = _histogram(x)
-        threshold, _, _ = _best_threshold(values, counts, self.bits, side)
-        super().update(torch.cat([multiple * threshold for multiple in side.value]), step)
-        width = self.high[step] - self.low[step]
-        scale = (width / (2**self.bits - 1)).clamp_min(SMALLEST_SCALE).to(values.device).reshape(1, 1)
-        points = side.zero_points(self.bits)
-        errors = [_threshold_errors(values, counts, scale, point, self.bits).item() for point in points]
-        self.zero_point[step] = points[errors.index(min(errors))]
+        largest = x.detach().abs().max().float().reshape(1)
+        threshold, _, _ = _best_threshold(values, counts, largest, self.bits, side)
+        ends = torch.cat(side.ends(threshold))
+        for _ in range(1 + torch.isnan(self.low[step]).item()):
+            super().update(ends, step)
 
     def affine(self, bits: int, symmetric: bool, positive: bool) -> tuple[Tensor, Tensor]:
         """Scale and zero point of shape (steps,), on the unsigned grid."""
-        scale = ((self.high - self.low) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
-        return scale, self.zero_point
+        return _affine_of_ends(self.low, self.high, bits)
 
 
 def _histogram(x: Tensor) -> tuple[Tensor, Tensor]:
