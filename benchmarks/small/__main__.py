@@ -59,15 +59,6 @@ PARTS = (
     "emoji-clip",
     "efficientnet-lite0",
 )
-    "emoji",
-    "emoji-ldm4",
-    "emoji-class",
-    "emoji-dit",
-    "emoji-ldm8",
-    "emoji-text",
-    "emoji-clip",
-    "efficientnet-lite0",
-)
 
 
 def main(arguments: list[str] | None = None) -> None:
