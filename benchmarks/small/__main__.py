@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    DiTPipeline,
     LDMPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -306,6 +307,7 @@ def run_measure(settings: Settings) -> None:
     unconditional = {name: load_pipeline(LDMPipeline, name) for name in ("emoji-ldm4", "emoji-ldm8")}
     figures = measure.measure_first_stage(unconditional["emoji-ldm4"], reference, FIGURES)
     figures |= measure.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
+    figures |= measure.measure_transformer(load_pipeline(DiTPipeline, "emoji-dit"), reference, FIGURES)
     figures |= measure.measure_kl(unconditional["emoji-ldm8"], images, reference.held_out, FIGURES)
     text, clip_folder = load_pipeline(StableDiffusionPipeline, "emoji-text"), PUBLISHED / "emoji-clip"
     names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
