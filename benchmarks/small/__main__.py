@@ -14,12 +14,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    DiTPipeline,
     LDMPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
+from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.models.class_ldm import ClassEmbedding
@@ -37,9 +39,11 @@ from benchmarks.small import (
     measure,
     perceptual,
     prompts,
+    transformer,
 )
 from benchmarks.small.class_conditional import ClassConditional
 from benchmarks.small.settings import Settings, load
+from benchmarks.small.transformer import ClassTransformer
 from benchmarks.suite import params
 
 ROOM = Path(__file__).parent
@@ -48,7 +52,16 @@ LOGS = ROOM / "logs"
 FIGURES = ROOM / "figures"
 PUBLISHED = ROOM.parent.parent / "data"
 PROMPTS = ROOM.parent / "prompts"
-PARTS = ("emoji", "emoji-ldm4", "emoji-class", "emoji-ldm8", "emoji-text", "emoji-clip", "efficientnet-lite0")
+PARTS = (
+    "emoji",
+    "emoji-ldm4",
+    "emoji-class",
+    "emoji-dit",
+    "emoji-ldm8",
+    "emoji-text",
+    "emoji-clip",
+    "efficientnet-lite0",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,14 +135,8 @@ def run_class_diffusion(settings: Settings) -> None:
     """Train the class-conditional denoiser on emoji-ldm4's first stage, or go on with it; hand on the model."""
     folder = made(BUILD / "emoji-ldm4" / "vqvae")
     model = VQModel.from_pretrained(folder, low_cpu_mem_usage=False).requires_grad_(False)
-    rows = [row for row in data.load_table(BUILD / "emoji") if row.split == "train"]
-    classes = class_conditional.class_names(rows)
-    labels = class_conditional.class_indices(rows, classes)
-    images = data.load_split(BUILD / "emoji", 32, "train")[labels >= 0]
-    labels = labels[labels >= 0]
-    latents = first_stage.encode(model, images) * model.config.scaling_factor
-    chosen = class_conditional.balance(labels)
-    conditions = diffusion.Conditions(labels[chosen], torch.tensor(len(classes)))
+    latents, labels, classes = class_latents(model)
+    conditions = diffusion.Conditions(labels, torch.tensor(len(classes)))
     scheduler = diffusion.build_scheduler()
 
     def write(network: ClassConditional) -> dict[str, float]:
@@ -147,7 +154,39 @@ def run_class_diffusion(settings: Settings) -> None:
     unet = diffusion.build_conditional(config, latents.shape[1])
     network = ClassConditional(unet, ClassEmbedding(classes, config.context_channels))
     log_path = LOGS / "class-diffusion.jsonl"
-    diffusion.train(config, network, latents[chosen], BUILD / "class-diffusion", log_path, write, conditions)
+    diffusion.train(config, network, latents, BUILD / "class-diffusion", log_path, write, conditions)
+
+
+def run_transformer(settings: Settings) -> None:
+    """Train the diffusion transformer on emoji-ldm4's first stage, or go on with it; hand on the pipeline."""
+    model = VQModel.from_pretrained(made(BUILD / "emoji-ldm4" / "vqvae"), low_cpu_mem_usage=False)
+    latents, labels, classes = class_latents(model.requires_grad_(False))
+    conditions = diffusion.Conditions(labels, torch.tensor(transformer.NO_CLASS))
+    scheduler = diffusion.build_scheduler()
+
+    def write(network: ClassTransformer) -> dict[str, float]:
+        export.export_transformer(model, network.transformer, scheduler, classes, BUILD / "emoji-dit")
+        return {}
+
+    config = settings.transformer
+    torch.manual_seed(config.seed)
+    network = ClassTransformer(transformer.build(config, latents.shape[1]))
+    diffusion.train(config, network, latents, BUILD / "transformer", LOGS / "transformer.jsonl", write, conditions)
+
+
+def class_latents(first_stage_model: VQModel) -> tuple[Tensor, Tensor, list[str]]:
+    """Scaled latents (N, C, H, W) of the training images that are in a class, their classes (N,), and these' names.
+
+    Images of rare classes come several times.
+    """
+    rows = [row for row in data.load_table(BUILD / "emoji") if row.split == "train"]
+    classes = class_conditional.class_names(rows)
+    labels = class_conditional.class_indices(rows, classes)
+    images = data.load_split(BUILD / "emoji", 32, "train")[labels >= 0]
+    labels = labels[labels >= 0]
+    latents = first_stage.encode(first_stage_model, images) * first_stage_model.config.scaling_factor
+    chosen = class_conditional.balance(labels)
+    return latents[chosen], labels[chosen], classes
 
 
 def run_kl_first_stage(settings: Settings) -> None:
@@ -270,6 +309,7 @@ def run_measure(settings: Settings) -> None:
     unconditional = {name: load_pipeline(LDMPipeline, name) for name in ("emoji-ldm4", "emoji-ldm8")}
     figures = measure.measure_first_stage(unconditional["emoji-ldm4"], reference, FIGURES)
     figures |= measure.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
+    figures |= measure.measure_transformer(load_pipeline(DiTPipeline, "emoji-dit"), reference, FIGURES)
     figures |= measure.measure_kl(unconditional["emoji-ldm8"], images, reference.held_out, FIGURES)
     text, clip_folder = load_pipeline(StableDiffusionPipeline, "emoji-text"), PUBLISHED / "emoji-clip"
     names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
@@ -315,6 +355,7 @@ STEPS = {
     "first-stage": run_first_stage,
     "diffusion": run_diffusion,
     "class-diffusion": run_class_diffusion,
+    "transformer": run_transformer,
     "kl-first-stage": run_kl_first_stage,
     "kl-diffusion": run_kl_diffusion,
     "text-clip": run_text_clip,

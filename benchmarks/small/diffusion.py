@@ -91,7 +91,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def train(
-    config: DiffusionConfig,
+    config: TrainingConfig,
     model: nn.Module,
     latents: Tensor,
     folder: Path,
@@ -102,7 +102,7 @@ def train(
     """Train on latents [N, C, H, W] of about unit variance, as `training.train` does; return the averaged weights.
 
     `model` maps noisy latents, time steps and, with `conditions`, those of the images to an object whose `sample` is
-    the predicted noise. With `conditions`, `config` must be a ConditionalConfig.
+    the predicted noise. With `conditions`, `config` has to have a `dropout`.
     """
     scheduler = build_scheduler()
 

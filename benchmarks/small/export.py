@@ -10,6 +10,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     LDMPipeline,
     ModelMixin,
     PNDMScheduler,
@@ -62,6 +64,19 @@ def export_text_to_image(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.save_pretrained(unfinished, safe_serialization=True)
+    manifest.write(unfinished)
+    _replace(unfinished, folder)
+
+
+def export_transformer(
+    first_stage: VQModel, transformer: DiTTransformer2DModel, scheduler: DDIMScheduler, classes: list[str], folder: Path
+) -> None:
+    """Write a class-conditional DiTPipeline in float16; replace what `folder` held."""
+    unfinished = _unfinished(folder)
+    labels = {index: name.replace(",", " ") for index, name in enumerate(classes)}
+    pipeline = DiTPipeline(_half(transformer), _half(first_stage), scheduler, labels)
+    pipeline.register_to_config(id2label=labels)
     pipeline.save_pretrained(unfinished, safe_serialization=True)
     manifest.write(unfinished)
     _replace(unfinished, folder)

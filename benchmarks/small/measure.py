@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, LDMPipeline, StableDiffusionPipeline, UNet2DConditionModel, VQModel
+from diffusers import DDIMScheduler, DiTPipeline, LDMPipeline, StableDiffusionPipeline, UNet2DConditionModel, VQModel
 from torch import Tensor
 
 from benchmarks.features import Evaluator, extract, load_evaluator
@@ -97,6 +97,27 @@ def measure_class_conditional(model: Path, reference: Reference, pictures: Path)
         "class_accuracy_of_samples": mean_accuracy(nearest(found, centroids), drawn),
         "class_accuracy_of_held_out": mean_accuracy(nearest(reference.features[tested], centroids), labels[tested]),
         "class_unet_parameters": parameter_count(unet) + parameter_count(embedding),
+    }
+
+
+def measure_transformer(pipeline: DiTPipeline, reference: Reference, pictures: Path) -> dict[str, float]:
+    """Draw samples of each class of the diffusion transformer, and see as in `measure_class_conditional` what they are.
+
+    The stock pipeline samples them: DDIM, eta 0, with guidance.
+    """
+    classes = list(pipeline.labels)
+    drawn = torch.arange(len(classes)).repeat_interleave(CLASS_SAMPLES)
+    steps = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": CLASS_GUIDANCE, "output_type": "np"}
+    source = generator(0, 0)
+    images = [pipeline(part.tolist(), generator=source, **steps).images for part in drawn.split(CLASS_SAMPLES)]
+    samples = (torch.from_numpy(np.concatenate(images)) * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+    draw(samples.unflatten(0, (len(classes), -1))[:, :GRID_COLUMNS].flatten(0, 1), pictures / "dit-samples.png")
+    labels = class_indices(reference.rows, classes)
+    found = extract(reference.evaluator, samples).pooled
+    centroids = class_centroids(reference, labels, len(classes))
+    return {
+        "dit_accuracy_of_samples": mean_accuracy(nearest(found, centroids), drawn),
+        "dit_parameters": parameter_count(pipeline.transformer),
     }
 
 

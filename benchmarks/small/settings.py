@@ -9,6 +9,7 @@ from benchmarks.small.clip import ContrastiveConfig
 from benchmarks.small.diffusion import ConditionalConfig, DiffusionConfig
 from benchmarks.small.first_stage import FirstStageConfig
 from benchmarks.small.kl_first_stage import KLConfig
+from benchmarks.small.transformer import TransformerConfig
 from benchmarks.suite.fields import read
 
 
@@ -37,6 +38,7 @@ class Settings:
     text_clip: ContrastiveConfig
     score_clip: ContrastiveConfig
     text_diffusion: ConditionalConfig
+    transformer: TransformerConfig
 
 
 def load(path: Path) -> Settings:

@@ -23,7 +23,7 @@ COLUMNS = ("feature_distance", "noise_error", "temporal_error")
 # Of what differs, so many lines are shown for a cell.
 DIFFERENCES = 3
 HEADER = (
-    f"{'':>7}  {'':44} {'feature distance':^21}\n{'done':>7}  {'cell':44} {'committed':>10} {'this run':>10}  verdict"
+    f"{'':>7}  {'':44} {'feature distance':>19}\n{'done':>7}  {'cell':44} {'committed':>10} {'this run':>10}  verdict"
 )
 
 

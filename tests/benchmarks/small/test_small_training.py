@@ -6,15 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, LDMPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiTPipeline, LDMPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.runtime import manifest
-from benchmarks.small import card, class_conditional, diffusion, export, first_stage, kl_first_stage, measure, training
+from benchmarks.small import (
+    card,
+    class_conditional,
+    diffusion,
+    export,
+    first_stage,
+    kl_first_stage,
+    measure,
+    training,
+    transformer,
+)
 from benchmarks.small.class_conditional import ClassConditional, ClassEmbedding
 from benchmarks.small.data import Emoji
+from benchmarks.small.transformer import ClassTransformer
 
 TRAINING = {
     "iterations": 4,
@@ -54,6 +65,7 @@ KL_FIRST_STAGE = kl_first_stage.KLConfig(
 UNET = {"channels": (8, 8), "layers_per_block": 1, "head_channels": 4, "norm_groups": 4}
 DIFFUSION = diffusion.DiffusionConfig(**TRAINING, **UNET)
 CONDITIONAL = diffusion.ConditionalConfig(**TRAINING, **UNET, context_channels=4, dropout=0.5)
+TRANSFORMER = transformer.TransformerConfig(**TRAINING, width=8, layers=2, head_channels=4, patch=2, dropout=0.5)
 IMAGES = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LATENTS = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -88,6 +100,14 @@ def train_class_conditional(config: diffusion.ConditionalConfig, folder: Path) -
     return diffusion.train(config, model, LATENTS, folder, log_path, lambda model: {}, conditions).state_dict()
 
 
+def train_transformer(config: transformer.TransformerConfig, folder: Path) -> dict[str, torch.Tensor]:
+    torch.manual_seed(config.seed)
+    model = ClassTransformer(transformer.build(config, 3))
+    conditions = diffusion.Conditions(torch.tensor([0, 1] * 4), torch.tensor(transformer.NO_CLASS))
+    log_path = folder / "log.jsonl"
+    return diffusion.train(config, model, LATENTS, folder, log_path, lambda model: {}, conditions).state_dict()
+
+
 def stop_after_two(monkeypatch: pytest.MonkeyPatch, module) -> None:
     learning_rate = training.learning_rate
 
@@ -106,8 +126,9 @@ def stop_after_two(monkeypatch: pytest.MonkeyPatch, module) -> None:
         (training, train_kl_first_stage, KL_FIRST_STAGE),
         (training, train_diffusion, DIFFUSION),
         (training, train_class_conditional, CONDITIONAL),
+        (training, train_transformer, TRANSFORMER),
     ],
-    ids=["first_stage", "kl_first_stage", "diffusion", "class_conditional"],
+    ids=["first_stage", "kl_first_stage", "diffusion", "class_conditional", "transformer"],
 )
 def test_a_resumed_run_ends_with_the_same_weights(module, train, config, tmp_path, monkeypatch):
     whole = train(config, tmp_path / "whole")
@@ -180,6 +201,28 @@ def test_a_class_conditional_model_comes_back_as_it_was_exported(tmp_path):
     assert torch.equal(embedding(indices), model.embedding(indices).half().float())
     inputs = LATENTS[:2], torch.tensor([1, 999]), embedding(indices)
     torch.testing.assert_close(unet(*inputs).sample, model.unet(*inputs).sample, rtol=0, atol=5e-3)
+
+
+def test_the_stock_pipeline_guides_the_transformer_as_it_was_exported(tmp_path):
+    torch.manual_seed(0)
+    model = transformer.build(TRANSFORMER, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as it begins it predicts nothing, whatever the class
+            parameter.normal_(std=0.3)
+    vae = first_stage.build(FIRST_STAGE)
+    export.export_transformer(vae, model, diffusion.build_scheduler(), ["a", "b, c"], tmp_path / "model")
+    manifest.verify(tmp_path / "model")
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.labels == {"a": 0, "b  c": 1}
+    inputs = {"timestep": torch.tensor([1, 999]), "class_labels": torch.tensor([0, transformer.NO_CLASS])}
+    found, expected = (network(LATENTS[:2], **inputs).sample for network in (pipeline.transformer, model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
+    images = [
+        pipeline([0], guidance_scale=scale, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+        for scale in (1.0, 4.0)
+    ]
+    assert images[0].size == (32, 32) and images[0].tobytes() != images[1].tobytes()
 
 
 def test_codes_follow_the_mean_of_the_vectors_that_choose_them():

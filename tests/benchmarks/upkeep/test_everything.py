@@ -19,14 +19,6 @@ from benchmarks.upkeep import INTERRUPTED, STOPPED, everything
 from benchmarks.upkeep.reproduce import read_records
 
 
-@pytest.fixture(autouse=True)
-def interrupts():
-    """Ctrl-C ends these tests as ever."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def dvc(tmp_path, monkeypatch):
     """Stands in for DVC: a script that writes records and prints as DVC does."""

@@ -16,14 +16,6 @@ from benchmarks.suite import params
 from benchmarks.upkeep import INTERRUPTED, STOPPED, reproduce
 
 
-@pytest.fixture(autouse=True)
-def interrupts():
-    """Ctrl-C ends these tests as ever."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def small(root):
     return params.load(root / "params.yaml")
