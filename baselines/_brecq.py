@@ -9,18 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
-from baselines import Arguments, Settings
+from baselines import Settings
 from tfmq.modules.fake_quantize import ActivationRange
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet
+from tfmq.network.calibration import Spaced
+from tfmq.passes import Pass, Recipe
+from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.block_reconstruction import BlockReconstruction
+from tfmq.passes.finite_set import FiniteSetCalibration
+from tfmq.passes.grids import Grids
+from tfmq.passes.leave_out import LeaveOut
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.passes.temporal import Caching
-from tfmq.plan import Protocol
-from tfmq.precision import FULL, Precision
-from tfmq.quantization import ActivationScales, QuantizationConfig, QuantizationReport, quantize_
+from tfmq.passes.step_sizes import StepSizes
+from tfmq.passes.temporal_cache import Caching, TemporalCache
+from tfmq.passes.temporal_reconstruction import FreezeTemporal, TemporalReconstruction
+from tfmq.passes.weight_ranges import WeightRanges
+from tfmq.settings import check_choices
 
+ActivationScales = Literal["shared", "temporal", "per_step"]
 Temporal = Literal["blocks", "joint", "frozen", "full_precision"]
 
 
@@ -67,41 +72,34 @@ class Config(Settings):
     caching: Caching | None = None
     memory_gib: float = 64.0
 
-    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def recipe(self) -> Recipe:
         """See `Settings`."""
-        if self.temporal == "full_precision":
-            protocol = replace(protocol, bits={**protocol.bits, "time_embedding": FULL, "time_projections": FULL})
         rounding = RoundingConfig(self.iterations, self.batch, self.learning_rate)
-        step_sizes = None
+        rows, memory = Spaced(self.steps, self.images), int(self.memory_gib * 2**30)
+        passes: list[Pass] = []
+        if self.split_shortcuts:
+            passes.append(Grids(split_shortcuts=True))
+        if self.temporal == "full_precision":
+            passes.append(LeaveOut(("time_embedding", "time_projections")))
+        if self.caching == "all":
+            passes.append(TemporalCache("all"))
+        passes.append(WeightRanges("search"))
+        if self.temporal == "frozen":
+            passes.append(FreezeTemporal())
+        if self.temporal == "joint":
+            passes.append(TemporalReconstruction(replace(rounding, iterations=self.temporal_iterations)))
+        passes.append(BlockReconstruction(rounding, rows, memory_bytes=memory))
+        if self.activation_scales == "temporal":
+            passes.append(FiniteSetCalibration())
+        ranges = Spaced(self.range_steps, self.range_images, shuffled=True)
+        per_step = self.activation_scales == "per_step"
+        passes.append(ActivationRanges(ranges, self.activation_range, self.momentum, self.range_batch, per_step))
         if self.activation_iterations:
-            step_sizes = StepSizeConfig(self.activation_iterations, self.batch, self.activation_learning_rate)
-        setting = QuantizationConfig(
-            split_shortcuts=self.split_shortcuts,
-            freeze_temporal=self.temporal == "frozen",
-            temporal=replace(rounding, iterations=self.temporal_iterations) if self.temporal == "joint" else None,
-            rounding=rounding,
-            activation_range=self.activation_range,
-            activation_momentum=self.momentum,
-            activation_batch=self.range_batch,
-            activation_scales=self.activation_scales,
-            step_sizes=step_sizes,
-            caching=self.caching,
-            memory_bytes=int(self.memory_gib * 2**30),
-        )
-        rows = pool.spaced(self.steps, self.images)
-        range_steps = pool.steps if self.range_steps is None else self.range_steps
-        range_rows = pool.spaced(range_steps, self.range_images).shuffled(generator)
-        return setting, rows, range_rows, protocol
-
-
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place."""
-    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
-    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
+            learning = StepSizeConfig(self.activation_iterations, self.batch, self.activation_learning_rate)
+            passes.append(StepSizes(learning, rows, memory_bytes=memory))
+        if self.caching in ("projection", "step"):
+            passes.append(TemporalCache(self.caching))
+        return tuple(passes)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from baselines import Arguments, Settings
-from tfmq.network.calibration import CalibrationRows, CalibrationSet, normal_steps
-from tfmq.network.unet import UNet
-from tfmq.plan import Protocol
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
+from baselines import Settings
+from tfmq.network.calibration import CalibrationRows, CalibrationSet, NormallyDistributed, normal_steps
+from tfmq.passes import Recipe
+from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
 
 
 @dataclass(frozen=True)
@@ -34,44 +32,27 @@ class Config(Settings):
     momentum: float = 0.9
     range_batch: int = 256
 
-    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+    def recipe(self) -> Recipe:
         """See `Settings`."""
-        deviation = math.sqrt(pool.steps / 2) / pool.steps if self.deviation is None else self.deviation
-        draw = mispaired_rows if self.mispaired else CalibrationSet.normal
-        rows = draw(pool, self.rows, self.mean, deviation, generator).shuffled(generator)
-        setting = QuantizationConfig(
-            weight_range="thresholds",
-            activation_range="thresholds",
-            activation_momentum=self.momentum,
-            activation_batch=self.range_batch,
-        )
-        return setting, rows, rows, protocol
+        draw = Mispaired if self.mispaired else NormallyDistributed
+        data = draw(self.rows, self.mean, self.deviation, shuffled=True)
+        ranges = ActivationRanges(data, "thresholds", self.momentum, self.range_batch)
+        return WeightRanges("thresholds"), RoundToNearest(), ranges
 
 
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place."""
-    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
-    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
-
-
-def mispaired_rows(
-    pool: CalibrationSet, count: int, mean: float, deviation: float, generator: torch.Generator
-) -> CalibrationRows:
+@dataclass(frozen=True)
+class Mispaired(NormallyDistributed):
     """Rows as PTQ4DM's released code collects them: of T steps, a drawn number j labels what step j puts out.
 
     Its loop counts from the noisiest step, while the label counts from the cleanest; and the label itself, 0 .. T - 1,
     is the time step that the UNet is given, where sampling gives it one of the training schedule.
     """
-    drawn = normal_steps(count, mean, deviation, pool.steps, generator)
-    images = torch.arange(count) % pool.images
-    rows = pool.rows(drawn, images)
-    put_out = torch.cat([pool.latents[1:], pool.samples[None]])[drawn, images]
-    halves = len(rows) // count
-    return CalibrationRows(put_out.repeat(halves, 1, 1, 1), drawn.repeat(halves), rows.context)
+
+    def rows_of(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
+        """See `NormallyDistributed`."""
+        drawn = normal_steps(self.rows, self.mean, self.deviation_in(pool), pool.steps, generator)
+        images = torch.arange(self.rows) % pool.images
+        rows = pool.rows(drawn, images)
+        put_out = torch.cat([pool.latents[1:], pool.samples[None]])[drawn, images]
+        halves = len(rows) // self.rows
+        return CalibrationRows(put_out.repeat(halves, 1, 1, 1), drawn.repeat(halves), rows.context)

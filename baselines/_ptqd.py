@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from baselines import _brecq
-from tfmq.effort import PlannedEffort
 from tfmq.modules.fake_quantize import ActivationRange
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet
-from tfmq.passes.correction import attach_correction, measure_correction
+from tfmq.passes import Recipe
+from tfmq.passes.correction import MeasureCorrection
 from tfmq.plan import Protocol
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationReport
 
 PUBLISHED = Protocol(
     "published", {"boundary": 8, "first_time_layer": 8, "shortcuts": 32, "downsampling": 32, "attention_products": 32}
@@ -41,34 +35,6 @@ class Config(_brecq.Config):
     activation_iterations: int = 5_000
     correction_images: int = 1024
 
-    def effort(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> PlannedEffort:
+    def recipe(self) -> Recipe:
         """See `Settings`."""
-        base = super().effort(unet, pool, precision, protocol)
-        return replace(base, activation_evaluations=base.activation_evaluations + correction_evaluations(pool, self))
-
-
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place and give it its correction."""
-    report = _brecq.quantize(unet, pool, precision, config, generator, protocol)
-    correct(unet, pool, config, report)
-    return report
-
-
-def correct(unet: UNet, pool: CalibrationSet, config: Config, report: QuantizationReport) -> None:
-    """Measure the quantised UNet's error on the pool's trajectory and store the correction in it."""
-    with report.timed("activations"):
-        attach_correction(unet, measure_correction(unet, pool, config.correction_images, config.range_batch))
-    report.effort.unet_evaluations += correction_evaluations(pool, config)
-
-
-def correction_evaluations(pool: CalibrationSet, config: Config) -> int:
-    """Sample evaluations that one pass over the pool's trajectory takes."""
-    halves = 1 if pool.unconditional is None else 2
-    return halves * pool.steps * min(config.correction_images, pool.images)
+        return *super().recipe(), MeasureCorrection(self.correction_images, self.range_batch)

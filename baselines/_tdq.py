@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
-from baselines import Arguments, Settings
-from tfmq.effort import PlannedEffort
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet, UNetLayout
-from tfmq.passes.step_network import FitConfig, StepNetworks, fit_networks, sample_activations, with_silu_grids
-from tfmq.plan import Protocol, activation_quantizers, insert_quantizers, plan_for
+from baselines import Settings
+from tfmq.network.calibration import NormallyDistributed
+from tfmq.passes import Recipe
+from tfmq.passes.predicted_step_sizes import PredictedStepSizes
+from tfmq.passes.step_network import FitConfig
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
+from tfmq.plan import Protocol
 from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, QuantizationReport, check_weights
 
 PUBLISHED = Protocol("published", {"boundary": 32, "time_embedding": 32, "time_projections": 32})
 
@@ -41,38 +39,15 @@ class Config(Settings):
     weight_decay: float = 0.01
     forward_batch: int = 64
 
-    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
-        """See `Settings`; what evaluates the rows is not `quantize_`, but takes no more."""
-        rows = pool.normal(self.rows, self.mean, self.deviation, generator)
-        return QuantizationConfig(activation_batch=self.forward_batch), rows, rows, protocol
+    def recipe(self) -> Recipe:
+        """See `Settings`."""
+        return WeightRanges("search"), RoundToNearest(), self.step_sizes()
 
-    def effort(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> PlannedEffort:
-        """See `Settings`; the networks are fitted to what is kept of one pass, without the UNet."""
-        return replace(super().effort(unet, pool, precision, protocol), optimizer_steps=self.fit_iterations)
-
-
-def prepare(unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> None:
-    """Put the quantisers in place, with TDQ's grids, for the steps of the pool."""
-    check_weights(unet)
-    layout = UNetLayout.of(unet)
-    unet.eval().requires_grad_(False)
-    insert_quantizers(unet, with_silu_grids(plan_for(unet, layout, precision, protocol), unet, layout))
-    unet.step_tracker.steps = pool.timesteps.unique()
-
-
-def fitted_networks(
-    unet: UNet, pool: CalibrationSet, config: Config, generator: torch.Generator, report: QuantizationReport
-) -> StepNetworks:
-    """The network of each quantiser, fitted to its input on calibration rows."""
-    quantizers = activation_quantizers(unet)
-    rows = pool.normal(config.rows, config.mean, config.deviation, generator).to(unet.device)
-    samples = sample_activations(unet, rows, config.values, config.forward_batch, generator)
-    networks = StepNetworks(samples.initial_steps(quantizers), unet.time_proj.num_channels, generator)
-    fit = FitConfig(config.fit_iterations, config.fit_batch, config.fit_learning_rate, config.weight_decay)
-    fit_networks(networks, quantizers, samples, unet.time_proj, fit, generator)
-    report.effort.unet_evaluations += len(rows)
-    report.effort.optimizer_steps += config.fit_iterations
-    return networks
+    def step_sizes(self) -> PredictedStepSizes:
+        """The networks of all activations."""
+        fit = FitConfig(self.fit_iterations, self.fit_batch, self.fit_learning_rate, self.weight_decay)
+        rows = NormallyDistributed(self.rows, self.mean, self.deviation)
+        return PredictedStepSizes(fit, rows, self.values, self.forward_batch)
 
 
 def objection(precision: Precision) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
-from tfmq.passes.temporal import Caching
+from tfmq.passes.temporal_cache import Caching
 
 
 @dataclass(frozen=True)
@@ -19,4 +19,4 @@ class Config(_brecq.Config):
     caching: Caching | None = "all"
 
 
-METHOD = Method("Cache alone", "arXiv 2407.19547", Config, _brecq.quantize, applies_always)
+METHOD = Method("Cache alone", "arXiv 2407.19547", Config, applies_always)

@@ -19,4 +19,4 @@ class Config(_brecq.Config):
     temporal: _brecq.Temporal = "frozen"
 
 
-METHOD = Method("Base, temporal layers frozen", "arXiv 2311.16503", Config, _brecq.quantize, applies_always)
+METHOD = Method("Base, temporal layers frozen", "arXiv 2311.16503", Config, applies_always)

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
-from tfmq.quantization import ActivationScales
 
 
 @dataclass(frozen=True)
 class Config(_brecq.Config):
     """See `_brecq.Config`."""
 
-    activation_scales: ActivationScales = "temporal"
+    activation_scales: _brecq.ActivationScales = "temporal"
 
 
-METHOD = Method("FSC alone", "arXiv 2311.16503", Config, _brecq.quantize, applies_always)
+METHOD = Method("FSC alone", "arXiv 2311.16503", Config, applies_always)

@@ -18,4 +18,4 @@ class Config(_brecq.Config):
     temporal: _brecq.Temporal = "full_precision"
 
 
-METHOD = Method("Base, temporal layers exact", "arXiv 2311.16503", Config, _brecq.quantize, applies_always)
+METHOD = Method("Base, temporal layers exact", "arXiv 2311.16503", Config, applies_always)

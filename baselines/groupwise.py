@@ -21,14 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from baselines import Arguments, Method, Settings, applies_always
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet
-from tfmq.plan import Protocol
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
+from baselines import Method, Settings, applies_always
+from tfmq.passes import Recipe
+from tfmq.passes.grids import Grids
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
 
 
 @dataclass(frozen=True)
@@ -37,24 +33,10 @@ class Config(Settings):
 
     group: int = 128
 
-    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+    def recipe(self) -> Recipe:
         """See `Settings`."""
-        setting = QuantizationConfig(weight_range="minmax", weight_group=self.group, dynamic_activations=True)
-        rows = pool.spaced(1, 1)
-        return setting, rows, rows, protocol
+        grids = Grids(weight_group=self.group, dynamic_activations=True)
+        return grids, WeightRanges("minmax"), RoundToNearest()
 
 
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place; the pool is not looked at."""
-    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
-    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
-
-
-METHOD = Method("Group-wise, dynamic", "arXiv 2406.17343", Config, quantize, applies_always)
+METHOD = Method("Group-wise, dynamic", "arXiv 2406.17343", Config, applies_always)

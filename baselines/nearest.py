@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from baselines import Arguments, Method, Settings, applies_always
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet
-from tfmq.plan import Protocol
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
+from baselines import Method, Settings, applies_always
+from tfmq.network.calibration import Spaced
+from tfmq.passes import Recipe
+from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
 
 
 @dataclass(frozen=True)
@@ -26,24 +23,10 @@ class Config(Settings):
     images: int = 64
     batch: int = 64
 
-    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+    def recipe(self) -> Recipe:
         """See `Settings`."""
-        setting = QuantizationConfig(weight_range="minmax", activation_batch=self.batch, batch=self.batch)
-        rows = pool.spaced(self.steps, self.images)
-        return setting, rows, rows, protocol
+        ranges = ActivationRanges(Spaced(self.steps, self.images), batch=self.batch)
+        return WeightRanges("minmax"), RoundToNearest(), ranges
 
 
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place."""
-    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
-    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
-
-
-METHOD = Method("Round-to-nearest", "plain baseline", Config, quantize, applies_always)
+METHOD = Method("Round-to-nearest", "plain baseline", Config, applies_always)

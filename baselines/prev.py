@@ -9,4 +9,4 @@ from __future__ import annotations
 
 from baselines import Method, _brecq, applies_always
 
-METHOD = Method('Block-wise base ("Prev")', "arXiv 2102.05426", _brecq.Config, _brecq.quantize, applies_always)
+METHOD = Method('Block-wise base ("Prev")', "arXiv 2102.05426", _brecq.Config, applies_always)

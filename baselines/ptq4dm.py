@@ -27,4 +27,4 @@ from baselines import Method, _ptq4dm, needs_8_bit_activations
 from tfmq.plan import Protocol
 
 PUBLISHED = Protocol("published", {"boundary": 8, "attention_layers": 32, "attention_products": 32})
-METHOD = Method("PTQ4DM", "arXiv 2211.15736", _ptq4dm.Config, _ptq4dm.quantize, needs_8_bit_activations, PUBLISHED)
+METHOD = Method("PTQ4DM", "arXiv 2211.15736", _ptq4dm.Config, needs_8_bit_activations, PUBLISHED)

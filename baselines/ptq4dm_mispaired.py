@@ -24,6 +24,4 @@ class Config(_ptq4dm.Config):
 
 
 PUBLISHED = Protocol("published", {"boundary": 8, "attention_layers": 32, "attention_products": 32})
-METHOD = Method(
-    "PTQ4DM, mispaired", "arXiv 2211.15736, code", Config, _ptq4dm.quantize, needs_8_bit_activations, PUBLISHED
-)
+METHOD = Method("PTQ4DM, mispaired", "arXiv 2211.15736, code", Config, needs_8_bit_activations, PUBLISHED)

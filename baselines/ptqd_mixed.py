@@ -14,22 +14,23 @@ protocol keeps at 8 bits keep them at all steps.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from baselines import Method, _brecq, _ptqd
-from tfmq.effort import PlannedEffort
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet, UNetLayout
-from tfmq.passes.correction import quantized_noise
-from tfmq.passes.reconstruction import StepSizeConfig, reconstruct_activations
+from baselines import Method, _ptqd
+from tfmq.cost import Shapes
+from tfmq.network.calibration import CalibrationRows
+from tfmq.passes import Cost, Pass, Recipe
+from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.correction import quantized_noise, trajectory_evaluations
 from tfmq.passes.step_bits import Ranges, forward_snr, mix_ranges, quantization_snr, ranges_of, set_bits, smallest_bits
-from tfmq.plan import Protocol, coverage, plan_for
+from tfmq.passes.step_sizes import StepSizes
+from tfmq.plan import activation_quantizers, plan_for
 from tfmq.precision import FULL, Precision
-from tfmq.quantization import QuantizationConfig, QuantizationReport, calibrate_activations
+from tfmq.session import Session
 
 SMALL = 4
 
@@ -40,90 +41,95 @@ class Config(_ptqd.Config):
 
     snr_power: float = 1.0
 
-    def effort(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> PlannedEffort:
-        """The most that `quantize` will spend: which widths it learns, and on how many steps, the measurement decides.
-
-        It calibrates the small width for judging it, then each width, if both are chosen; one pass over the trajectory
-        judges, one measures the correction.
-        """
-        whole, base = (
-            _ptqd.Config.effort(config, unet, pool, precision, protocol)
-            for config in (self, replace(self, activation_iterations=0))
-        )
-        ranges = base.activation_evaluations - _ptqd.correction_evaluations(pool, self)
-        widths = len(_widths(precision))
-        learning = whole.activation_evaluations - base.activation_evaluations
-        judging = ranges + _ptqd.correction_evaluations(pool, self)
-        return replace(
-            whole,
-            activation_evaluations=base.activation_evaluations + judging + widths * (ranges + learning),
-            optimizer_steps=base.optimizer_steps + widths * (whole.optimizer_steps - base.optimizer_steps),
-            learned_rows=base.learned_rows + widths * (whole.learned_rows - base.learned_rows),
-        )
+    def recipe(self) -> Recipe:
+        """See `Settings`: that of PTQD, but for its step sizes, which are learned for each width by itself."""
+        passes = super().recipe()
+        (ranges,) = _of(passes, ActivationRanges)
+        step_sizes = _of(passes, StepSizes)
+        widths = MixedWidths(ranges, step_sizes, self.correction_images, self.range_batch, self.snr_power)
+        *base, correction = (step for step in passes if step not in step_sizes)
+        return *base, widths, correction
 
 
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place, its activations at the width chosen for each step, and give it its correction."""
-    full, layout = copy.deepcopy(unet), UNetLayout.of(unet)
-    base = replace(config, activation_iterations=0)
-    report = _brecq.quantize(unet, pool, precision, base, generator, protocol)
-    plans = {b: plan_for(full, layout, replace(precision, activation_bits=b), protocol) for b in _widths(precision)}
-    setting = QuantizationConfig(
-        activation_range=config.activation_range,
-        activation_momentum=config.momentum,
-        activation_batch=config.range_batch,
-        memory_bytes=int(config.memory_gib * 2**30),
-    )
-    range_steps = pool.steps if config.range_steps is None else config.range_steps
+@dataclass(frozen=True)
+class MixedWidths(Pass):
+    """Choose a width of activations at each time step, and calibrate each width for its steps.
 
-    def calibrate(bits: int, among: Tensor) -> None:
-        """Ranges at a width, from the rows of these time steps."""
-        set_bits(unet, plans[bits])
-        rows = pool.spaced(range_steps, config.range_images, among).shuffled(generator).to(unet.device)
-        calibrate_activations(unet, layout, rows, setting)
-        report.effort.unet_evaluations += len(rows)
+    Attributes:
+        ranges: how the ranges of a width are calibrated.
+        step_sizes: how its step sizes are learned: one pass, or none.
+        images: of the pool, on whose trajectory the smaller width is judged.
+        batch: images evaluated at once for it.
+        snr_power: see `Config`.
+    """
 
-    with report.timed("activations"):
+    ranges: ActivationRanges
+    step_sizes: tuple[StepSizes, ...]
+    images: int
+    batch: int
+    snr_power: float
+
+    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+        """See `Pass`; the report's details have the width and both ratios at each step."""
+        unet, pool = session.unet, session.pool
+        plans = {
+            bits: plan_for(
+                session.full, session.layout, replace(session.precision, activation_bits=bits), session.protocol
+            )
+            for bits in (SMALL, session.precision.activation_bits)
+        }
+
+        def calibrate(bits: int, among: Tensor) -> None:
+            """Ranges at a width, from the rows of these time steps."""
+            set_bits(unet, plans[bits])
+            for quantizer in activation_quantizers(unet).values():
+                quantizer.enabled = False
+            self.ranges.run(session, self.ranges.data(pool, session.generator, among).to(unet.device))
+
         timesteps, where = pool.timesteps.unique(return_inverse=True)
         calibrate(SMALL, timesteps)
-        images = min(config.correction_images, pool.images)
-        predicted = [quantized_noise(unet, pool, step, images, config.range_batch).cpu() for step in range(pool.steps)]
-        report.effort.unet_evaluations += (1 if pool.unconditional is None else 2) * pool.steps * images
+        images = min(self.images, pool.images)
+        predicted = [quantized_noise(unet, pool, step, images, self.batch).cpu() for step in range(pool.steps)]
+        session.count_evaluations(trajectory_evaluations(pool, images))
         snr = quantization_snr(pool.noise[:, :images].cpu(), torch.stack(predicted), pool.timesteps)
-        snr = snr**config.snr_power
+        snr = snr**self.snr_power
         alphas = torch.zeros(len(timesteps), dtype=torch.float64).scatter_(0, where, pool.alphas[:-1].cpu())
         needed = forward_snr(alphas)
-        chosen = smallest_bits({SMALL: snr}, needed, precision.activation_bits)
+        chosen = smallest_bits({SMALL: snr}, needed, session.precision.activation_bits)
         at_bits: dict[int, Ranges] = {}
         for bits in chosen.unique().tolist():
             own = timesteps[chosen == bits]
             calibrate(bits, own)
-            if config.activation_iterations:
-                step_sizes = StepSizeConfig(config.activation_iterations, config.batch, config.activation_learning_rate)
-                rows = pool.spaced(config.steps, config.images, own).to(unet.device)
-                limits = {"batch": setting.batch, "memory_bytes": setting.memory_bytes}
-                reconstruct_activations(unet, full, layout, rows, step_sizes, generator, report.effort, **limits)
+            for step in self.step_sizes:
+                step.run(session, step.data(pool, session.generator, own).to(unet.device))
             at_bits[bits] = ranges_of(unet)
-        set_bits(unet, plans[precision.activation_bits])
+        set_bits(unet, plans[session.precision.activation_bits])
         unet.step_tracker.steps = timesteps
         mix_ranges(unet, at_bits, chosen)
-    _ptqd.correct(unet, pool, config, report)
-    report.coverage = coverage(unet)
-    report.details["activation_bits"] = _by_step(timesteps, chosen)
-    report.details["quantization_snr"] = _by_step(timesteps, snr)
-    report.details["forward_snr"] = _by_step(timesteps, needed)
-    return report
+        session.report.details |= {
+            "activation_bits": _by_step(timesteps, chosen),
+            "quantization_snr": _by_step(timesteps, snr),
+            "forward_snr": _by_step(timesteps, needed),
+        }
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+        """See `Pass`. The most that is spent: which widths are learned, and on how many steps, a measurement decides.
+
+        The small width is calibrated for judging it, then each width, if both are chosen.
+        """
+        generator = torch.Generator()
+        ranges = self.ranges.cost(shapes, self.ranges.draw(shapes.pool, generator))
+        found = ranges + Cost(trajectory_evaluations(shapes.pool, self.images))
+        for _ in (SMALL, shapes.precision.activation_bits):
+            found += ranges
+            for step in self.step_sizes:
+                found += step.cost(shapes, step.draw(shapes.pool, generator))
+        return found
 
 
-def _widths(precision: Precision) -> tuple[int, int]:
-    return SMALL, precision.activation_bits
+def _of(passes: Iterable[Pass], kind: type[Pass]) -> tuple[Pass, ...]:
+    """The passes of a kind."""
+    return tuple(step for step in passes if isinstance(step, kind))
 
 
 def _by_step(timesteps: Tensor, values: Tensor) -> dict[str, float]:
@@ -139,4 +145,4 @@ def objection(precision: Precision) -> str:
     return ""
 
 
-METHOD = Method("PTQD, mixed", "arXiv 2305.10657", Config, quantize, objection, _ptqd.PUBLISHED)
+METHOD = Method("PTQD, mixed", "arXiv 2305.10657", Config, objection, _ptqd.PUBLISHED)

@@ -35,4 +35,4 @@ class Config(_brecq.Config):
 
 
 PUBLISHED = Protocol("published", {})
-METHOD = Method("Q-Diffusion", "arXiv 2302.04304", Config, _brecq.quantize, needs_8_bit_activations, PUBLISHED)
+METHOD = Method("Q-Diffusion", "arXiv 2302.04304", Config, needs_8_bit_activations, PUBLISHED)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
-from tfmq.quantization import ActivationScales
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Config(_brecq.Config):
     """See `_brecq.Config`."""
 
     split_shortcuts: bool = True
-    activation_scales: ActivationScales = "per_step"
+    activation_scales: _brecq.ActivationScales = "per_step"
 
 
-METHOD = Method("Q-Diffusion, scales per step", "arXiv 2302.04304", Config, _brecq.quantize, applies_always)
+METHOD = Method("Q-Diffusion, scales per step", "arXiv 2302.04304", Config, applies_always)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
-from tfmq.quantization import ActivationScales
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,8 @@ class Config(_brecq.Config):
     range_steps: int | None = None
     range_batch: int = 64
     split_shortcuts: bool = True
-    activation_scales: ActivationScales = "temporal"
+    activation_scales: _brecq.ActivationScales = "temporal"
     activation_iterations: int = 5_000
 
 
-METHOD = Method("Q-Diffusion, temporal scales", "arXiv 2302.04304", Config, _brecq.quantize, applies_always)
+METHOD = Method("Q-Diffusion, temporal scales", "arXiv 2302.04304", Config, applies_always)

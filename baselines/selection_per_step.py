@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
-from tfmq.passes.temporal import Caching
-from tfmq.quantization import ActivationScales
+from tfmq.passes.temporal_cache import Caching
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,8 @@ class Config(_brecq.Config):
     """See `_brecq.Config`."""
 
     temporal: _brecq.Temporal = "joint"
-    activation_scales: ActivationScales = "temporal"
+    activation_scales: _brecq.ActivationScales = "temporal"
     caching: Caching | None = "step"
 
 
-METHOD = Method("Selection per step", "arXiv 2407.19547", Config, _brecq.quantize, applies_always)
+METHOD = Method("Selection per step", "arXiv 2407.19547", Config, applies_always)

@@ -24,15 +24,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from baselines import Arguments, Method, Settings, applies_always
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet
-from tfmq.passes.low_rank import LowRankConfig
-from tfmq.plan import Protocol
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, QuantizationReport, quantize_
+from baselines import Method, Settings, applies_always
+from tfmq.network.calibration import Spaced
+from tfmq.passes import Recipe
+from tfmq.passes.grids import Grids
+from tfmq.passes.low_rank import LowRankBranches
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
 
 
 @dataclass(frozen=True)
@@ -54,29 +51,12 @@ class Config(Settings):
     candidates: int = 20
     search_rows: int = 64
 
-    def arguments(self, pool: CalibrationSet, protocol: Protocol, generator: torch.Generator) -> Arguments:
+    def recipe(self) -> Recipe:
         """See `Settings`."""
-        setting = QuantizationConfig(
-            weight_range="minmax",
-            weight_group=self.group,
-            low_rank=LowRankConfig(self.rank, self.candidates, self.search_rows),
-            dynamic_activations=True,
-        )
-        rows = pool.spaced(self.steps, self.images)
-        return setting, rows, rows, protocol
+        grids = Grids(weight_group=self.group, dynamic_activations=True)
+        rows = Spaced(self.steps, self.images)
+        branches = LowRankBranches(self.rank, self.candidates, self.search_rows, "minmax", rows)
+        return grids, branches, WeightRanges("minmax"), RoundToNearest()
 
 
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place."""
-    setting, rows, range_rows, protocol = config.arguments(pool, protocol, generator)
-    return quantize_(unet, precision, setting, rows, range_rows, pool.timesteps, generator, protocol)
-
-
-METHOD = Method("SVDQuant", "arXiv 2411.05007", Config, quantize, applies_always)
+METHOD = Method("SVDQuant", "arXiv 2411.05007", Config, applies_always)

@@ -20,37 +20,6 @@ What the sources leave open, and what is done here:
 
 from __future__ import annotations
 
-import torch
-
 from baselines import Method, _tdq
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet
-from tfmq.passes.step_network import tabulate
-from tfmq.plan import Protocol, activation_quantizers, coverage, quantized_layers
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationReport
 
-
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: _tdq.Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place."""
-    report = QuantizationReport()
-    _tdq.prepare(unet, pool, precision, protocol)
-    with report.timed("weights"):
-        for layer in quantized_layers(unet).values():
-            layer.find_weight_range("search")
-            layer.fold()
-    with report.timed("activations"):
-        networks = _tdq.fitted_networks(unet, pool, config, generator, report)
-        tabulate(networks, activation_quantizers(unet), unet.time_proj(unet.step_tracker.steps.to(unet.device)))
-    report.coverage = coverage(unet)
-    return report
-
-
-METHOD = Method("TDQ", "arXiv 2306.02316", _tdq.Config, quantize, _tdq.objection, _tdq.PUBLISHED)
+METHOD = Method("TDQ", "arXiv 2306.02316", _tdq.Config, _tdq.objection, _tdq.PUBLISHED)

@@ -22,19 +22,11 @@ Where the released code and the paper differ, what they leave open, and what is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from baselines import Method, _tdq
-from tfmq.effort import PlannedEffort
-from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet
-from tfmq.passes.step_network import tabulate
-from tfmq.passes.training import TrainingConfig, train
-from tfmq.plan import Protocol, activation_quantizers, coverage
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationReport
+from tfmq.passes import Recipe
+from tfmq.passes.training import QuantizationAwareTraining, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -55,46 +47,17 @@ class Config(_tdq.Config):
     network_learning_rate: float = 5e-5
     warmup: float = 0.025
 
-    def effort(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> PlannedEffort:
+    def recipe(self) -> Recipe:
         """See `Settings`."""
-        fitting = super().effort(unet, pool, precision, protocol)
-        trained = self.iterations * self.batch
-        steps = fitting.optimizer_steps + self.iterations
-        return replace(fitting, weight_evaluations=trained, optimizer_steps=steps, learned_rows=trained)
-
-    def memory(self, unet: UNet, pool: CalibrationSet, precision: Precision, protocol: Protocol) -> None:
-        """Not known: the whole network is trained at once."""
-        return None
-
-
-def quantize(
-    unet: UNet,
-    pool: CalibrationSet,
-    precision: Precision,
-    config: Config,
-    generator: torch.Generator,
-    protocol: Protocol,
-) -> QuantizationReport:
-    """Quantise ``unet`` in place."""
-    report = QuantizationReport()
-    _tdq.prepare(unet, pool, precision, protocol)
-    with report.timed("activations"):
-        networks = _tdq.fitted_networks(unet, pool, config, generator, report)
-    training = TrainingConfig(
-        iterations=config.iterations,
-        batch=config.batch,
-        learning_rate=config.learning_rate,
-        network_learning_rate=config.network_learning_rate,
-        weight_decay=config.weight_decay,
-        warmup=config.warmup,
-    )
-    with report.timed("weights"):
-        train(unet, networks, pool, training, generator)
-        tabulate(networks, activation_quantizers(unet), unet.time_proj(unet.step_tracker.steps.to(unet.device)))
-    report.effort.unet_evaluations += config.iterations * config.batch
-    report.effort.optimizer_steps += config.iterations
-    report.coverage = coverage(unet)
-    return report
+        training = TrainingConfig(
+            iterations=self.iterations,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            network_learning_rate=self.network_learning_rate,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+        )
+        return (QuantizationAwareTraining(training, self.step_sizes()),)
 
 
-METHOD = Method("TDQ (training)", "arXiv 2306.02316", Config, quantize, _tdq.objection, _tdq.PUBLISHED)
+METHOD = Method("TDQ (training)", "arXiv 2306.02316", Config, _tdq.objection, _tdq.PUBLISHED)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
 from tfmq.plan import Protocol
-from tfmq.quantization import ActivationScales
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Config(_brecq.Config):
     """See `_brecq.Config`; the defaults are those of the released LSUN recipe."""
 
     temporal: _brecq.Temporal = "joint"
-    activation_scales: ActivationScales = "temporal"
+    activation_scales: _brecq.ActivationScales = "temporal"
 
 
 PUBLISHED = Protocol("published", {"boundary": 32, "first_time_layer": 32, "shortcuts": 32, "downsampling": 32})
-METHOD = Method("TFMQ-DM", "arXiv 2311.16503", Config, _brecq.quantize, applies_always, PUBLISHED)
+METHOD = Method("TFMQ-DM", "arXiv 2311.16503", Config, applies_always, PUBLISHED)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, _brecq, applies_always
-from tfmq.quantization import ActivationScales
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Config(_brecq.Config):
     """See `_brecq.Config`."""
 
     temporal: _brecq.Temporal = "joint"
-    activation_scales: ActivationScales = "per_step"
+    activation_scales: _brecq.ActivationScales = "per_step"
 
 
-METHOD = Method("TFMQ-DM, scales per step", "arXiv 2311.16503", Config, _brecq.quantize, applies_always)
+METHOD = Method("TFMQ-DM, scales per step", "arXiv 2311.16503", Config, applies_always)

@@ -18,4 +18,4 @@ class Config(_brecq.Config):
     temporal: _brecq.Temporal = "joint"
 
 
-METHOD = Method("TIAR alone", "arXiv 2311.16503", Config, _brecq.quantize, applies_always)
+METHOD = Method("TIAR alone", "arXiv 2311.16503", Config, applies_always)

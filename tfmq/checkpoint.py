@@ -68,11 +68,6 @@ def packed_bytes(unet: UNet) -> int:
     return total
 
 
-def full_precision_bytes(unet: UNet) -> int:
-    """Size of the network's parameters at 32 bits, in bytes."""
-    return sum(parameter.numel() * 4 for parameter in unet.parameters())
-
-
 def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) -> None:
     """Write a quantised UNet to one safetensors file, through a temporary name.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from tfmq.modules.cache import CachedProjection
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.layers import QuantizedLayer, quantized_layer
 from tfmq.network.unet import UNet, UNetLayout
-from tfmq.passes.low_rank import has_branch
 from tfmq.precision import FULL, Precision
 
 
@@ -75,27 +74,24 @@ class QuantizationPlan:
     attentions: dict[str, AttentionPlan]
     reasons: dict[str, str] = field(default_factory=dict)
 
+    def described(self, activations: bool) -> list[object]:
+        """What decides how the network computes while activations are calibrated, or else while they are not yet.
 
-def plan_for(
-    unet: UNet,
-    layout: UNetLayout,
-    precision: Precision,
-    protocol: Protocol = SHARED,
-    split_shortcuts: bool = False,
-    symmetric: bool = False,
-    dynamic: bool = False,
-    group: int | None = None,
-    rank: int = 0,
-) -> QuantizationPlan:
+        Until then the widths and signs of calibrated grids change nothing; which attentions are quantised does, since
+        those run another kernel; dynamic grids quantise from the beginning.
+        """
+        if activations or any(layer.dynamic for layer in self.layers.values()):
+            return [asdict(self)["layers"], asdict(self)["attentions"]]
+        weights = {path: [layer.weight_bits, layer.splits, layer.rank] for path, layer in self.layers.items()}
+        return [weights, sorted(self.attentions)]
+
+
+def plan_for(unet: UNet, layout: UNetLayout, precision: Precision, protocol: Protocol = SHARED) -> QuantizationPlan:
     """The plan of a protocol at a precision: every Conv2d, Linear and attention product, but for its exceptions.
 
     Layers get the bits of the precision, attention operands its activation bits, attention probabilities
-    ``precision.attention_bits``. ``group`` gives every so many input channels weight ranges of their own; ``rank`` is
-    that of the branch of every layer that is larger. Raises ValueError for a role that there is not, and for groups
-    with ranges of the input that are not dynamic.
+    ``precision.attention_bits``; passes may amend it. Raises ValueError for a role that there is not.
     """
-    if group is not None and not dynamic:
-        raise ValueError("groups of input channels go with dynamic activations: set both")
     roles = layout.roles
     for role in protocol.bits:
         if role not in roles:
@@ -109,26 +105,16 @@ def plan_for(
         if not isinstance(module, nn.Conv2d | nn.Linear | Attention):
             continue
         least, role = exceptions.get(path, (0, ""))
+        activation_bits = max(precision.activation_bits, least)
         if least == FULL:
             reasons[path] = f"protocol {protocol.name} leaves this out ({role.replace('_', ' ')})"
         elif not isinstance(module, Attention):
-            weight_bits, activation_bits = max(precision.weight_bits, least), max(precision.activation_bits, least)
-            splits = layout.shortcut_splits.get(path, ()) if split_shortcuts else ()
-            if group is not None:
-                splits = group_sizes(module.weight.shape[1], group)
-            branch = rank if has_branch(module, rank) else 0
-            layers[path] = LayerPlan(weight_bits, activation_bits, splits, symmetric, dynamic, branch)
+            layers[path] = LayerPlan(max(precision.weight_bits, least), activation_bits)
         elif precision.quantizes_activations:
-            operands, softmax = max(precision.activation_bits, least), max(precision.attention_bits, least)
-            attentions[path] = AttentionPlan(operands, softmax, symmetric, dynamic)
+            attentions[path] = AttentionPlan(activation_bits, max(precision.attention_bits, least))
         else:
             reasons[path] = "the precision leaves activations in full precision"
     return QuantizationPlan(layers, attentions, reasons)
-
-
-def group_sizes(channels: int, group: int) -> tuple[int, ...]:
-    """Sizes of consecutive groups of ``group`` channels; the last is smaller where ``channels`` is no multiple."""
-    return tuple(min(group, channels - start) for start in range(0, channels, group))
 
 
 def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:

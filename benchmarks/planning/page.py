@@ -50,8 +50,7 @@ def _table(found: Sequence[Item]) -> str:
     columns = {
         "Step": lambda item: item.name,
         "Pool": lambda item: _count(item.calibration),
-        "Weights": lambda item: _count(item.weights),
-        "Activations": lambda item: _count(item.activations),
+        "Quantising": lambda item: _count(item.quantising),
         "Sampling": lambda item: _count(item.sampling),
         "Reference": lambda item: _count(item.reference),
         "Optimiser steps": lambda item: _count(item.optimizer_steps),

@@ -14,16 +14,17 @@ from functools import cached_property
 
 import torch
 
-from baselines import Held, Settings
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
-from tfmq.checkpoint import full_precision_bytes, packed_bytes
+from tfmq.checkpoint import packed_bytes
+from tfmq.cost import Planned, amended_plan, plan_cost
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import SamplingSettings
-from tfmq.network.unet import UNet, UNetLayout
-from tfmq.plan import SHARED, Protocol, insert_quantizers, plan_for
+from tfmq.network.unet import UNet, UNetLayout, full_precision_bytes
+from tfmq.passes import Recipe
+from tfmq.plan import SHARED, Protocol, insert_quantizers
 from tfmq.precision import Precision
 
 GIB = 2**30
@@ -94,7 +95,7 @@ class Item:
     """What one step of a task takes.
 
     Attributes:
-        calibration, weights, activations, sampling, reference: evaluations of the UNet for a sample, by what they are
+        calibration, quantising, sampling, reference: evaluations of the UNet for a sample, by what they are
             for; under guidance an image takes two a step.
         optimizer_steps: of all reconstructions.
         images: that stay.
@@ -105,8 +106,7 @@ class Item:
 
     name: str
     calibration: int = 0
-    weights: int = 0
-    activations: int = 0
+    quantising: int = 0
     sampling: int = 0
     reference: int = 0
     optimizer_steps: int = 0
@@ -119,7 +119,7 @@ class Item:
     @property
     def evaluations(self) -> int:
         """All evaluations of the UNet."""
-        return self.calibration + self.weights + self.activations + self.sampling + self.reference
+        return self.calibration + self.quantising + self.sampling + self.reference
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Planner:
     task: Task
     network: Network
     rate: Rate
-    held: dict[tuple[str, bool], Held | None] = field(default_factory=dict)
+    held: dict[tuple[str, bool], Planned] = field(default_factory=dict)
 
     def items(self) -> list[Item]:
         """What each step takes, from the calibration pool to the last cell, in the order in which they run."""
@@ -224,47 +224,44 @@ class Planner:
         protocol = method.published if cell.protocol == PUBLISHED else SHARED
         if protocol is None or method.objection(precision):
             return Item(name, note="not applicable")
-        config = read(method.config, self.suite.settings(cell.task, cell.method), f"methods.{cell.method}")
-        if not isinstance(config, Settings):
-            return Item(name, disk=None, memory=None, note="its settings do not say what it takes")
-        effort = config.effort(self.network.unet, self.pool, precision, protocol)
-        held = self._held(cell, config, precision, protocol)
+        recipe = read(method.config, self.suite.settings(cell.task, cell.method), f"methods.{cell.method}").recipe()
+        cost = plan_cost(self.network.unet, precision, recipe, self.pool, protocol, memory=False).cost
         sampled = self.passes * (self.task.images + min(self.task.batch, self.task.images))
-        timed = effort.unet_evaluations + QUANTIZED * sampled + LEARNED * effort.learned_rows
+        timed = cost.unet_evaluations + QUANTIZED * sampled + LEARNED * cost.learned_rows
+        held = self._held(cell, recipe, precision, protocol)
         return Item(
             name,
-            weights=effort.weight_evaluations,
-            activations=effort.activation_evaluations,
+            quantising=cost.unet_evaluations,
             sampling=sampled,
-            optimizer_steps=effort.optimizer_steps,
+            optimizer_steps=cost.optimizer_steps,
             images=self.task.images,
-            disk=self.image_bytes + checkpoint_bytes(self.network.unet, precision, protocol),
-            memory=held and max(held.memory + self.pool_bytes, self.network.bytes + self.sampling_memory),
+            disk=self.image_bytes + checkpoint_bytes(self.network.unet, precision, recipe, protocol),
+            memory=held.held and max(held.held + self.pool_bytes, self.network.bytes + self.sampling_memory),
             seconds=self.rate.planned * timed,
-            note=f"while it learns, {held.disk / GIB:,.0f} GiB more wait on the disk" if held and held.disk else "",
+            note=f"while it learns, {held.on_disk / GIB:,.0f} GiB more wait on the disk" if held.on_disk else "",
         )
 
-    def _held(self, cell: Cell, config: Settings, precision: Precision, protocol: Protocol) -> Held | None:
+    def _held(self, cell: Cell, recipe: Recipe, precision: Precision, protocol: Protocol) -> Planned:
         """What quantising a cell holds, from one of the cells of its row with like activations: bits matter little."""
         key = cell.row, precision.quantizes_activations
         if key not in self.held:
-            self.held[key] = config.memory(self.network.unet, self.pool, precision, protocol)
+            self.held[key] = plan_cost(self.network.unet, precision, recipe, self.pool, protocol)
         return self.held[key]
 
     def _kept(self, images: int) -> int:
         return KEPT.get(self.task.evaluator, 0) * FLOAT * images
 
 
-def checkpoint_bytes(unet: UNet, precision: Precision, protocol: Protocol) -> int:
-    """The size of a quantised checkpoint of ``unet``, which is on the meta device, without what a method adds to it."""
+def checkpoint_bytes(unet: UNet, precision: Precision, recipe: Recipe, protocol: Protocol) -> int:
+    """The size of a quantised checkpoint of ``unet``, which is on the meta device, without tables over time steps."""
     twin = copy.deepcopy(unet)
-    insert_quantizers(twin, plan_for(twin, UNetLayout.of(twin), precision, protocol))
+    insert_quantizers(twin, amended_plan(twin, UNetLayout.of(twin), precision, recipe, protocol))
     return packed_bytes(twin)
 
 
 def total(name: str, found: Sequence[Item]) -> Item:
     """The sum of some items, with the memory of the largest."""
-    summed = ("calibration", "weights", "activations", "sampling", "reference", "optimizer_steps", "images", "seconds")
+    summed = ("calibration", "quantising", "sampling", "reference", "optimizer_steps", "images", "seconds")
     return Item(
         name,
         **{field: sum(getattr(item, field) for item in found) for field in summed},

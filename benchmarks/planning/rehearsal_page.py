@@ -17,8 +17,7 @@ def page(found: Sequence[Mapping[str, object]]) -> str:
     columns = {
         "Cell": lambda one: _name(one["cell"]),
         "On": lambda one: one["device"] if one["device"] != "cpu" else _cpu(one["threads"]),
-        "Weights (min)": lambda one: f"{one['seconds']['weights'] / MINUTE:.1f}",
-        "Activations (min)": lambda one: f"{one['seconds']['activations'] / MINUTE:.1f}",
+        "Quantising (min)": lambda one: f"{sum(one['seconds'].values()) / MINUTE:.1f}",
         "Evaluations": lambda one: f"{one['effort']['unet_evaluations']:,}",
         "Optimiser steps": lambda one: f"{one['effort']['optimizer_steps']:,}",
         "Peak memory (GiB)": lambda one: f"{one['peak_memory_mib'] / GIB:.1f}",

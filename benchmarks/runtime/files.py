@@ -26,6 +26,8 @@ RECORDS = Path("results/records")
 RESULTS = Path("results")
 WORK = Path("work")
 RESUME = Path(".resume")
+# What quantisations have learned, for all that begin alike: a folder for each task, which may be deleted at any time.
+LEARNED = WORK / "learned"
 
 # Files of a cell: the folder of its images (see `images`); errors against full precision; the full-precision
 # cell's inputs and predictions at each step; the quantised checkpoint; settings, cost and what else is known of it.

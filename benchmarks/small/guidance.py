@@ -26,8 +26,8 @@ from benchmarks.suite.params import Task
 from tfmq.network.calibration import collect_calibration
 from tfmq.network.sampling import sample
 from tfmq.network.unet import UNet
-from tfmq.plan import SHARED
 from tfmq.precision import Precision
+from tfmq.quantization import quantize_
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 7.5)
 STEPS = (20, 50)
@@ -164,5 +164,5 @@ def _quantized(model: Model, task: Task) -> UNet:
     )
     nearest: baselines.Method = method("nearest")
     unet = copy.deepcopy(model.unet)
-    nearest.quantize(unet, pool, Precision.parse("w8a8"), nearest.config(), torch.Generator().manual_seed(0), SHARED)
+    quantize_(unet, Precision.parse("w8a8"), nearest.config().recipe(), pool, torch.Generator().manual_seed(0))
     return unet

@@ -3,18 +3,20 @@
 The work is a queue of units, for one process or many: quantising a cell, then its generation batches and its errors. A
 unit takes one thread on a CPU and depends on no other but the cell's quantised checkpoint, so any number of processes
 gives the same bytes. What is finished is kept in `.resume/`, under a name that holds the hash of settings, inputs and
-code, until all cells are: a run that is killed, or of which a cell fails, goes on from there; within a quantisation,
-after the last block that was learned.
+code, until all cells are: a run that is killed, or of which a cell fails, goes on from there. What a quantisation
+learns is kept in `work/learned/`, unit by unit, for every cell that begins alike.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 
 import diffusers
@@ -23,12 +25,11 @@ import torch
 import baselines
 from benchmarks.models import Model
 from benchmarks.runtime import environment, files, manifest
-from benchmarks.runtime.closure import code_hash
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.files import ERRORS, IMAGES, OUTCOME, QUANTIZED, TRAJECTORY
 from benchmarks.runtime.images import TENSOR, batch_name
-from benchmarks.runtime.journal import MIB, FolderJournal, peak_memory, restart_peak
 from benchmarks.runtime.workers import run_units
+from benchmarks.runtime.workspace import MIB, MeasuredWorkspace, peak_memory, restart_peak
 from benchmarks.stages import calibrate
 from benchmarks.stages._setup import (
     batches,
@@ -44,19 +45,17 @@ from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
-from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, read_metadata, save_quantized
-from tfmq.journal import journaled
-from tfmq.network.offload import waiting_in
+from tfmq.checkpoint import load_quantized, packed_bytes, read_metadata, save_quantized
+from tfmq.closure import code_hash
 from tfmq.network.sampling import Step, predict_noise, sample
-from tfmq.network.unet import UNet, UNetLayout
+from tfmq.network.unet import UNet, UNetLayout, full_precision_bytes
 from tfmq.passes.correction import correction_of
-from tfmq.passes.temporal import temporal_feature_error
+from tfmq.passes.temporal_cache import temporal_feature_error
 from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
+from tfmq.quantization import quantize_
 
 PURPOSE = "sample"
-# In the folder of unfinished work: what the quantisation has learned so far.
-LEARNED = "learned"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
 
 def _make(works: Sequence[Work], device: torch.device, shards: int) -> None:
     """Do all units of some cells and put these together."""
-    failures = run_units((unit for work in works for unit in work.missing), _do, shards, device, then=_then)
+    units = (unit for work in _shared_last(works) for unit in work.missing)
+    failures = run_units(units, _do, shards, device, then=_then)
     _forget_networks()
     failed = {work.cell: error for (work, _), error in reversed(failures)}
     for work in works:
@@ -114,6 +114,25 @@ def _make(works: Sequence[Work], device: torch.device, shards: int) -> None:
         raise ExceptionGroup(f"{len(failed)} of {len(works)} cells failed", list(failed.values()))
     for work in works:
         shutil.rmtree(work.folder)
+
+
+def _shared_last(works: Sequence[Work]) -> list[Work]:
+    """The cells in an order in which those whose quantisation begins like another one's find it learned already."""
+    seen: Counter[object] = Counter()
+    order = []
+    for work in works:
+        beginning = _beginning(work) if work.quantized else work.cell
+        order.append((seen[beginning], work))
+        seen[beginning] += 1
+    return [work for _, work in sorted(order, key=lambda entry: entry[0])]
+
+
+def _beginning(work: Work) -> tuple[object, ...]:
+    """What decides the part of a quantisation that comes before activations."""
+    cell, precision = work.cell, Precision.parse(work.cell.precision)
+    recipe = _config(discover.method(cell.method), cell, work.overrides).recipe()
+    shared = tuple(takewhile(lambda step: not step.sees_activations, recipe))
+    return work.task.name, cell.protocol, cell.seed, precision.weight_bits, precision.quantizes_activations, shared
 
 
 def _remove_superseded(work: Work) -> None:
@@ -146,7 +165,7 @@ def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
     return Work(task, cell, str(device), resume.with_name(f"{resume.name}-{key}"), overrides, settings, inputs)
 
 
-def _config(method: baselines.Method, cell: Cell, overrides: dict[str, object]) -> object:
+def _config(method: baselines.Method, cell: Cell, overrides: dict[str, object]) -> baselines.Settings:
     """The method's settings: its defaults with what params.yaml overrides. Raises ValueError for unknown settings."""
     return read(method.config, overrides, f"methods.{cell.method}")
 
@@ -182,34 +201,31 @@ def _then(unit: tuple[Work, str]) -> list[tuple[Work, str]]:
 
 
 def _quantize(work: Work) -> None:
-    """Quantise a cell's UNet, or go on where a killed run was, block by block."""
+    """Quantise a cell's UNet, or go on where a killed run was, or where a cell that begins alike has been."""
     device = torch.device(work.device)
     _forget_networks()
     restart_peak(device)
     model = load_model(work.task, device)
     method = discover.method(work.cell.method)
-    config = _config(method, work.cell, work.overrides)
+    recipe = _config(method, work.cell, work.overrides).recipe()
     pool = calibrate.read_pool(work.task, work.cell.seed, device)
     generator = torch.Generator().manual_seed(seed_of(work.task.name, work.task.version, "quantize", work.cell.seed))
     full_bytes = full_precision_bytes(model.unet)
-    precision = Precision.parse(work.cell.precision)
-    learned = FolderJournal(work.folder / LEARNED, device)
-    with journaled(learned), waiting_in(partial(files.mapped, work.folder)):
-        report = method.quantize(model.unet, pool, precision, config, generator, _protocol(method, work.cell))
+    precision, protocol = Precision.parse(work.cell.precision), _protocol(method, work.cell)
+    workspace = MeasuredWorkspace(files.LEARNED / work.task.name, partial(files.mapped, work.folder), device=device)
+    report = quantize_(model.unet, precision, recipe, pool, generator, protocol, workspace)
     metadata = {
         "cell": asdict(work.cell),
         "settings": work.settings,
         "inputs": work.inputs,
-        "seconds": report.seconds,
-        "effort": asdict(report.effort),
+        "passes": [asdict(spent) for spent in report.passes],
         "coverage": [asdict(row) for row in report.coverage],
         "details": report.details,
         "size_mib": packed_bytes(model.unet) / MIB,
         "full_precision_size_mib": full_bytes / MIB,
-        "peak_memory_mib": max(peak_memory(device), learned.peak_memory_mib),
+        "peak_memory_mib": max(peak_memory(device), workspace.peak_memory_mib),
     }
     save_quantized(model.unet, work.folder / QUANTIZED, metadata)
-    shutil.rmtree(work.folder / LEARNED, ignore_errors=True)
 
 
 def _protocol(method: baselines.Method, cell: Cell) -> Protocol:

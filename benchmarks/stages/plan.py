@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.planning.page import TERA, plan
 from benchmarks.planning.planner import FLOAT, Item, Network, Planner, Rate
 from benchmarks.runtime.devices import device_of
-from benchmarks.runtime.journal import MIB, peak_memory, restart_peak
+from benchmarks.runtime.workspace import MIB, peak_memory, restart_peak
 from benchmarks.sources import catalogue
 from benchmarks.sources.catalogue import Source
 from benchmarks.sources.originals import expected

@@ -22,7 +22,6 @@ from benchmarks.features._clip import cosines, load_clip, prompt_vectors
 from benchmarks.metrics import References, ReferenceStatistics, reference_statistics
 from benchmarks.models import Model
 from benchmarks.runtime import files, manifest
-from benchmarks.runtime.closure import code_hash
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workers import run_all
 from benchmarks.stages import _data_features
@@ -38,6 +37,7 @@ from benchmarks.stages._setup import (
 )
 from benchmarks.suite import discover
 from benchmarks.suite.params import Suite, Task
+from tfmq.closure import code_hash
 
 __all__ = ["evaluator_of", "read", "run", "second_evaluator_of"]
 

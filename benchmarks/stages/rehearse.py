@@ -14,26 +14,26 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from baselines import Settings
 from benchmarks.planning import rehearsal_page
 from benchmarks.planning.planner import Network
 from benchmarks.runtime import environment, files
 from benchmarks.runtime.devices import device_of
-from benchmarks.runtime.journal import MIB, FolderJournal, peak_memory, restart_peak
+from benchmarks.runtime.workspace import MIB, peak_memory, restart_peak
 from benchmarks.stages import _setup
 from benchmarks.stages.plan import build, describe, timesteps_of
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
-from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, save_quantized
-from tfmq.journal import journaled
+from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
+from tfmq.cost import plan_cost
 from tfmq.network.calibration import CalibrationSet
-from tfmq.network.offload import waiting_in
 from tfmq.network.sampling import SamplingSettings
-from tfmq.network.unet import UNet
+from tfmq.network.unet import UNet, full_precision_bytes
 from tfmq.plan import SHARED
 from tfmq.precision import Precision
+from tfmq.quantization import quantize_
+from tfmq.workspace import Workspace
 
 FOLDER = files.RESULTS / "rehearsals"
 PAGE = files.RESULTS / "REHEARSALS.md"
@@ -59,7 +59,7 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
     described = describe(task)
     network = Network(build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens)
     pool = _pool(task, network, config, device)
-    held = config.memory(network.unet, _on_meta(pool), precision, protocol) if isinstance(config, Settings) else None
+    held = plan_cost(network.unet, precision, config.recipe(), _on_meta(pool), protocol).held
     files.WORK.mkdir(exist_ok=True)
     restart_peak(device)
     idle = peak_memory(device)
@@ -69,10 +69,11 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
     full_bytes = full_precision_bytes(unet)
     before = _predict(unet, pool)
     with TemporaryDirectory(prefix=".rehearse-", dir=files.WORK) as name:
-        journal = FolderJournal(Path(name) / "learned", device)
-        with journaled(journal), waiting_in(partial(files.mapped, Path(name))):
-            report = method.quantize(unet, pool, precision, config, torch.Generator().manual_seed(0), protocol)
-        peak = max(peak_memory(device), journal.peak_memory_mib)
+        workspace = Workspace()
+        workspace.allocate = partial(files.mapped, Path(name))
+        generator = torch.Generator().manual_seed(0)
+        report = quantize_(unet, precision, config.recipe(), pool, generator, protocol, workspace)
+        peak = peak_memory(device)
         after, size = _predict(unet, pool), packed_bytes(unet)
         path = Path(name) / "quantized.safetensors"
         save_quantized(unet, path, {})
@@ -96,10 +97,13 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "seconds": report.seconds,
-            "effort": dataclasses.asdict(report.effort),
+            "effort": {
+                "unet_evaluations": report.cost.unet_evaluations,
+                "optimizer_steps": report.cost.optimizer_steps,
+            },
             "peak_memory_mib": peak,
             "idle_memory_mib": idle,
-            "planned_memory_mib": None if held is None else held.memory / MIB,
+            "planned_memory_mib": None if held is None else held / MIB,
             "full_precision_size_mib": full_bytes / MIB,
             "size_mib": size / MIB,
             "stored_mib": stored / MIB,

@@ -141,14 +141,17 @@ def _measure(
 def _cost(cell: Cell, outcome: dict) -> Cost:
     pool = files.read_json(files.calibration(cell.task) / files.COST)
     quantized = cell.method != FULL_PRECISION
-    effort = outcome.get("effort", {"unet_evaluations": 0, "optimizer_steps": 0})
-    seconds = {"calibrate": pool["seconds"] if quantized else 0.0, **outcome.get("seconds", {})}
+    passes = outcome.get("passes", [])
+    seconds = {"calibrate": pool["seconds"] if quantized else 0.0}
+    for spent in passes:
+        seconds[spent["name"]] = seconds.get(spent["name"], 0.0) + spent["seconds"]
+    evaluations = sum(spent["unet_evaluations"] for spent in passes)
     return Cost(
         device=outcome["device"],
         seconds=seconds | {"sample": outcome["sample_seconds"]},
         peak_memory_mib=outcome["peak_memory_mib"],
-        unet_evaluations=effort["unet_evaluations"] + (pool["unet_evaluations"] if quantized else 0),
-        optimizer_steps=effort["optimizer_steps"],
+        unet_evaluations=evaluations + (pool["unet_evaluations"] if quantized else 0),
+        optimizer_steps=sum(spent["optimizer_steps"] for spent in passes),
         size_mib=outcome["size_mib"],
         full_precision_size_mib=outcome["full_precision_size_mib"],
     )

@@ -64,8 +64,8 @@ class Value:
 class Cost:
     """What quantising and sampling took.
 
-    ``seconds`` is wall time by phase: of quantising (``calibrate``, ``weights``, ``activations``), in one process, and
-    of ``sample``, which is summed over the processes that share it.
+    ``seconds`` is wall time by phase: of quantising (``calibrate`` and each pass, by its name), in one process, and of
+    ``sample``, which is summed over the processes that share it.
     ``unet_evaluations`` counts the samples that went through the UNet while quantising, ``optimizer_steps`` the steps
     of all reconstructions. Sizes are those of the UNet's weights as stored. ``execution`` says whether low-bit
     arithmetic was ``simulated`` by fake quantisation or ``executed`` by integer kernels.

@@ -18,6 +18,7 @@ from tfmq.network.sampling import predict_noise
 from tfmq.network.unet import UNetLayout
 from tfmq.plan import SHARED, activation_quantizers
 from tfmq.precision import FULL, Precision
+from tfmq.quantization import quantize_
 
 METHODS = discover.names(discover.METHODS)
 PUBLISHED = [name for name in METHODS if discover.method(name).published is not None]
@@ -46,7 +47,7 @@ def quantized(name, kind, precision, published=False):
     full = copy.deepcopy(unet)
     pool = kind.pool(full)
     before, state = copy.deepcopy(pool.tensors), torch.random.get_rng_state()
-    report = method.quantize(unet, pool, precision, small(method), networks.generator(), protocol)
+    report = quantize_(unet, precision, small(method).recipe(), pool, networks.generator(), protocol)
     assert all(torch.equal(tensor, before[key]) for key, tensor in pool.tensors.items()), "the pool is shared"
     assert torch.equal(torch.random.get_rng_state(), state), "the generator is the only source of randomness"
     return unet, full, report
@@ -65,7 +66,7 @@ def test_quantises_every_layer_or_says_why_not(name, kind, precision):
     layers = {path for path, module in full.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     assert layers - covered <= set(UNetLayout.of(full).temporal), "only temporal layers can be dropped for a cache"
     assert all(quantizer.enabled for quantizer in activation_quantizers(unet).values())
-    assert set(report.seconds) == {"weights", "activations"}
+    assert set(report.seconds) == {step.name for step in small(discover.method(name)).recipe()}
     assert json.loads(json.dumps(report.details, allow_nan=False)) == report.details
     x, step, conditioning = networks.noise(2), torch.tensor(401), networks.KINDS[kind].conditioning(2)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from baselines import ptqd_mixed
 from benchmarks.suite import discover
 from tests.baselines.test_contract import METHODS, PUBLISHED, quantized, small
 from tests.tfmq import networks
-from tfmq.checkpoint import full_precision_bytes
+from tfmq.network.unet import full_precision_bytes
 from tfmq.plan import SHARED
 from tfmq.precision import Precision
 

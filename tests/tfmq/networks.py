@@ -8,10 +8,19 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel, VQModel
 
-from tfmq.network.calibration import CalibrationSet, collect_calibration
+from tfmq.network.calibration import CalibrationSet, Draw, Spaced, collect_calibration
 from tfmq.network.sampling import Conditioning, SamplingSettings, sample
 from tfmq.network.unet import UNet
+from tfmq.passes import Recipe
+from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.block_reconstruction import BlockReconstruction
 from tfmq.passes.correction import correction_of
+from tfmq.passes.finite_set import FiniteSetCalibration
+from tfmq.passes.grids import Grids
+from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
+from tfmq.passes.step_sizes import StepSizes
+from tfmq.passes.temporal_reconstruction import TemporalReconstruction
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
 
 SETTINGS = SamplingSettings(steps=5)
 
@@ -119,6 +128,33 @@ KINDS = {
     "class": Kind(conditional, scheduler, SamplingSettings(steps=5, guidance_scale=3.0), tokens=1),
     "text": Kind(conditional, pndm, SamplingSettings(steps=5, guidance_scale=7.5), tokens=5),
 }
+
+
+def recipe(
+    *,
+    rounding: RoundingConfig | None = None,
+    temporal: RoundingConfig | None = None,
+    scales: str = "shared",
+    step_sizes: StepSizeConfig | None = None,
+    split_shortcuts: bool = False,
+    weight_range: str = "search",
+    data: Draw = Spaced(5, 4),
+    batch: int = 64,
+    memory_bytes: int = 2**30,
+) -> Recipe:
+    """The usual passes: nearest rounding in the place of what is not learned, and rows that are drawn by ``data``."""
+    passes = [Grids(split_shortcuts=split_shortcuts), WeightRanges(weight_range)]
+    if temporal is not None:
+        passes.append(TemporalReconstruction(temporal))
+    if rounding is not None:
+        passes.append(BlockReconstruction(rounding, data, batch, memory_bytes))
+    passes.append(RoundToNearest())
+    if scales == "temporal":
+        passes.append(FiniteSetCalibration())
+    passes.append(ActivationRanges(data, batch=batch, per_step=scales == "per_step"))
+    if step_sizes is not None:
+        passes.append(StepSizes(step_sizes, data, batch, memory_bytes))
+    return tuple(passes)
 
 
 def generator() -> torch.Generator:

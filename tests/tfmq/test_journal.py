@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from tfmq.journal import Effort, journaled, learn_unit
 
 from benchmarks.suite import discover
 from tests.tfmq import networks
-from tfmq.journal import Effort, journaled, learn_unit
 from tfmq.network.unet import UNetLayout
 from tfmq.passes import reconstruction
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from tfmq.memory import planned_memory
 
 from tests.tfmq import networks, originals
-from tfmq.memory import planned_memory
 from tfmq.network.calibration import CalibrationRows
 from tfmq.network.offload import stream_bytes, waiting_in
 from tfmq.network.unet import UNet, UNetLayout

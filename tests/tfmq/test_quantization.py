@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tfmq.passes.temporal import temporal_feature_error
 
 from tests.tfmq import networks
 from tfmq import quantization
@@ -16,7 +17,6 @@ from tfmq.network.calibration import CalibrationRows
 from tfmq.network.offload import BlockStream, Place, waiting_in
 from tfmq.network.unet import UNet, UNetLayout
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.passes.temporal import temporal_feature_error
 from tfmq.plan import activation_quantizers, coverage, insert_quantizers, plan_for, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_

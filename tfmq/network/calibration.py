@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 
 from tfmq.network.sampling import Conditioning, SamplingSettings, Step, sample
 from tfmq.network.unet import UNet
+from tfmq.settings import check_counts, check_numbers
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,67 @@ class CalibrationSet:
             return CalibrationRows(latents, timesteps, context)
         context = torch.cat([context, self.unconditional[images]])
         return CalibrationRows(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), context)
+
+
+Draw = Callable[[CalibrationSet, torch.Generator], CalibrationRows]
+
+
+@dataclass(frozen=True)
+class Spaced:
+    """A draw of rows at uniformly spaced time steps: ``CalibrationSet.spaced``.
+
+    Attributes:
+        steps: how many time steps; None takes every one of the schedule.
+        images: how many images at each.
+        shuffled: in random order, instead of step by step.
+    """
+
+    steps: int | None
+    images: int
+    shuffled: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, "images", *(() if self.steps is None else ("steps",)))
+
+    def __call__(
+        self, pool: CalibrationSet, generator: torch.Generator, among: Tensor | None = None
+    ) -> CalibrationRows:
+        """The rows; ``among`` restricts the draw to these time steps."""
+        rows = pool.spaced(pool.steps if self.steps is None else self.steps, self.images, among)
+        return rows.shuffled(generator) if self.shuffled else rows
+
+
+@dataclass(frozen=True)
+class NormallyDistributed:
+    """PTQ4DM's draw of rows at normally distributed time steps: ``CalibrationSet.normal``.
+
+    Attributes:
+        rows: how many; under guidance, of each half.
+        mean: of the drawn steps, as a share of the schedule from its clean end.
+        deviation: likewise; None for sqrt(T / 2) steps of a schedule of T.
+        shuffled: in another random order.
+    """
+
+    rows: int
+    mean: float
+    deviation: float | None = None
+    shuffled: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rows")
+        check_numbers(self, "mean", *(() if self.deviation is None else ("deviation",)))
+
+    def __call__(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
+        rows = self.rows_of(pool, generator)
+        return rows.shuffled(generator) if self.shuffled else rows
+
+    def rows_of(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
+        """The rows as they are drawn, before they are shuffled."""
+        return pool.normal(self.rows, self.mean, self.deviation_in(pool), generator)
+
+    def deviation_in(self, pool: CalibrationSet) -> float:
+        """The deviation as a share of the schedule of ``pool``."""
+        return math.sqrt(pool.steps / 2) / pool.steps if self.deviation is None else self.deviation
 
 
 def normal_steps(count: int, mean: float, deviation: float, steps: int, generator: torch.Generator) -> Tensor:

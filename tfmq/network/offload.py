@@ -2,14 +2,11 @@
 
 So one pass over the network serves all blocks, where restarting from the input for every block costs a number of
 evaluations quadratic in depth. Full precision and quantised stream side by side. Where rows wait changes nothing of
-what comes out; too many for the memory can wait on a disk (``waiting_in``).
+what comes out; too many for the memory can wait on a disk (`tfmq.workspace`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -18,23 +15,9 @@ from torch import Tensor
 from tfmq.network.calibration import CalibrationRows
 from tfmq.network.unet import Block, UNet, UNetLayout, run_block, time_features
 from tfmq.plan import announce_step
+from tfmq.workspace import Allocate
 
 Inputs = tuple[Tensor, ...]
-Allocate = Callable[[int, torch.dtype], Tensor]
-_room: ContextVar[Allocate | None] = ContextVar("room", default=None)
-
-
-@contextmanager
-def waiting_in(allocate: Allocate) -> Iterator[None]:
-    """Let rows for which there is not memory enough wait in flat CPU tensors that ``allocate(elements, dtype)`` gives.
-
-    Such as mapped files; a tensor is let go as soon as it is of no use. Elsewhere such rows are refused.
-    """
-    token = _room.set(allocate)
-    try:
-        yield
-    finally:
-        _room.reset(token)
 
 
 @dataclass(frozen=True)
@@ -137,21 +120,29 @@ def stream_bytes(unet: UNet, layout: UNetLayout, row: CalibrationRows) -> int:
     return peak
 
 
-def place_for(unet: UNet, layout: UNetLayout, rows: CalibrationRows, streams: int, memory_bytes: int) -> Place:
+def place_for(
+    unet: UNet,
+    layout: UNetLayout,
+    rows: CalibrationRows,
+    streams: int,
+    memory_bytes: int,
+    allocate: Allocate | None,
+) -> Place:
     """Where ``rows`` wait: with the UNet; in the host's memory where they would take half of a GPU's.
 
-    More than ``memory_bytes`` wait where ``waiting_in`` says; without it, raises ValueError, saying how many rows fit.
+    More than ``memory_bytes`` wait in what ``allocate`` gives; without it, raises ValueError, saying how many rows fit.
     """
     per_row = streams * stream_bytes(unet, layout, rows[:1])
     needed, fitting = per_row * len(rows), memory_bytes // per_row
     host = torch.device("cpu")
     if needed > memory_bytes:
-        if _room.get() is not None:
-            return Place(host, _room.get())
+        if allocate is not None:
+            return Place(host, allocate)
         fewer = f"use at most {fitting} rows or " if fitting else ""
         raise ValueError(
             f"{len(rows)} calibration rows need {needed:,} bytes ({needed / 2**30:.2f} GiB) between blocks, one row "
-            f"{per_row:,}, and memory_bytes allows {memory_bytes:,}: {fewer}raise memory_bytes"
+            f"{per_row:,}, and memory_bytes allows {memory_bytes:,}: {fewer}raise memory_bytes, or give a workspace "
+            "that lets rows wait on a disk"
         )
     if unet.device.type == "cuda" and needed > torch.cuda.mem_get_info(unet.device)[0] // 2:
         return Place(host)

@@ -208,3 +208,8 @@ def run_block(unet: UNet, block: Block, hidden: Tensor, embedding: Tensor, conte
             hidden = unet.conv_act(unet.conv_norm_out(hidden))
         return module(hidden)
     return module(hidden)
+
+
+def full_precision_bytes(unet: UNet) -> int:
+    """Size of the network's parameters at 32 bits, in bytes."""
+    return sum(parameter.numel() * 4 for parameter in unet.parameters())

@@ -14,15 +14,23 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import dataclass
 from functools import wraps
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from tfmq.network.calibration import CalibrationSet
+from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
 from tfmq.network.unet import UNet
+from tfmq.passes import Cost, Pass
+from tfmq.settings import check_counts
+
+if TYPE_CHECKING:
+    from tfmq.cost import Shapes
+    from tfmq.session import Session
 
 
 def error_slope(noise: Tensor, error: Tensor) -> Tensor:
@@ -115,6 +123,37 @@ class NoiseCorrection(nn.Module):
             return corrected, eta
         deviation = self.deviations[index].item() / (1 + slope)
         return corrected, eta * reduced_sigma(sigma, alpha, previous, deviation) / sigma
+
+
+@dataclass(frozen=True)
+class MeasureCorrection(Pass):
+    """Measure the quantised network's error on the pool's trajectory, and let the network carry the correction.
+
+    Attributes:
+        images: of the pool, at most as many as it holds; each is evaluated at every step.
+        batch: images evaluated at once.
+    """
+
+    images: int = 1024
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        check_counts(self, "images", "batch")
+
+    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+        """See `Pass`."""
+        attach_correction(session.unet, measure_correction(session.unet, session.pool, self.images, self.batch))
+        session.count_evaluations(trajectory_evaluations(session.pool, self.images))
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+        """See `Pass`."""
+        return Cost(trajectory_evaluations(shapes.pool, self.images))
+
+
+def trajectory_evaluations(pool: CalibrationSet, images: int) -> int:
+    """Sample evaluations that one pass over the pool's trajectory takes, two each under guidance."""
+    halves = 1 if pool.unconditional is None else 2
+    return halves * pool.steps * min(images, pool.images)
 
 
 def attach_correction(unet: UNet, correction: NoiseCorrection) -> None:

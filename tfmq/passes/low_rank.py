@@ -10,37 +10,80 @@ convolution to r channels followed by one of a single pixel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
+from tfmq.cost import Shapes, evaluation_bytes
 from tfmq.modules.layers import QuantizedLayer
-from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import UNet
-from tfmq.settings import check_counts
+from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes import Cost, Memory, Pass
+from tfmq.passes.weight_ranges import WeightRange
+from tfmq.plan import QuantizationPlan, quantized_layers
+from tfmq.session import Session
+from tfmq.settings import check_choices, check_counts
 
 HALF = torch.float16
 
 
 @dataclass(frozen=True)
-class LowRankConfig:
-    """Settings of the branch.
+class LowRankBranches(Pass):
+    """Smooth each layer and give it a low-rank branch; the residual is left for a later pass to round.
 
     Attributes:
         rank: of the branch; a layer no larger than that in one of its dimensions gets none.
         candidates: migration strengths that are tried, i / (candidates - 1); a single one is 0.5.
         search_rows: calibration rows, spread evenly, on which candidates are compared.
+        range: of the residual while they are compared, as in `tfmq.passes.weight_ranges.WeightRanges`.
+        data: which rows of the pool the largest input of each channel is taken from.
+        batch: rows evaluated at once.
     """
 
     rank: int
     candidates: int
     search_rows: int
+    range: WeightRange = "minmax"
+    data: Draw = Spaced(20, 64)
+    batch: int = 64
 
     def __post_init__(self) -> None:
-        check_counts(self, "rank", "candidates", "search_rows")
+        check_choices(self)
+        check_counts(self, "rank", "candidates", "search_rows", "batch")
+
+    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+        """See `Pass`."""
+        layers = {
+            path: replace(layer, rank=self.rank if has_branch(unet.get_submodule(path), self.rank) else 0)
+            for path, layer in plan.layers.items()
+        }
+        return replace(plan, layers=layers)
+
+    def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
+        """See `Pass`."""
+        return self.data(pool, generator)
+
+    def run(self, session: Session, rows: CalibrationRows) -> None:
+        """See `Pass`; ``migration_strengths`` among the report's details are by layer, None for no smoothing."""
+        layers = {path: layer for path, layer in quantized_layers(session.unet).items() if layer.rank}
+        strengths = add_branches(session.full, layers, rows, self)
+        session.report.details |= {"migration_strengths": strengths}
+        session.count_evaluations(self._evaluations(rows))
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
+        """See `Pass`."""
+        return Cost(self._evaluations(rows))
+
+    def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
+        """See `Pass`."""
+        largest = max(self.batch, min(self.search_rows, len(rows)))
+        return Memory(shapes.largest(rows, largest, evaluation_bytes))
+
+    def _evaluations(self, rows: CalibrationRows) -> int:
+        return len(rows) + min(self.search_rows, len(rows))
 
 
 def smoothing_factors(input_largest: Tensor, weight_largest: Tensor, strength: float) -> Tensor:
@@ -96,9 +139,7 @@ def add_branches(
     full: UNet,
     layers: dict[str, QuantizedLayer],
     rows: CalibrationRows,
-    config: LowRankConfig,
-    weight_range: str,
-    batch: int,
+    config: LowRankBranches,
 ) -> dict[str, float | None]:
     """Smooth each of ``layers`` and split its weight; returns the migration strength of each, None for no smoothing.
 
@@ -126,14 +167,14 @@ def add_branches(
 
         def error(strength: float | None) -> float:
             split_weight(twin, weight, smoothings[strength])
-            twin.find_weight_range(weight_range)
+            twin.find_weight_range(config.range)
             twin.fold()
             return (twin(x) - output).square().mean().item()
 
         chosen[path] = min(smoothings, key=error)
         split_weight(twin, weight, smoothings[chosen[path]])
 
-    _run_hooked(full, layers, rows, batch, record)
+    _run_hooked(full, layers, rows, config.batch, record)
     spread = torch.arange(min(config.search_rows, len(rows))) * len(rows) // min(config.search_rows, len(rows))
     _run_hooked(full, layers, rows[spread], len(spread), choose)
     return chosen

@@ -1,7 +1,7 @@
 """Learning roundings and step sizes so that a part of the network reproduces its full-precision output.
 
-One loop each for roundings and step sizes serves single layers, blocks and the temporal information block. Blocks are
-fed by `tfmq.network.offload`, and what is learned goes through `tfmq.journal`.
+One loop each for roundings and step sizes serves single layers, blocks and the temporal information block: the passes
+that learn call these with a loss of their own.
 """
 
 from __future__ import annotations
@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from tfmq.journal import Effort, learn_unit
+from tfmq.cost import backward_bytes
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.modules.layers import QuantizedLayer
-from tfmq.network.calibration import CalibrationRows
-from tfmq.network.offload import BlockStream, place_for
-from tfmq.network.unet import UNet, UNetLayout, time_features
+from tfmq.network.offload import BlockStream
+from tfmq.network.unet import Block, UNet, time_features
 from tfmq.numerics.rounding import annealed_beta
-from tfmq.plan import activation_quantizers, quantized_layers
+from tfmq.plan import quantized_layers
+from tfmq.session import Session
 from tfmq.settings import check_counts, check_numbers, check_positive
 
 
@@ -59,6 +57,9 @@ class StepSizeConfig:
 
 
 Loss = Callable[[Tensor], Tensor]
+# Tensors of a weight's shape while its rounding is learned: alpha, its gradient, Adam's two; floor, free scale, h,
+# slope and the stretched sigmoid of AdaRound; the gradient of the rounded weight.
+ROUNDING_TENSORS = 10
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, norm: float) -> Tensor:
@@ -74,13 +75,14 @@ def _finite(loss: Tensor) -> float:
     return value
 
 
-def _loss(predict: Callable[[Tensor], Tensor], targets: Tensor, norm: float, index: Tensor) -> Tensor:
-    prediction = predict(index)
-    return reconstruction_loss(prediction, targets[index].to(prediction.device), norm)
+def loss_against(targets: Tensor, predict: Callable[[Tensor], Tensor], norm: float) -> Loss:
+    """The reconstruction loss of ``predict(row indices)`` against the same rows of ``targets``."""
 
+    def loss(index: Tensor) -> Tensor:
+        prediction = predict(index)
+        return reconstruction_loss(prediction, targets[index].to(prediction.device), norm)
 
-def _evaluate_layer(layer: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
-    return layer(inputs[index])
+    return loss
 
 
 def random_batches(rows: int, batch: int, iterations: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -140,18 +142,12 @@ def learn_step_sizes(
 
 
 def learn_roundings(
-    name: str,
-    layers: Mapping[str, QuantizedLayer],
-    loss: Loss,
-    rows: int,
-    config: RoundingConfig,
-    generator: torch.Generator,
-    effort: Effort,
+    session: Session, unit: str, layers: Mapping[str, QuantizedLayer], loss: Loss, rows: int, config: RoundingConfig
 ) -> None:
     """Learn the rounding of ``layers`` as one unit, on random batches of so many ``rows``, and fold them."""
 
     def learn() -> list[float]:
-        batches = random_batches(rows, config.batch, config.iterations, generator)
+        batches = random_batches(rows, config.batch, config.iterations, session.generator)
         return learn_rounding(list(layers.values()), loss, batches, config)
 
     def learned() -> dict[str, Tensor]:
@@ -161,22 +157,16 @@ def learn_roundings(
         for path, layer in layers.items():
             layer.load_codes(codes[path].to(layer.weight.device))
 
-    learn_unit(name, learn, learned, restore, generator, effort)
+    session.learn(unit, learn, learned, restore)
 
 
 def learn_scales(
-    name: str,
-    quantizers: Mapping[str, FakeQuantize],
-    loss: Loss,
-    rows: int,
-    config: StepSizeConfig,
-    generator: torch.Generator,
-    effort: Effort,
+    session: Session, unit: str, quantizers: Mapping[str, FakeQuantize], loss: Loss, rows: int, config: StepSizeConfig
 ) -> None:
     """Learn the scales of ``quantizers`` as one unit, on random batches of so many ``rows``."""
 
     def learn() -> list[float]:
-        batches = random_batches(rows, config.batch, config.iterations, generator)
+        batches = random_batches(rows, config.batch, config.iterations, session.generator)
         return learn_step_sizes(list(quantizers.values()), loss, batches, config)
 
     def learned() -> dict[str, Tensor]:
@@ -186,98 +176,11 @@ def learn_scales(
         for path, quantizer in quantizers.items():
             quantizer.scale = scales[path].to(quantizer.scale.device)
 
-    learn_unit(name, learn, learned, restore, generator, effort)
-
-
-def reconstruct_weights(
-    unet: UNet,
-    full: UNet,
-    layout: UNetLayout,
-    rows: CalibrationRows,
-    config: RoundingConfig,
-    generator: torch.Generator,
-    effort: Effort,
-    *,
-    batch: int,
-    memory_bytes: int,
-) -> None:
-    """Learn the roundings of all layers not folded yet: first the time-embedding layers, then block by block.
-
-    Inputs come from the network quantised so far, targets from ``full``; activations are not quantised (the weight pass
-    of BRECQ as Q-Diffusion and TFMQ-DM run it).
-    """
-    place = place_for(full, layout, rows, 2, memory_bytes)
-    for path in layout.time_embedding:
-        layers = _unfolded(unet, path)
-        if layers:
-            inputs, targets = _time_layer_data(unet, full, path, rows.timesteps.unique())
-            loss = partial(_loss, partial(_evaluate_layer, layers[path], inputs), targets, config.norm)
-            learn_roundings(f"weights-{path}", layers, loss, len(inputs), config, generator, effort)
-    reference, stream = BlockStream(full, rows, batch, place), BlockStream(unet, rows, batch, place)
-    for block in tqdm(layout.blocks, desc="weights", disable=None):
-        targets = reference.outputs(block, reference.inputs(block))
-        reference.advance(block, targets)
-        inputs = stream.inputs(block)
-        layers = _unfolded(unet, block.path)
-        if layers:
-            loss = partial(_loss, partial(stream.evaluate, unet, block, inputs), targets, config.norm)
-            learn_roundings(f"weights-{block.path}", layers, loss, len(rows), config, generator, effort)
-        stream.advance(block, stream.outputs(block, inputs))
-    effort.unet_evaluations += 2 * len(rows)
-
-
-def reconstruct_activations(
-    unet: UNet,
-    full: UNet,
-    layout: UNetLayout,
-    rows: CalibrationRows,
-    config: StepSizeConfig,
-    generator: torch.Generator,
-    effort: Effort,
-    *,
-    batch: int,
-    memory_bytes: int,
-) -> None:
-    """Learn the activation step sizes of frozen quantisers: time-embedding layers, then block by block.
-
-    Inputs and targets both come from ``full``, as in Q-Diffusion's released activation pass. Tables stay as they are.
-    """
-    place = place_for(full, layout, rows, 1, memory_bytes)
-    for path in layout.time_embedding:
-        quantizers = _learnable(unet, path)
-        if quantizers:
-            inputs, targets = _time_layer_data(full, full, path, rows.timesteps.unique())
-            layer = unet.get_submodule(path)
-            loss = partial(_loss, partial(_evaluate_layer, layer, inputs), targets, config.norm)
-            learn_scales(f"activations-{path}", quantizers, loss, len(inputs), config, generator, effort)
-    reference = BlockStream(full, rows, batch, place)
-    for block in tqdm(layout.blocks, desc="activations", disable=None):
-        inputs = reference.inputs(block)
-        targets = reference.outputs(block, inputs)
-        quantizers = _learnable(unet, block.path)
-        if quantizers:
-            loss = partial(_loss, partial(reference.evaluate, unet, block, inputs), targets, config.norm)
-            learn_scales(f"activations-{block.path}", quantizers, loss, len(rows), config, generator, effort)
-        reference.advance(block, targets)
-    effort.unet_evaluations += len(rows)
-
-
-def _unfolded(unet: UNet, path: str) -> dict[str, QuantizedLayer]:
-    """The quantised layers at or below ``path`` whose weights are not rounded yet, by path in ``unet``."""
-    return {name: layer for name, layer in _below(path, quantized_layers(unet)) if layer.codes is None}
-
-
-def _learnable(unet: UNet, path: str) -> dict[str, FakeQuantize]:
-    """The quantisers at or below ``path`` that have one scale for all steps, by path in ``unet``."""
-    return {name: q for name, q in _below(path, activation_quantizers(unet)) if q.enabled and not q.per_step}
-
-
-def _below(path: str, parts: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    return [(name, part) for name, part in parts.items() if name == path or name.startswith(f"{path}.")]
+    session.learn(unit, learn, learned, restore)
 
 
 @torch.no_grad()
-def _time_layer_data(unet: UNet, full: UNet, path: str, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def time_layer_data(unet: UNet, full: UNet, path: str, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs (S, D_in) of a time-embedding layer in ``unet`` and its outputs (S, D_out) in ``full``, step by step."""
     seen: dict[str, Tensor] = {}
     hooks = [
@@ -291,3 +194,29 @@ def _time_layer_data(unet: UNet, full: UNet, path: str, timesteps: Tensor) -> tu
         for hook in hooks:
             hook.remove()
     return seen["inputs"], seen["targets"]
+
+
+def below(path: str, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of ``parts``, by path, that are at or below ``path``."""
+    return {name: part for name, part in parts.items() if name == path or name.startswith(f"{path}.")}
+
+
+def learning_bytes(stream: BlockStream, block: Block) -> int:
+    """What learning the roundings of a block takes: their state, and what the backward pass needs."""
+    layers = quantized_layers(stream.unet.get_submodule(block.path)).values()
+    state = sum(ROUNDING_TENSORS * layer.weight.nbytes for layer in layers)
+    own = [tensor for layer in layers for tensor in _tensors(layer.learn_rounding())]
+    inputs = stream.inputs(block)
+
+    def loss() -> Tensor:
+        output = stream.evaluate(stream.unet, block, inputs, slice(None))
+        return reconstruction_loss(output, torch.empty_like(output), 2.0)
+
+    found = state + backward_bytes(stream.unet, loss, own)
+    for layer in layers:
+        layer.rounding = None
+    return found
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.buffers(), *module.parameters()]

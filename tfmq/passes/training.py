@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from tfmq.cost import Shapes
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
-from tfmq.network.unet import UNet
+from tfmq.network.unet import UNet, UNetLayout
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize, quantize
 from tfmq.numerics.observer import search
+from tfmq.passes import Cost, Pass
+from tfmq.passes.predicted_step_sizes import PredictedStepSizes
 from tfmq.passes.step_network import StepNetworks, set_tables
-from tfmq.plan import activation_quantizers, quantized_layers
+from tfmq.plan import QuantizationPlan, activation_quantizers, quantized_layers
+from tfmq.session import Session
 from tfmq.settings import check_counts, check_numbers, check_positive
 
 GUIDANCE_DROPOUT = 0.1
@@ -82,6 +86,46 @@ class TrainingConfig:
         check_positive(self, "learning_rate", "network_learning_rate")
         check_numbers(self, "weight_decay", least=0)
         check_numbers(self, "warmup", least=0, most=1)
+
+
+@dataclass(frozen=True)
+class QuantizationAwareTraining(Pass):
+    """Train weights, their step sizes and the networks that predict those of activations, jointly.
+
+    Attributes:
+        training: settings of the training.
+        step_sizes: how the networks start; no earlier pass need have quantised anything.
+    """
+
+    training: TrainingConfig = TrainingConfig()
+    step_sizes: PredictedStepSizes = PredictedStepSizes()
+
+    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+        """See `Pass`."""
+        return self.step_sizes.amend(plan, unet, layout)
+
+    def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
+        """See `Pass`."""
+        return self.step_sizes.draw(pool, generator)
+
+    def run(self, session: Session, rows: CalibrationRows) -> None:
+        """See `Pass`. One training row counts as one evaluation, though its backward pass costs two more."""
+        networks = self.step_sizes.fitted(session, rows)
+        trace = train(session.unet, networks, session.pool, self.training, session.generator)
+        self.step_sizes.tabulate(session, networks)
+        session.count_evaluations(len(trace) * self.training.batch)
+        session.count_steps(len(trace))
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
+        """See `Pass`."""
+        iterations = self.training.iterations
+        trained = iterations * self.training.batch
+        shapes.rounded |= shapes.unrounded
+        return self.step_sizes.cost(shapes, rows) + Cost(trained, iterations, trained)
+
+    def memory(self, shapes: Shapes, rows: CalibrationRows) -> None:
+        """Not known: the whole network is trained at once."""
+        return None
 
 
 def train(

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from benchmarks.runtime.journal import FolderJournal
 from safetensors.torch import load_file, save_file
 
 import baselines.nearest
 from benchmarks.runtime import files, journal, manifest
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.images import Images, batch_name
-from benchmarks.runtime.journal import FolderJournal
 from benchmarks.stages import generate as stage
 from benchmarks.stages._setup import draw_noise
 from benchmarks.suite import params

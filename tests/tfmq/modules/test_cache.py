@@ -3,13 +3,13 @@ from functools import cache
 
 import pytest
 import torch
+from tfmq.passes.temporal import cache_temporal_features, temporal_feature_error
 
 from tests.tfmq import networks
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
 from tfmq.modules.cache import CachedProjection, NoTimeEmbedding, cached_projections
 from tfmq.network.unet import UNetLayout, temporal_features
 from tfmq.passes.reconstruction import RoundingConfig
-from tfmq.passes.temporal import cache_temporal_features, temporal_feature_error
 from tfmq.plan import SHARED, Protocol, coverage, plan_for, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import QuantizationConfig, quantize_

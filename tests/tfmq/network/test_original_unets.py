@@ -14,10 +14,11 @@ from torch import nn
 
 from benchmarks.sources.originals.keys import latent_unet
 from tests.tfmq import networks, originals
-from tfmq.checkpoint import full_precision_bytes, load_quantized, packed_bytes, save_quantized
+from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
 from tfmq.network.calibration import CalibrationRows
 from tfmq.network.unet import (
     UNetLayout,
+    full_precision_bytes,
     restore_attention_heads,
     run_block,
     set_attention_heads,

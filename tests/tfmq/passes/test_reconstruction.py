@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from tfmq.journal import Effort
+from tfmq.passes.temporal import reconstruct_temporal
 
 from tests.tfmq.oracle import regularizer, tensors
-from tfmq.journal import Effort
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.layers import quantized_layer
 from tfmq.network.unet import UNetLayout, temporal_features
@@ -22,7 +23,6 @@ from tfmq.passes.reconstruction import (
     random_batches,
     reconstruction_loss,
 )
-from tfmq.passes.temporal import reconstruct_temporal
 from tfmq.plan import LayerPlan, QuantizationPlan, insert_quantizers, quantized_layers
 
 BITS = 4

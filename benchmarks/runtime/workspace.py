@@ -1,49 +1,45 @@
-"""What a quantisation has learned so far, in a folder, so that a killed run goes on there; and the memory it takes."""
+"""What quantisations have learned, kept in a folder for all cells of a task; and the memory that it took."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.runtime import files
+from tfmq.workspace import FolderWorkspace
 
 MIB = 2**20
 PEAK = "peak_memory_mib"
 
 
-class FolderJournal:
-    """A `tfmq.journal.Journal` of one file a unit.
+@dataclass
+class MeasuredWorkspace(FolderWorkspace):
+    """A folder workspace that keeps with each unit how much memory the process that learned it took.
 
     Attributes:
-        peak_memory_mib: most memory that the units which were taken from it took, of the processes that learned them.
+        device: whose memory it is.
+        peak_memory_mib: the most that the units which were taken from it took.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder = folder
-        self.device = device
-        self.peak_memory_mib = 0.0
+    device: torch.device = field(kw_only=True)
+    peak_memory_mib: float = 0.0
 
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        """What was put under ``key``, or None. Raises ValueError if it is damaged."""
-        path = self._path(key)
-        if not path.is_file():
-            return None
-        tensors = files.read_tensors(path)
-        self.peak_memory_mib = max(self.peak_memory_mib, tensors.pop(PEAK).item())
+    def get(self, address: str) -> dict[str, Tensor] | None:
+        """See `FolderWorkspace`."""
+        tensors = super().get(address)
+        if tensors is not None:
+            self.peak_memory_mib = max(self.peak_memory_mib, tensors.pop(PEAK).item())
         return tensors
 
-    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep ``tensors``; the file is there whole or not at all."""
+    def put(self, address: str, tensors: dict[str, Tensor]) -> None:
+        """See `FolderWorkspace`."""
         peak = torch.tensor(peak_memory(self.device), dtype=torch.float64)
-        files.write_tensors(self._path(key), tensors | {PEAK: peak})
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        super().put(address, tensors | {PEAK: peak})
 
 
 def restart_peak(device: torch.device) -> None:

@@ -1,0 +1,221 @@
+"""What a quantisation will cost, said before it is done: evaluations, optimiser steps and memory, pass by pass.
+
+Passes say it themselves, from shapes alone: the network is on the meta device. Memory is an estimate, since what
+kernels and the allocator use is only guessed: counted are the networks, the rows that wait between two blocks, and what
+the part of the network that takes most takes while it is learned or evaluated, which is run on the meta device for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.offload import BlockStream, Place, stream_bytes
+from tfmq.network.unet import Block, UNet, UNetLayout, full_precision_bytes
+from tfmq.passes import Cost, Memory, Recipe
+from tfmq.plan import SHARED, Protocol, QuantizationPlan, insert_quantizers, plan_for, quantized_layers
+from tfmq.precision import Precision
+
+Measure = Callable[[BlockStream, Block], int]
+# Tensors of the largest size that are there at once besides: gradients on their way, or what kernels work on.
+WORKING_TENSORS = 3
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a quantisation will cost.
+
+    Attributes:
+        costs: of each pass, in order, with its name.
+        networks: bytes of the full-precision network, the quantised one and its codes.
+        memories: of each pass, None where that is not known; empty if memory was not asked for.
+    """
+
+    costs: tuple[tuple[str, Cost], ...]
+    networks: int
+    memories: tuple[Memory | None, ...] = ()
+
+    @property
+    def cost(self) -> Cost:
+        """Of all passes together."""
+        return sum((cost for _, cost in self.costs), Cost())
+
+    @property
+    def held(self) -> int | None:
+        """Most bytes that are held in memory at once; None where that is not known."""
+        return None if self._memories is None else self.networks + max(memory.held for memory in self._memories)
+
+    @property
+    def on_disk(self) -> int | None:
+        """Most bytes of rows that wait on a disk meanwhile; None where that is not known."""
+        return None if self._memories is None else max(memory.on_disk for memory in self._memories)
+
+    @property
+    def _memories(self) -> list[Memory] | None:
+        if not self.memories:
+            raise ValueError("memory was not planned: call plan_cost with memory=True")
+        known = [memory for memory in self.memories if memory is not None]
+        return known if len(known) == len(self.memories) else None
+
+
+@dataclass
+class Shapes:
+    """What passes count from, and what the passes before have left behind.
+
+    Attributes:
+        unet: with quantised layers in place, on the meta device.
+        layout, plan, precision: of it.
+        pool: its time steps and shapes; its latents may be on the meta device.
+        rounded: paths of the layers whose weights are rounded.
+        tabulated: paths of layers and attentions whose activations have a table over time steps.
+    """
+
+    unet: UNet
+    layout: UNetLayout
+    plan: QuantizationPlan
+    precision: Precision
+    pool: CalibrationSet
+    rounded: set[str] = field(default_factory=set)
+    tabulated: set[str] = field(default_factory=set)
+
+    @property
+    def unrounded(self) -> set[str]:
+        """Paths of the quantised layers whose weights no pass has rounded yet."""
+        return set(self.plan.layers) - self.rounded
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are activations whose ranges come from calibration rows."""
+        dynamic = any(layer.dynamic for layer in self.plan.layers.values())
+        return self.precision.quantizes_activations and not dynamic
+
+    def waiting(self, rows: CalibrationRows) -> int:
+        """Peak bytes that ``rows`` keep in one stream between two blocks."""
+        return stream_bytes(self.unet, self.layout, _on_meta(rows, 1)) * len(rows)
+
+    def largest(self, rows: CalibrationRows, batch: int, measure: Measure) -> int:
+        """The most that ``measure(stream, block)`` finds at any block that ``batch`` of the rows pass at once."""
+        rows = _on_meta(rows, min(batch, len(rows)))
+        stream = BlockStream(self.unet, rows, len(rows), Place(self.unet.device))
+        most = 0
+        with _FusedAttention():
+            for block in self.layout.blocks:
+                most = max(most, measure(stream, block))
+                stream.advance(block, stream.outputs(block, stream.inputs(block)))
+        return most
+
+
+def plan_cost(
+    unet: UNet,
+    precision: Precision,
+    recipe: Recipe,
+    pool: CalibrationSet,
+    protocol: Protocol = SHARED,
+    memory: bool = True,
+) -> Planned:
+    """What ``quantize_`` with these arguments will cost.
+
+    ``unet`` is on the meta device and stays as it is. Raises ValueError for a network with weights.
+    """
+    if unet.device.type != "meta":
+        raise ValueError(f"cost is planned for a network on the meta device, and this one is on {unet.device}")
+    layout = UNetLayout.of(unet)
+    plan = amended_plan(unet, layout, precision, recipe, protocol)
+    twin = copy.deepcopy(unet)
+    insert_quantizers(twin, plan)
+    shapes = Shapes(twin, layout, plan, precision, pool)
+    generator = torch.Generator()
+    drawn = [step.draw(pool, generator) for step in recipe]
+    costs, memories = [], []
+    for step, rows in zip(recipe, drawn, strict=True):
+        if memory:
+            memories.append(step.memory(shapes, rows))
+        costs.append((step.name, step.cost(shapes, rows)))
+    codes = sum(layer.weight.numel() for layer in quantized_layers(twin).values())
+    return Planned(tuple(costs), 2 * full_precision_bytes(unet) + codes, tuple(memories))
+
+
+def amended_plan(
+    unet: UNet, layout: UNetLayout, precision: Precision, recipe: Recipe, protocol: Protocol
+) -> QuantizationPlan:
+    """The protocol's plan at a precision, as the passes of a recipe amend it."""
+    plan = plan_for(unet, layout, precision, protocol)
+    for step in recipe:
+        plan = step.amend(plan, unet, layout)
+    return plan
+
+
+def units_of(layout: UNetLayout, paths: Iterable[str]) -> int:
+    """How many of the time-embedding layers, and of the blocks, are or hold any of ``paths``."""
+    inside = tuple(f"{path}." for path in paths)
+    units = (*layout.time_embedding, *(block.path for block in layout.blocks))
+    return sum(any(path.startswith(f"{unit}.") for path in inside) for unit in units)
+
+
+def evaluation_bytes(stream: BlockStream, block: Block) -> int:
+    """What evaluating a block takes: the batch, and so many times the largest tensor that a layer puts out."""
+    sizes = [0]
+    inputs = stream.inputs(block)
+    with torch.no_grad(), _watched(stream.unet.get_submodule(block.path), sizes):
+        output = stream.evaluate(stream.unet, block, inputs, slice(None))
+    return sum(part.nbytes for part in inputs) + output.nbytes + WORKING_TENSORS * max(sizes)
+
+
+def backward_bytes(unet: UNet, loss: Callable[[], Tensor], own: Iterable[Tensor] = ()) -> int:
+    """What the backward pass of ``loss()`` needs, besides the parameters of ``unet`` and tensors that learning owns."""
+    known = {tensor.untyped_storage()._cdata for tensor in (*own, *unet.parameters(), *unet.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss()
+    found = sum(saved.values()) + WORKING_TENSORS * max(saved.values(), default=0)
+    del value
+    return found
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention in floating point without its matrix of probabilities, as CPUs and GPUs compute it.
+
+    The meta device has the unfused form alone.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if function is functional.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _on_meta(rows: CalibrationRows, count: int) -> CalibrationRows:
+    return rows[:count].to(torch.device("meta"))
+
+
+@contextmanager
+def _watched(module: nn.Module, sizes: list[int]) -> Iterator[None]:
+    """Append to ``sizes`` the bytes that each layer below ``module`` puts out."""
+
+    def note(layer: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.nbytes)
+
+    handles = [layer.register_forward_hook(note) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

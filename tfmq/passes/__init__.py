@@ -1,0 +1,105 @@
+"""What can be done to a network: one file a pass, and a recipe is a tuple of them.
+
+A new pass is one file, here or, if only one method does it, in that method's own: a frozen dataclass of its settings
+that extends `Pass`.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+if TYPE_CHECKING:
+    from tfmq.cost import Shapes
+    from tfmq.network.calibration import CalibrationRows, CalibrationSet
+    from tfmq.network.unet import UNet, UNetLayout
+    from tfmq.plan import QuantizationPlan
+    from tfmq.session import Session
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass spends.
+
+    Attributes:
+        unet_evaluations: sample evaluations of the whole network.
+        optimizer_steps: of learning.
+        learned_rows: how many rows pass the whole network forward and backward, a part in the learning of each block;
+            learning that concerns the time step alone is not in it, since that takes next to nothing a step.
+    """
+
+    unet_evaluations: int = 0
+    optimizer_steps: int = 0
+    learned_rows: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a pass holds besides the networks.
+
+    Attributes:
+        held: in memory: calibration rows that wait between two blocks, and what the part of the network that takes most
+            takes, learned or evaluated.
+        on_disk: of rows that wait there, since they are more than the pass may hold in memory.
+    """
+
+    held: int = 0
+    on_disk: int = 0
+
+    @classmethod
+    def of(cls, working: int, waiting: int, most_waiting: int) -> Memory:
+        """``waiting`` bytes of rows wait on a disk if they are more than ``most_waiting``."""
+        return cls(working + waiting) if waiting <= most_waiting else cls(working, waiting)
+
+
+class Pass(ABC):
+    """One thing that is done to a network. Its fields are its settings.
+
+    ``quantize_`` calls, each for all passes of the recipe in order: ``amend``, before the quantised layers are put in
+    place; ``draw``, before the first pass runs, so that what a pass learns does not move what a later one draws; and
+    ``run``. ``tfmq.cost`` calls ``cost`` and ``memory`` in the place of ``run``. Only ``run`` is required.
+
+    A field with ``compare=False`` decides nothing of the result, and is left out of the address under which results are
+    kept.
+
+    Attributes:
+        sees_activations: whether what it computes depends on how activations are quantised. Passes before the first
+            that does give the same result at all widths of activations; ranges that are dynamic are always seen.
+    """
+
+    sees_activations: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Its class in words, such as ``block reconstruction``."""
+        return re.sub(r"(?<!^)(?=[A-Z])", " ", type(self).__name__).lower()
+
+    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+        """The plan with what this pass changes of it; ``unet`` is still in full precision."""
+        return plan
+
+    def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows | None:
+        """The calibration rows that it works on, or None. Pool and rows may be on the meta device."""
+        return None
+
+    @abstractmethod
+    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+        """Do it to ``session.unet``, with the rows that were drawn, which are on its device."""
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+        """What ``run`` spends, or spends at most where data decide. Notes in ``shapes`` what it leaves behind."""
+        return Cost()
+
+    def memory(self, shapes: Shapes, rows: CalibrationRows | None) -> Memory | None:
+        """About what ``run`` holds; None where that is not known."""
+        return Memory()
+
+
+Recipe = tuple[Pass, ...]

@@ -1,0 +1,99 @@
+"""Block reconstruction: learning the roundings of weights block by block (BRECQ, Li et al. 2021, arXiv 2102.05426).
+
+Inputs come from the network quantised so far, targets from full precision, and activations are not quantised: the
+weight pass of BRECQ as Q-Diffusion and TFMQ-DM run it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tqdm.auto import tqdm
+
+from tfmq.cost import Shapes, evaluation_bytes, units_of
+from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
+from tfmq.network.offload import BlockStream, place_for
+from tfmq.network.unet import UNet
+from tfmq.passes import Cost, Memory, Pass
+from tfmq.passes.reconstruction import (
+    RoundingConfig,
+    below,
+    learn_roundings,
+    learning_bytes,
+    loss_against,
+    time_layer_data,
+)
+from tfmq.plan import quantized_layers
+from tfmq.session import Session
+from tfmq.settings import check_counts
+
+
+@dataclass(frozen=True)
+class BlockReconstruction(Pass):
+    """Learn the roundings of all layers that no earlier pass has rounded: time-embedding layers, then block by block.
+
+    Attributes:
+        rounding: how roundings are learned.
+        data: which rows of the pool they are learned on.
+        batch: rows evaluated at once where nothing is learned.
+        memory_bytes: most memory that rows waiting between blocks may take. More wait where the workspace says, and
+            are refused where it does not.
+    """
+
+    rounding: RoundingConfig = RoundingConfig()
+    data: Draw = Spaced(20, 256)
+    batch: int = 64
+    memory_bytes: int = field(default=8 * 2**30, compare=False)
+
+    sees_activations = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch", "memory_bytes")
+
+    def draw(self, pool: CalibrationSet, generator: object) -> CalibrationRows:
+        """See `Pass`."""
+        return self.data(pool, generator)
+
+    def run(self, session: Session, rows: CalibrationRows) -> None:
+        """See `Pass`. Raises ValueError for rows that do not fit, a block's NaN or infinity, and a loss of these."""
+        unet, full, layout = session.unet, session.full, session.layout
+        place = place_for(full, layout, rows, 2, self.memory_bytes, session.workspace.allocate)
+        for path in layout.time_embedding:
+            layers = _unrounded(unet, path)
+            if layers:
+                inputs, targets = time_layer_data(unet, full, path, rows.timesteps.unique())
+                loss = loss_against(
+                    targets, lambda index, layer=layers[path], x=inputs: layer(x[index]), self.rounding.norm
+                )
+                learn_roundings(session, path, layers, loss, len(inputs), self.rounding)
+        reference, stream = (BlockStream(network, rows, self.batch, place) for network in (full, unet))
+        for block in tqdm(layout.blocks, desc=self.name, disable=None):
+            targets = reference.outputs(block, reference.inputs(block))
+            reference.advance(block, targets)
+            inputs = stream.inputs(block)
+            layers = _unrounded(unet, block.path)
+            if layers:
+                loss = loss_against(
+                    targets, lambda index, b=block, x=inputs: stream.evaluate(unet, b, x, index), self.rounding.norm
+                )
+                learn_roundings(session, block.path, layers, loss, len(rows), self.rounding)
+            stream.advance(block, stream.outputs(block, inputs))
+        session.count_evaluations(2 * len(rows))
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
+        """See `Pass`."""
+        steps = self.rounding.iterations * units_of(shapes.layout, shapes.unrounded)
+        shapes.rounded |= shapes.unrounded
+        return Cost(2 * len(rows), steps, self.rounding.iterations * min(self.rounding.batch, len(rows)))
+
+    def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
+        """See `Pass`."""
+        learned = shapes.largest(rows, self.rounding.batch, learning_bytes)
+        working = max(learned, shapes.largest(rows, self.batch, evaluation_bytes))
+        return Memory.of(working, 2 * shapes.waiting(rows), self.memory_bytes)
+
+
+def _unrounded(unet: UNet, path: str) -> dict[str, QuantizedLayer]:
+    """The quantised layers at or below ``path`` whose weights are not rounded yet, by path in ``unet``."""
+    return {name: layer for name, layer in below(path, quantized_layers(unet)).items() if layer.codes is None}

@@ -1,0 +1,37 @@
+"""Layers that a method leaves in full precision, besides those that the protocol leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes import Pass
+from tfmq.plan import QuantizationPlan
+from tfmq.session import Session
+from tfmq.settings import unknown
+
+
+@dataclass(frozen=True)
+class LeaveOut(Pass):
+    """Leave the layers of some roles (see ``UNetLayout.roles``) in full precision."""
+
+    roles: tuple[str, ...]
+
+    sees_activations = False
+
+    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+        """See `Pass`. Raises ValueError for a role that there is not."""
+        reasons = {}
+        for role in self.roles:
+            if role not in layout.roles:
+                raise unknown("role", role, layout.roles)
+            for path in layout.roles[role]:
+                if path in plan.layers or path in plan.attentions:
+                    reasons[path] = f"the method leaves this out ({role.replace('_', ' ')})"
+        layers = {path: layer for path, layer in plan.layers.items() if path not in reasons}
+        attentions = {path: attention for path, attention in plan.attentions.items() if path not in reasons}
+        return replace(plan, layers=layers, attentions=attentions, reasons={**plan.reasons, **reasons})
+
+    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+        """Nothing: the layers were left as they are."""

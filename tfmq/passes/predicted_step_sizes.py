@@ -1,0 +1,85 @@
+"""TDQ's treatment of activations: step sizes that networks predict from the time step, then tabulated.
+
+So et al., NeurIPS 2023, arXiv 2306.02316; `tfmq.passes.step_network` has the networks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tfmq.cost import Shapes, evaluation_bytes
+from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, NormallyDistributed
+from tfmq.network.unet import UNet, UNetLayout
+from tfmq.passes import Cost, Memory, Pass
+from tfmq.passes.step_network import (
+    FitConfig,
+    StepNetworks,
+    fit_networks,
+    sample_activations,
+    tabulate,
+    with_silu_grids,
+)
+from tfmq.plan import QuantizationPlan, activation_quantizers
+from tfmq.session import Session
+from tfmq.settings import check_counts
+
+
+@dataclass(frozen=True)
+class PredictedStepSizes(Pass):
+    """Fit a network to each activation's quantisation error, and give the activation its values as a table over steps.
+
+    Attributes:
+        fit: how the networks are fitted.
+        data: which rows of the pool activations are sampled on.
+        values: entries of each activation drawn from each row.
+        batch: rows evaluated at once.
+    """
+
+    fit: FitConfig = FitConfig()
+    data: Draw = NormallyDistributed(1024, 0.4, 0.4)
+    values: int = 64
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        check_counts(self, "values", "batch")
+
+    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+        """See `Pass`."""
+        return with_silu_grids(plan, unet, layout)
+
+    def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
+        """See `Pass`."""
+        return self.data(pool, generator)
+
+    def run(self, session: Session, rows: CalibrationRows) -> None:
+        """See `Pass`."""
+        self.tabulate(session, self.fitted(session, rows))
+
+    def fitted(self, session: Session, rows: CalibrationRows) -> StepNetworks:
+        """The network of each quantiser, fitted to its input on ``rows``."""
+        unet, generator = session.unet, session.generator
+        unet.step_tracker.steps = session.finite_set
+        quantizers = activation_quantizers(unet)
+        samples = sample_activations(unet, rows, self.values, self.batch, generator)
+        networks = StepNetworks(samples.initial_steps(quantizers), unet.time_proj.num_channels, generator)
+        trace = fit_networks(networks, quantizers, samples, unet.time_proj, self.fit, generator)
+        session.count_evaluations(len(rows))
+        session.count_steps(len(trace))
+        return networks
+
+    def tabulate(self, session: Session, networks: StepNetworks) -> None:
+        """Replace the networks by their values at the steps of the schedule."""
+        steps = session.unet.step_tracker.steps.to(session.unet.device)
+        tabulate(networks, activation_quantizers(session.unet), session.unet.time_proj(steps))
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
+        """See `Pass`."""
+        shapes.tabulated |= {*shapes.plan.layers, *shapes.plan.attentions}
+        return Cost(len(rows), self.fit.iterations)
+
+    def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
+        """See `Pass`."""
+        sampled = len(activation_quantizers(shapes.unet)) * self.values * len(rows) * 4
+        return Memory(sampled + shapes.largest(rows, self.batch, evaluation_bytes))

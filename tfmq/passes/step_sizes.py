@@ -1,0 +1,90 @@
+"""Learning the step sizes of activations block by block (Q-Diffusion, Li et al., ICCV 2023, arXiv 2302.04304)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tqdm.auto import tqdm
+
+from tfmq.cost import Shapes, evaluation_bytes, units_of
+from tfmq.modules.fake_quantize import FakeQuantize
+from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
+from tfmq.network.offload import BlockStream, place_for
+from tfmq.network.unet import UNet
+from tfmq.passes import Cost, Memory, Pass
+from tfmq.passes.reconstruction import StepSizeConfig, below, learn_scales, loss_against, time_layer_data
+from tfmq.plan import activation_quantizers
+from tfmq.session import Session
+from tfmq.settings import check_counts
+
+
+@dataclass(frozen=True)
+class StepSizes(Pass):
+    """Learn the step sizes of activations that have one for all time steps: time-embedding layers, then block by block.
+
+    Inputs and targets both come from full precision, as in Q-Diffusion's released activation pass. Does nothing where
+    activations are not quantised.
+
+    Attributes:
+        learning: how step sizes are learned.
+        data, batch, memory_bytes: as in `tfmq.passes.block_reconstruction.BlockReconstruction`.
+    """
+
+    learning: StepSizeConfig = StepSizeConfig()
+    data: Draw = Spaced(20, 256)
+    batch: int = 64
+    memory_bytes: int = field(default=8 * 2**30, compare=False)
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch", "memory_bytes")
+
+    def draw(self, pool: CalibrationSet, generator: object) -> CalibrationRows:
+        """See `Pass`."""
+        return self.data(pool, generator)
+
+    def run(self, session: Session, rows: CalibrationRows) -> None:
+        """See `Pass`. Raises ValueError for rows that do not fit, a block's NaN or infinity, and a loss of these."""
+        if not session.precision.quantizes_activations:
+            return
+        unet, full, layout = session.unet, session.full, session.layout
+        place = place_for(full, layout, rows, 1, self.memory_bytes, session.workspace.allocate)
+        for path in layout.time_embedding:
+            quantizers = _learnable(unet, path)
+            if quantizers:
+                inputs, targets = time_layer_data(full, full, path, rows.timesteps.unique())
+                layer = unet.get_submodule(path)
+                loss = loss_against(targets, lambda index, layer=layer, x=inputs: layer(x[index]), self.learning.norm)
+                learn_scales(session, path, quantizers, loss, len(inputs), self.learning)
+        reference = BlockStream(full, rows, self.batch, place)
+        for block in tqdm(layout.blocks, desc=self.name, disable=None):
+            inputs = reference.inputs(block)
+            targets = reference.outputs(block, inputs)
+            quantizers = _learnable(unet, block.path)
+            if quantizers:
+                loss = loss_against(
+                    targets, lambda index, b=block, x=inputs: reference.evaluate(unet, b, x, index), self.learning.norm
+                )
+                learn_scales(session, block.path, quantizers, loss, len(rows), self.learning)
+            reference.advance(block, targets)
+        session.count_evaluations(len(rows))
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
+        """See `Pass`."""
+        if not shapes.precision.quantizes_activations:
+            return Cost()
+        units = units_of(shapes.layout, {*shapes.plan.layers, *shapes.plan.attentions} - shapes.tabulated)
+        iterations = self.learning.iterations
+        return Cost(len(rows), iterations * units, iterations * min(self.learning.batch, len(rows)) * bool(units))
+
+    def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
+        """See `Pass`."""
+        if not shapes.precision.quantizes_activations:
+            return Memory()
+        working = shapes.largest(rows, self.batch, evaluation_bytes)
+        return Memory.of(working, shapes.waiting(rows), self.memory_bytes)
+
+
+def _learnable(unet: UNet, path: str) -> dict[str, FakeQuantize]:
+    """The quantisers at or below ``path`` that have one scale for all steps, by path in ``unet``."""
+    found = below(path, activation_quantizers(unet))
+    return {name: quantizer for name, quantizer in found.items() if quantizer.enabled and not quantizer.per_step}

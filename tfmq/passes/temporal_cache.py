@@ -1,0 +1,103 @@
+"""Temporal features looked up instead of computed, where that keeps them better (Temporal Feature Matters).
+
+Huang et al., TPAMI 2025, arXiv 2407.19547: with T sampling steps the outputs of the temporal information block are T
+vectors for each projection, which can be computed ahead in full precision and kept in tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tfmq.modules.cache import CachedProjection, CachePlan, cached_projections, insert_cache
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.unet import UNet, UNetLayout, temporal_features
+from tfmq.passes import Pass
+from tfmq.plan import QuantizationPlan, announce_step
+from tfmq.session import Session
+from tfmq.settings import check_choices
+
+Caching = Literal["all", "projection", "step"]
+
+
+@dataclass(frozen=True)
+class TemporalCache(Pass):
+    """Look temporal features up in tables of codes with the activations' bits.
+
+    Attributes:
+        where: ``all``: everywhere, and the temporal information block is dropped: this goes first in a recipe. Else
+            disturbance-aware selection, by the smaller temporal-feature error (see ``temporal_feature_error``) of the
+            two, which goes last: once for each ``projection``, by the mean over steps, or at each ``step`` of each
+            projection. Ties are looked up.
+    """
+
+    where: Caching = "projection"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+        """See `Pass`."""
+        if self.where != "all":
+            return plan
+        return replace(plan, layers={path: layer for path, layer in plan.layers.items() if path not in layout.temporal})
+
+    @torch.no_grad()
+    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+        """See `Pass`.
+
+        Details of the report: ``projections`` (P paths), ``timesteps`` (S), ``cached`` (P lists of S booleans: looked
+        up or not), and the two errors of each projection, mean over steps (``error_computed`` is missing under
+        ``all``).
+        """
+        unet, full, layout = session.unet, session.full, session.layout
+        bits, tracker = session.precision.activation_bits, unet.step_tracker
+        tracker.steps = session.finite_set
+        steps = tracker.steps.to(unet.device)
+        announce_step(unet, steps)
+        targets = temporal_features(full, layout, steps)
+        tables = []
+        for path, target in zip(layout.time_projections, targets, strict=True):
+            table = CachedProjection(full.get_submodule(path), CachePlan(bits, keeps_layer=False), tracker)
+            table.to(unet.device).store(target)
+            tables.append(table)
+        error = _feature_errors([table.features(tracker.index) for table in tables], targets)
+        details = {"projections": list(layout.time_projections), "timesteps": steps.tolist()}
+        details["error_cached"] = error.mean(0).tolist()
+        chosen = torch.ones_like(error, dtype=torch.bool)
+        if self.where != "all":
+            computed = temporal_feature_error(unet, full, layout, steps)
+            details["error_computed"] = computed.mean(0).tolist()
+            by_projection = (error.mean(0) <= computed.mean(0)).expand_as(error)
+            chosen = by_projection if self.where == "projection" else error <= computed
+        plans = {
+            path: CachePlan(bits, keeps_layer=not bool(steps_chosen.all()))
+            for path, steps_chosen in zip(layout.time_projections, chosen.T, strict=True)
+            if steps_chosen.any()
+        }
+        insert_cache(unet, plans, layout.time_projections)
+        columns = dict(zip(layout.time_projections, range(len(targets)), strict=True))
+        for path, projection in cached_projections(unet).items():
+            projection.store(targets[columns[path]])
+            projection.looked_up = chosen[:, columns[path]].clone()
+        session.report.details |= details | {"cached": chosen.T.tolist()}
+
+
+@torch.no_grad()
+def temporal_feature_error(unet: UNet, full: UNet, layout: UNetLayout, timesteps: Tensor) -> Tensor:
+    """1 - cosine between quantised and full-precision temporal features: (S, projections) for time steps (S,).
+
+    The papers' own diagnosis of what quantisation does to the time step.
+    """
+    announce_step(unet, timesteps)
+    features = temporal_features(unet, layout, timesteps)
+    return _feature_errors(features, temporal_features(full, layout, timesteps))
+
+
+def _feature_errors(features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    errors = [1 - F.cosine_similarity(f.double(), t.double(), dim=1) for f, t in zip(features, targets, strict=True)]
+    return torch.stack(errors, 1)

@@ -1,0 +1,83 @@
+"""TFMQ-DM: keeping temporal features (Huang et al., CVPR 2024, arXiv 2311.16503).
+
+The temporal information block is every layer whose input is the time step alone: the time-embedding network and the
+projection in each residual block. With T sampling steps it only ever sees T inputs, so it is reconstructed on exactly
+these (temporal-information-aware reconstruction), and each step gets activation ranges of its own (finite-set
+calibration, `tfmq.passes.finite_set`), at no cost when sampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tfmq.cost import Shapes
+from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.calibration import CalibrationRows
+from tfmq.network.unet import temporal_features
+from tfmq.passes import Cost, Pass
+from tfmq.passes.reconstruction import RoundingConfig, learn_roundings, reconstruction_loss
+from tfmq.plan import quantized_layers
+from tfmq.session import Session
+
+
+@dataclass(frozen=True)
+class TemporalReconstruction(Pass):
+    """Learn the roundings of the temporal information block jointly on the finite set of time steps.
+
+    Minimises sum_i ||emb_{t,i} - emb_hat_{t,i}||^2 over the projections i for steps t drawn from the finite set (eq. 8
+    of the paper).
+    """
+
+    rounding: RoundingConfig = RoundingConfig()
+
+    sees_activations = False
+
+    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+        """See `Pass`."""
+        layers = temporal_layers(session)
+        if not layers:
+            return
+        unet, layout, norm = session.unet, session.layout, self.rounding.norm
+        timesteps = session.finite_set.to(unet.device)
+        with torch.no_grad():
+            targets = temporal_features(session.full, layout, timesteps)
+
+        def loss(index: Tensor) -> Tensor:
+            features = temporal_features(unet, layout, timesteps[index])
+            losses = [reconstruction_loss(f, t[index], norm) for f, t in zip(features, targets, strict=True)]
+            return torch.stack(losses).sum()
+
+        learn_roundings(session, "temporal information block", layers, loss, len(timesteps), self.rounding)
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+        """See `Pass`."""
+        layers = shapes.unrounded & set(shapes.layout.temporal)
+        shapes.rounded |= layers
+        return Cost(optimizer_steps=self.rounding.iterations if layers else 0)
+
+
+@dataclass(frozen=True)
+class FreezeTemporal(Pass):
+    """Round the layers of the temporal information block to nearest in their min-max ranges."""
+
+    sees_activations = False
+
+    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+        """See `Pass`."""
+        for layer in temporal_layers(session).values():
+            layer.find_weight_range("minmax")
+            layer.fold()
+
+    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+        """See `Pass`."""
+        shapes.rounded |= set(shapes.layout.temporal) & set(shapes.plan.layers)
+        return Cost()
+
+
+def temporal_layers(session: Session) -> dict[str, QuantizedLayer]:
+    """The quantised layers of the temporal information block, by path."""
+    quantized = quantized_layers(session.unet)
+    return {path: quantized[path] for path in session.layout.temporal if path in quantized}
