@@ -15,8 +15,9 @@ PACKAGES = ("tfmq", "baselines", "benchmarks")
 def closure(*entries: Path) -> list[Path]:
     """The files of this project that ``entries`` import, directly or not, and the entries themselves, sorted.
 
-    Imports inside functions count, those for type checkers alone do not. A module that is found by its name, as a
-    method or a metric is, is none of them: name it as an entry.
+    Imports inside functions count, and so does a text that is the full name of a module; those for type checkers alone
+    do not. A module that is found by a part of its name, as a method or a metric is, is none of them: name it as an
+    entry.
     """
     found: set[Path] = set()
     waiting = [path.resolve() for path in entries]
@@ -38,9 +39,9 @@ def code_hash(*entries: Path) -> str:
 
 @cache
 def _imported(path: Path) -> frozenset[Path]:
-    names = set(_names(ast.parse(path.read_text(encoding="utf-8"))))
-    files = set()
-    for name in names:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    files = {file for name in _texts(tree) if (file := ROOT.joinpath(*name.split(".")).with_suffix(".py")).is_file()}
+    for name in set(_names(tree)):
         parts = name.split(".")
         if parts[0] not in PACKAGES:
             continue
@@ -48,6 +49,15 @@ def _imported(path: Path) -> frozenset[Path]:
             place = ROOT.joinpath(*parts[:end])
             files |= {file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()}
     return frozenset(files)
+
+
+def _texts(tree: ast.AST) -> Iterator[str]:
+    """Texts that may be the full name of a module, such as that of a scheduler that is imported when it is needed."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = node.value.split(".")
+            if parts[0] in PACKAGES and len(parts) > 1 and all(part.isidentifier() for part in parts):
+                yield node.value
 
 
 def _names(node: ast.AST) -> Iterator[str]:

@@ -41,7 +41,7 @@ def run(name: str) -> Path:
     if name != INCEPTION and name not in CLIPS:
         raise discover.unknown("evaluator", name, [INCEPTION, *CLIPS], "Those of sources.yaml are meant.")
     path, _ = checked(name)
-    folder = DATA / INCEPTION if name == INCEPTION else DATA / "clip" / CLIPS[name].weights
+    folder = folder_of(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     disk.sweep(folder)
     disk.check(folder.parent, path.stat().st_size)
@@ -55,6 +55,11 @@ def run(name: str) -> Path:
             _clip(path, temporary, CLIPS[name])
         manifest.write(temporary)
     return folder
+
+
+def folder_of(name: str) -> Path:
+    """The folder that is made of a source."""
+    return DATA / INCEPTION if name == INCEPTION else DATA / "clip" / CLIPS[name].weights
 
 
 def _inception(path: Path, folder: Path) -> None:

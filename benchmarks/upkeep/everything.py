@@ -159,7 +159,7 @@ def _stages(suite: Suite, cell: Cell) -> tuple[str, str]:
     if cell.method == FULL_PRECISION:
         return f"full_precision@{cell.task}", f"score_full_precision@{cell.task}"
     table = next(name for name in suite.tables if cell in suite.measured(name))
-    return f"generate_{table}@{cell.task}-{cell.method}", f"score_{table}@{cell.task}-{cell.method}"
+    return f"generate_{table}_{cell.method}@{cell.task}", f"score_{table}@{cell.task}-{cell.method}"
 
 
 def _follow(suite: Suite, clock: Clock, screen: Screen) -> int:
