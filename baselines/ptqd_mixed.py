@@ -74,7 +74,7 @@ class MixedWidths(Pass):
         unet, pool = session.unet, session.pool
         plans = {
             bits: plan_for(
-                session.full, session.layout, replace(session.precision, activation_bits=bits), session.protocol
+                session.full, session.backbone, replace(session.precision, activation_bits=bits), session.protocol
             )
             for bits in (SMALL, session.precision.activation_bits)
         }

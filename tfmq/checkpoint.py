@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -19,7 +19,8 @@ from torch import Tensor
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.cache import CachePlan, cached_projections, insert_cache
 from tfmq.modules.layers import QuantizedLayer
-from tfmq.network.unet import UNet, UNetLayout, set_attention_heads
+from tfmq.network.backbone import Network, backbone_of
+from tfmq.network.unet import set_attention_heads
 from tfmq.passes.correction import NoiseCorrection, attach_correction, correction_of
 from tfmq.plan import (
     AttentionPlan,
@@ -34,7 +35,7 @@ from tfmq.plan import (
 FORMAT = "tfmq-quantized-3"
 FAMILY = FORMAT.rpartition("-")[0]
 DAMAGED = "damaged or truncated: delete it and quantise again"
-UNET_CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+NETWORKS = {kind.__name__: kind for kind in (DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel)}
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -52,7 +53,7 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     return flat[: shape.numel()].reshape(shape)
 
 
-def packed_bytes(unet: UNet) -> int:
+def packed_bytes(unet: Network) -> int:
     """Size of the network's tensors in a quantised checkpoint, in bytes.
 
     Only shapes are looked at, so that the quantisers may have been inserted on the meta device.
@@ -68,7 +69,7 @@ def packed_bytes(unet: UNet) -> int:
     return total
 
 
-def save_quantized(unet: UNet, path: str | Path, metadata: dict[str, object]) -> None:
+def save_quantized(unet: Network, path: str | Path, metadata: dict[str, object]) -> None:
     """Write a quantised UNet to one safetensors file, through a temporary name.
 
     Args:
@@ -135,7 +136,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
     return json.loads(_description(Path(path))["metadata"])
 
 
-def load_quantized(path: str | Path) -> UNet:
+def load_quantized(path: str | Path) -> Network:
     """Rebuild the quantised UNet of a checkpoint; needs nothing but the file.
 
     Warns if the UNet carries a noise correction (PTQD): stock pipelines apply it only with a ``corrected_scheduler``.
@@ -148,21 +149,21 @@ def load_quantized(path: str | Path) -> UNet:
     path = Path(path)
     described = _description(path)
     stored = _stored(path, described)
-    if described.get("unet_class") not in UNET_CLASSES:
-        raise ValueError(f"{path} holds a {described.get('unet_class')}; known are {', '.join(UNET_CLASSES)}")
+    if described.get("unet_class") not in NETWORKS:
+        raise ValueError(f"{path} holds a {described.get('unet_class')}; known are {', '.join(NETWORKS)}")
     config = {key: value for key, value in json.loads(described["unet_config"]).items() if not key.startswith("_")}
     heads = config.pop("attention_heads", None)
-    unet = UNET_CLASSES[described["unet_class"]](**config).eval().requires_grad_(False)
+    unet = NETWORKS[described["unet_class"]](**config).eval().requires_grad_(False)
     if heads is not None:
         set_attention_heads(unet, heads)
     plan = json.loads(described["plan"])
     layers = {name: LayerPlan(**{**layer, "splits": tuple(layer["splits"])}) for name, layer in plan["layers"].items()}
     attentions = {name: AttentionPlan(**attention) for name, attention in plan["attentions"].items()}
-    time_projections = UNetLayout.of(unet).time_projections
+    backbone = backbone_of(unet)
     insert_quantizers(unet, QuantizationPlan(layers, attentions, plan["reasons"]))
     unet.step_tracker.steps = torch.tensor(json.loads(described["steps"]), dtype=torch.int64)
     cache = {name: CachePlan(**table) for name, table in json.loads(described["cache"]).items()}
-    insert_cache(unet, cache, time_projections)
+    insert_cache(unet, cache, backbone)
     for name in json.loads(described["step_bits"]):
         unet.get_submodule(name).step_bits = torch.empty(len(unet.step_tracker.steps), dtype=torch.uint8)
     correction = json.loads(described["correction"])
@@ -203,7 +204,7 @@ def _stored(path: Path, described: dict[str, str]) -> dict[str, Tensor]:
     return stored
 
 
-def _plan(unet: UNet) -> QuantizationPlan:
+def _plan(unet: Network) -> QuantizationPlan:
     # A layer inside a table of temporal features was inserted at the table's path.
     original = {f"{path}.layer": path for path in cached_projections(unet)}
     layers = {}
@@ -221,7 +222,7 @@ def _plan(unet: UNet) -> QuantizationPlan:
     return QuantizationPlan(layers, attentions, unet.full_precision_reasons)
 
 
-def _tensors(unet: UNet) -> dict[str, Tensor]:
+def _tensors(unet: Network) -> dict[str, Tensor]:
     """All tensors of the network, a quantised weight as its packed codes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unet.state_dict().items()}
     for path, layer in quantized_layers(unet).items():
@@ -230,7 +231,7 @@ def _tensors(unet: UNet) -> dict[str, Tensor]:
     return tensors
 
 
-def _checked_tensors(unet: UNet) -> dict[str, Tensor]:
+def _checked_tensors(unet: Network) -> dict[str, Tensor]:
     """The tensors of a UNet that is quantised to its last layer. Raises ValueError for one that is not."""
     check_quantized(unet)
     unfinished = [path for path, layer in quantized_layers(unet).items() if layer.codes is None]
@@ -244,7 +245,7 @@ def _checked_tensors(unet: UNet) -> dict[str, Tensor]:
     return tensors
 
 
-def _restore(unet: UNet, stored: dict[str, Tensor], path: Path) -> None:
+def _restore(unet: Network, stored: dict[str, Tensor], path: Path) -> None:
     layers = quantized_layers(unet)
     quantizers = activation_quantizers(unet)
     weights = {f"{name}.weight" for name in layers}

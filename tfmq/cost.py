@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from tfmq.network.backbone import Backbone, Block, Network, backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.network.offload import BlockStream, Place, stream_bytes
-from tfmq.network.unet import Block, UNet, UNetLayout, full_precision_bytes
 from tfmq.passes import Cost, Memory, Recipe
 from tfmq.plan import SHARED, Protocol, QuantizationPlan, insert_quantizers, plan_for, quantized_layers
 from tfmq.precision import Precision
@@ -72,14 +72,14 @@ class Shapes:
 
     Attributes:
         unet: with quantised layers in place, on the meta device.
-        layout, plan, precision: of it.
+        backbone, plan, precision: of it.
         pool: its time steps and shapes; its latents may be on the meta device.
         rounded: paths of the layers whose weights are rounded.
         tabulated: paths of layers and attentions whose activations have a table over time steps.
     """
 
-    unet: UNet
-    layout: UNetLayout
+    unet: Network
+    backbone: Backbone
     plan: QuantizationPlan
     precision: Precision
     pool: CalibrationSet
@@ -99,22 +99,22 @@ class Shapes:
 
     def waiting(self, rows: CalibrationRows) -> int:
         """Peak bytes that ``rows`` keep in one stream between two blocks."""
-        return stream_bytes(self.unet, self.layout, _on_meta(rows, 1)) * len(rows)
+        return stream_bytes(self.unet, self.backbone, _on_meta(rows, 1)) * len(rows)
 
     def largest(self, rows: CalibrationRows, batch: int, measure: Measure) -> int:
         """The most that ``measure(stream, block)`` finds at any block that ``batch`` of the rows pass at once."""
         rows = _on_meta(rows, min(batch, len(rows)))
-        stream = BlockStream(self.unet, rows, len(rows), Place(self.unet.device))
+        stream = BlockStream(self.unet, self.backbone, rows, len(rows), Place(self.unet.device))
         most = 0
         with _FusedAttention():
-            for block in self.layout.blocks:
+            for block in self.backbone.blocks:
                 most = max(most, measure(stream, block))
                 stream.advance(block, stream.outputs(block, stream.inputs(block)))
         return most
 
 
 def plan_cost(
-    unet: UNet,
+    unet: Network,
     precision: Precision,
     recipe: Recipe,
     pool: CalibrationSet,
@@ -127,11 +127,11 @@ def plan_cost(
     """
     if unet.device.type != "meta":
         raise ValueError(f"cost is planned for a network on the meta device, and this one is on {unet.device}")
-    layout = UNetLayout.of(unet)
-    plan = amended_plan(unet, layout, precision, recipe, protocol)
+    backbone = backbone_of(unet)
+    plan = amended_plan(unet, backbone, precision, recipe, protocol)
     twin = copy.deepcopy(unet)
     insert_quantizers(twin, plan)
-    shapes = Shapes(twin, layout, plan, precision, pool)
+    shapes = Shapes(twin, backbone, plan, precision, pool)
     generator = torch.Generator()
     drawn = [step.draw(pool, generator) for step in recipe]
     costs, memories = [], []
@@ -144,20 +144,20 @@ def plan_cost(
 
 
 def amended_plan(
-    unet: UNet, layout: UNetLayout, precision: Precision, recipe: Recipe, protocol: Protocol
+    unet: Network, backbone: Backbone, precision: Precision, recipe: Recipe, protocol: Protocol
 ) -> QuantizationPlan:
     """The protocol's plan at a precision, as the passes of a recipe amend it."""
-    plan = plan_for(unet, layout, precision, protocol)
+    plan = plan_for(unet, backbone, precision, protocol)
     for step in recipe:
-        plan = step.amend(plan, unet, layout)
+        plan = step.amend(plan, unet, backbone)
     return plan
 
 
-def units_of(layout: UNetLayout, paths: Iterable[str]) -> int:
+def units_of(backbone: Backbone, paths: Iterable[str]) -> int:
     """How many of the time-embedding layers, and of the blocks, are or hold any of ``paths``."""
-    inside = tuple(f"{path}." for path in paths)
-    units = (*layout.time_embedding, *(block.path for block in layout.blocks))
-    return sum(any(path.startswith(f"{unit}.") for path in inside) for unit in units)
+    embedding = set(backbone.time_embedding) & set(paths)
+    rest = set(paths) - embedding
+    return len(embedding) + sum(any(block.holds(path) for path in rest) for block in backbone.blocks)
 
 
 def evaluation_bytes(stream: BlockStream, block: Block) -> int:
@@ -169,7 +169,7 @@ def evaluation_bytes(stream: BlockStream, block: Block) -> int:
     return sum(part.nbytes for part in inputs) + output.nbytes + WORKING_TENSORS * max(sizes)
 
 
-def backward_bytes(unet: UNet, loss: Callable[[], Tensor], own: Iterable[Tensor] = ()) -> int:
+def backward_bytes(unet: Network, loss: Callable[[], Tensor], own: Iterable[Tensor] = ()) -> int:
     """What the backward pass of ``loss()`` needs, besides the parameters of ``unet`` and tensors that learning owns."""
     known = {tensor.untyped_storage()._cdata for tensor in (*own, *unet.parameters(), *unet.buffers())}
     saved: dict[int, int] = {}

@@ -12,7 +12,7 @@ from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.cache import CachedProjection
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.layers import QuantizedLayer, quantized_layer
-from tfmq.network.unet import UNet, UNetLayout
+from tfmq.network.backbone import Backbone, Network
 from tfmq.precision import FULL, Precision
 
 
@@ -22,7 +22,7 @@ class Protocol:
 
     Attributes:
         name: ``shared`` for the same layers under every method, ``published`` for what a method's own code leaves out.
-        bits: role (see ``UNetLayout.roles``) -> bits that weights and inputs get at least; 32 leaves the role in full
+        bits: role (see ``Backbone.roles``) -> bits that weights and inputs get at least; 32 leaves the role in full
             precision. Layers of no such role get the bits of the precision.
     """
 
@@ -86,13 +86,13 @@ class QuantizationPlan:
         return [weights, sorted(self.attentions)]
 
 
-def plan_for(unet: UNet, layout: UNetLayout, precision: Precision, protocol: Protocol = SHARED) -> QuantizationPlan:
+def plan_for(unet: Network, backbone: Backbone, precision: Precision, protocol: Protocol = SHARED) -> QuantizationPlan:
     """The plan of a protocol at a precision: every Conv2d, Linear and attention product, but for its exceptions.
 
     Layers get the bits of the precision, attention operands its activation bits, attention probabilities
     ``precision.attention_bits``; passes may amend it. Raises ValueError for a role that there is not.
     """
-    roles = layout.roles
+    roles = backbone.roles
     for role in protocol.bits:
         if role not in roles:
             raise ValueError(f"protocol {protocol.name} names the role {role!r}; roles are {', '.join(roles)}")
@@ -117,7 +117,7 @@ def plan_for(unet: UNet, layout: UNetLayout, precision: Precision, protocol: Pro
     return QuantizationPlan(layers, attentions, reasons)
 
 
-def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
+def insert_quantizers(unet: Network, plan: QuantizationPlan) -> StepTracker:
     """Swap the planned layers and attention processors of ``unet`` for quantised ones, in place.
 
     Nothing is quantised yet: ranges come from calibration or from a checkpoint. The tracker also stands in
@@ -152,19 +152,19 @@ def insert_quantizers(unet: UNet, plan: QuantizationPlan) -> StepTracker:
     return tracker
 
 
-def check_unquantized(unet: UNet) -> None:
+def check_unquantized(unet: Network) -> None:
     """Raise ValueError for a network that holds quantised layers."""
     if quantized_layers(unet):
         raise ValueError("the UNet is quantised already: start from the full-precision one")
 
 
-def check_quantized(unet: UNet) -> None:
+def check_quantized(unet: Network) -> None:
     """Raise ValueError for a network that holds no quantised layers."""
     if not quantized_layers(unet):
         raise ValueError("the UNet is not quantised: call quantize_ first")
 
 
-def announce_step(unet: UNet, timesteps: Tensor) -> None:
+def announce_step(unet: Network, timesteps: Tensor) -> None:
     """Tell the quantisers the time steps of the rows to come, where blocks are evaluated without the whole UNet."""
     tracker = getattr(unet, "step_tracker", None)
     if tracker is not None:
@@ -192,7 +192,7 @@ class Coverage:
     reason: str = ""
 
 
-def coverage(unet: UNet) -> list[Coverage]:
+def coverage(unet: Network) -> list[Coverage]:
     """Every Conv2d, Linear and attention product of the UNet with its bits, or the reason it is not quantised.
 
     Raises ValueError if ``unet`` is not quantised.

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from tfmq.cost import amended_plan
+from tfmq.network.backbone import Backbone, Network, backbone_of
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
-from tfmq.network.unet import UNet, UNetLayout
 from tfmq.passes import Recipe
 from tfmq.plan import (
     SHARED,
@@ -26,9 +25,16 @@ from tfmq.precision import FULL, Precision
 from tfmq.session import QuantizationReport, Session
 from tfmq.workspace import Workspace
 
+# What a network takes besides latents and time steps, and the dimensions that this has.
+CONDITIONS = {
+    "none": ("no condition", 0),
+    "context": ("a context (rows, tokens, channels)", 3),
+    "class": ("classes (rows,)", 1),
+}
+
 
 def quantize_(
-    unet: UNet,
+    unet: Network,
     precision: Precision,
     recipe: Recipe,
     pool: CalibrationSet,
@@ -59,15 +65,15 @@ def quantize_(
         raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
     check_unquantized(unet)
     check_weights(unet)
-    layout = UNetLayout.of(unet)
-    plan = amended_plan(unet, layout, precision, recipe, protocol)
+    backbone = backbone_of(unet)
+    plan = amended_plan(unet, backbone, precision, recipe, protocol)
     drawn = [step.draw(pool, generator) for step in recipe]
     for step, rows in zip(recipe, drawn, strict=True):
         if rows is not None:
-            check_rows(unet, rows, step.name)
+            check_rows(unet, backbone, rows, step.name)
     unet.eval().requires_grad_(False)
     full = copy.deepcopy(unet)
-    session = Session(unet, full, layout, plan, precision, protocol, pool, generator, workspace or Workspace())
+    session = Session(unet, full, backbone, plan, precision, protocol, pool, generator, workspace or Workspace())
     with restored_on_failure(unet, full):
         insert_quantizers(unet, plan)
         for step, rows in zip(recipe, drawn, strict=True):
@@ -78,14 +84,14 @@ def quantize_(
     return session.report
 
 
-def check_weights(unet: UNet) -> None:
+def check_weights(unet: Network) -> None:
     """Raise ValueError naming the first parameter that holds NaN or infinity."""
     for name, parameter in unet.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")
 
 
-def check_rows(unet: UNet, rows: CalibrationRows, name: str) -> None:
+def check_rows(unet: Network, backbone: Backbone, rows: CalibrationRows, name: str) -> None:
     """Raise ValueError for calibration rows that are none, or no inputs of ``unet``; ``name`` is that of their pass."""
     if not len(rows):
         raise ValueError(f"{name} draws no calibration row from the pool: let it draw at least one")
@@ -95,14 +101,15 @@ def check_rows(unet: UNet, rows: CalibrationRows, name: str) -> None:
             f"the pool's latents are of shape {tuple(rows.latents.shape)}: the UNet takes {channels} channels, "
             f"(rows, {channels}, height, width)"
         )
-    takes_context = isinstance(unet, UNet2DConditionModel)
-    if takes_context != (rows.context is not None):
-        does = "takes a context" if takes_context else "takes none"
-        has = "no context" if takes_context else "a context"
-        raise ValueError(f"the pool has {has}, and a {type(unet).__name__} {does}: record it on this UNet")
+    takes, dims = CONDITIONS[backbone.condition]
+    if (0 if rows.context is None else rows.context.dim()) != dims:
+        has = "nothing" if rows.context is None else f"something of shape {tuple(rows.context.shape)}"
+        raise ValueError(
+            f"the pool is conditioned on {has}, and a {type(unet).__name__} takes {takes}: record it on this network"
+        )
 
 
-def check_finished(unet: UNet) -> None:
+def check_finished(unet: Network) -> None:
     """Raise ValueError naming the first layer or activation that a recipe has left unquantised."""
     for path, layer in quantized_layers(unet).items():
         if layer.codes is None:
@@ -113,7 +120,7 @@ def check_finished(unet: UNet) -> None:
 
 
 @contextmanager
-def restored_on_failure(unet: UNet, full: UNet) -> Iterator[None]:
+def restored_on_failure(unet: Network, full: Network) -> Iterator[None]:
     """Make ``unet`` the full-precision ``full`` again, in place, where anything is raised inside."""
     try:
         yield

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tfmq.closure import code_hash
+from tfmq.network.backbone import Backbone, Network
 from tfmq.network.calibration import CalibrationSet
-from tfmq.network.unet import UNet, UNetLayout
 from tfmq.passes import Cost, Pass
 from tfmq.plan import Coverage, Protocol, QuantizationPlan
 from tfmq.precision import Precision
@@ -81,7 +81,7 @@ class Session:
     Attributes:
         unet: the network, with quantised layers in place that become quantised pass by pass.
         full: the full-precision network.
-        layout: of both.
+        backbone: of both.
         plan: how each layer is treated.
         precision, protocol: as asked for.
         pool: what calibration rows are drawn from.
@@ -90,9 +90,9 @@ class Session:
         report: what was spent so far.
     """
 
-    unet: UNet
-    full: UNet
-    layout: UNetLayout
+    unet: Network
+    full: Network
+    backbone: Backbone
     plan: QuantizationPlan
     precision: Precision
     protocol: Protocol

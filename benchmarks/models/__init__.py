@@ -16,8 +16,8 @@ from torch import Tensor
 if TYPE_CHECKING:  # importing diffusers takes seconds, and not all that knows of families needs it
     from diffusers import SchedulerMixin
 
+    from tfmq.network.backbone import Network
     from tfmq.network.sampling import Conditioning
-    from tfmq.network.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Model:
             Raises ValueError for a prompt that the model does not know.
     """
 
-    unet: UNet
+    unet: Network
     scheduler: SchedulerMixin
     latent_shape: tuple[int, int, int]
     decode: Callable[[Tensor], Tensor]

@@ -20,9 +20,9 @@ from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
 from tfmq.checkpoint import packed_bytes
 from tfmq.cost import Planned, amended_plan, plan_cost
+from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import SamplingSettings
-from tfmq.network.unet import UNet, UNetLayout, full_precision_bytes
 from tfmq.passes import Recipe
 from tfmq.plan import SHARED, Protocol, insert_quantizers
 from tfmq.precision import Precision
@@ -40,7 +40,7 @@ KEPT = {
 
 
 @dataclass(frozen=True)
-class Network:
+class KnownNetwork:
     """What is known of a task's model without its weights.
 
     Attributes:
@@ -49,7 +49,7 @@ class Network:
         tokens: of its context, where it has one.
     """
 
-    unet: UNet
+    unet: Network
     timesteps: torch.Tensor
     tokens: int
 
@@ -128,7 +128,7 @@ class Planner:
 
     suite: Suite
     task: Task
-    network: Network
+    network: KnownNetwork
     rate: Rate
     held: dict[tuple[str, bool], Planned] = field(default_factory=dict)
 
@@ -252,10 +252,10 @@ class Planner:
         return KEPT.get(self.task.evaluator, 0) * FLOAT * images
 
 
-def checkpoint_bytes(unet: UNet, precision: Precision, recipe: Recipe, protocol: Protocol) -> int:
+def checkpoint_bytes(unet: Network, precision: Precision, recipe: Recipe, protocol: Protocol) -> int:
     """The size of a quantised checkpoint of ``unet``, which is on the meta device, without tables over time steps."""
     twin = copy.deepcopy(unet)
-    insert_quantizers(twin, amended_plan(twin, UNetLayout.of(twin), precision, recipe, protocol))
+    insert_quantizers(twin, amended_plan(twin, backbone_of(twin), precision, recipe, protocol))
     return packed_bytes(twin)
 
 

@@ -23,9 +23,9 @@ from benchmarks.runtime import files, manifest
 from benchmarks.stages._setup import batches, conditioning_of, draw_noise, load_model, prompts_of, sampling_settings
 from benchmarks.suite.discover import method
 from benchmarks.suite.params import Task
+from tfmq.network.backbone import Network
 from tfmq.network.calibration import collect_calibration
 from tfmq.network.sampling import sample
-from tfmq.network.unet import UNet
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 
@@ -142,7 +142,7 @@ def _row(task: Task, checkpoint: str, judge: Judge) -> Row:
     )
 
 
-def _latents(model: Model, unet: UNet, task: Task, images: range) -> Tensor:
+def _latents(model: Model, unet: Network, task: Task, images: range) -> Tensor:
     """Final latents (N, C, H, W) of some images."""
     noise, step_noise = draw_noise(task, PURPOSE, 0, images, model.latent_shape)
     conditioning = conditioning_of(model, task, "sample", images)
@@ -150,7 +150,7 @@ def _latents(model: Model, unet: UNet, task: Task, images: range) -> Tensor:
     return sample(unet, model.scheduler, noise, settings, conditioning=conditioning, step_noise=step_noise)
 
 
-def _quantized(model: Model, task: Task) -> UNet:
+def _quantized(model: Model, task: Task) -> Network:
     """The UNet at w8a8 by round-to-nearest, calibrated at the task's guidance scale and steps."""
     images = range(task.calibration_images)
     noise, _ = draw_noise(task, "calibration", 0, images, model.latent_shape)

@@ -47,8 +47,8 @@ from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
 from tfmq.checkpoint import load_quantized, packed_bytes, read_metadata, save_quantized
 from tfmq.closure import code_hash
+from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.sampling import Step, predict_noise, sample
-from tfmq.network.unet import UNet, UNetLayout, full_precision_bytes
 from tfmq.passes.correction import correction_of
 from tfmq.passes.temporal_cache import temporal_feature_error
 from tfmq.plan import SHARED, Protocol
@@ -238,7 +238,7 @@ def _model(task: Task, device: str) -> Model:
 
 
 @lru_cache(maxsize=1)
-def _quantized_unet(path: Path, device: str) -> UNet:
+def _quantized_unet(path: Path, device: str) -> Network:
     return load_quantized(path).to(device)
 
 
@@ -248,7 +248,7 @@ def _forget_networks() -> None:
     _model.cache_clear()
 
 
-def _networks(work: Work) -> tuple[Model, UNet]:
+def _networks(work: Work) -> tuple[Model, Network]:
     """The full-precision model, and the UNet of the cell. Both stay loaded for the process's next unit."""
     model = _model(work.task, work.device)
     return model, _quantized_unet(work.folder / QUANTIZED, work.device) if work.quantized else model.unet
@@ -301,7 +301,7 @@ def _measure_errors(work: Work) -> None:
         if correction is not None:
             predicted, _ = correction(int(timestep), predicted, work.task.eta)
         errors.append((predicted - noise).flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1))
-    temporal = temporal_feature_error(unet, model.unet, UNetLayout.of(model.unet), trajectory["timesteps"])
+    temporal = temporal_feature_error(unet, model.unet, backbone_of(model.unet), trajectory["timesteps"])
     tensors = {"trajectory": torch.stack(errors, 1).cpu(), "temporal": temporal.float().cpu()}
     files.write_tensors(work.folder / ERRORS, tensors | {"timesteps": trajectory["timesteps"].cpu()})
 

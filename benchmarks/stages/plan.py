@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.planning.page import TERA, plan
-from benchmarks.planning.planner import FLOAT, Item, Network, Planner, Rate
+from benchmarks.planning.planner import FLOAT, Item, KnownNetwork, Planner, Rate
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workspace import MIB, peak_memory, restart_peak
 from benchmarks.sources import catalogue
@@ -30,7 +30,8 @@ from benchmarks.stages import convert, fetch, prompts, weights
 from benchmarks.stages._setup import SCHEDULERS, task_of
 from benchmarks.suite import params
 from benchmarks.suite.params import Suite, Task
-from tfmq.network.unet import UNet, set_attention_heads
+from tfmq.network.backbone import Network
+from tfmq.network.unet import set_attention_heads
 
 SHARED = "downloads besides checkpoints"
 UNET, SCHEDULER, TEXT = "unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"
@@ -63,7 +64,9 @@ def run(suite: Suite, tasks: Sequence[str], device_name: str, teraflops: float |
     timed: dict[str, Rate] = {}
     for task in chosen:
         described = describe(task)
-        network = Network(build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens)
+        network = KnownNetwork(
+            build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens
+        )
         rows = 1 if device.type == "cpu" else task.batch * (1 if task.guidance_scale == 1 else 2)
         key = json.dumps([described.unet, rows], sort_keys=True, default=str)
         if key not in timed:
@@ -110,7 +113,7 @@ def timesteps_of(task: Task, described: Described) -> torch.Tensor:
     return torch.as_tensor(scheduler.timesteps)
 
 
-def build(settings: Mapping[str, object], device: torch.device) -> UNet:
+def build(settings: Mapping[str, object], device: torch.device) -> Network:
     """A UNet with random weights."""
     own = dict(settings)
     heads = own.pop("attention_heads", None)  # not among diffusers' own settings
@@ -153,7 +156,7 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
     return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops())
 
 
-def _inputs(unet: UNet, tokens: int, rows: int) -> tuple[torch.Tensor, ...]:
+def _inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, ...]:
     """Random latents, a time step and, for a conditional network, a random context."""
     size, width = unet.config.sample_size, getattr(unet.config, "cross_attention_dim", None)
     latents = torch.randn(rows, unet.config.in_channels, size, size, device=unet.device)

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.planning import rehearsal_page
-from benchmarks.planning.planner import Network
+from benchmarks.planning.planner import KnownNetwork
 from benchmarks.runtime import environment, files
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workspace import MIB, peak_memory, restart_peak
@@ -27,9 +27,9 @@ from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
 from tfmq.cost import plan_cost
+from tfmq.network.backbone import Network, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import SamplingSettings
-from tfmq.network.unet import UNet, full_precision_bytes
 from tfmq.plan import SHARED
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
@@ -57,7 +57,7 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
     if objection:
         raise ValueError(f"{cell.name} is not applicable: {objection}")
     described = describe(task)
-    network = Network(build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens)
+    network = KnownNetwork(build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens)
     pool = _pool(task, network, config, device)
     held = plan_cost(network.unet, precision, config.recipe(), _on_meta(pool), protocol).held
     files.WORK.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
     return text
 
 
-def _pool(task: Task, network: Network, config: object, device: torch.device) -> CalibrationSet:
+def _pool(task: Task, network: KnownNetwork, config: object, device: torch.device) -> CalibrationSet:
     """Random rows at the time steps of the schedule, as many as the method's settings ask for."""
     wanted = max(getattr(config, name, None) or 1 for name in ("images", "range_images"))
     steps, images = len(network.timesteps), min(wanted, task.calibration_images)
@@ -144,7 +144,7 @@ def _on_meta(pool: CalibrationSet) -> CalibrationSet:
 
 
 @torch.no_grad()
-def _predict(unet: UNet, pool: CalibrationSet) -> torch.Tensor:
+def _predict(unet: Network, pool: CalibrationSet) -> torch.Tensor:
     """The noise that a network predicts of the first image at the middle of the schedule, (1, C, H, W)."""
     middle = pool.steps // 2
     context = () if pool.context is None else (pool.context[:1],)

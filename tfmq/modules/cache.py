@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.modules.fake_quantize import StepTracker
-from tfmq.network.unet import UNet
+from tfmq.network.backbone import Backbone
 from tfmq.numerics.affine import Grid, dequantize, quantize
 from tfmq.numerics.observer import minmax
 from tfmq.precision import FULL
@@ -28,7 +28,7 @@ class CachePlan:
 
 
 class CachedProjection(nn.Module):
-    """Takes the place of a residual block's time projection.
+    """Takes the place of a time projection.
 
     Buffers:
         codes: (S, C), one row for each of ``tracker.steps``; uint8, int32 above 8 bits, or the float32 features
@@ -78,26 +78,19 @@ class CachedProjection(nn.Module):
         return torch.where(looked_up[:, None], self.features(index), self.layer(x))
 
 
-class NoTimeEmbedding(nn.Module):
-    """Takes the place of the time-embedding network where nothing needs its output: lets the encoding pass."""
-
-    def forward(self, encoding: Tensor, condition: Tensor | None = None) -> Tensor:
-        return encoding
-
-
-def insert_cache(unet: UNet, plans: Mapping[str, CachePlan], time_projections: tuple[str, ...]) -> None:
+def insert_cache(network: nn.Module, plans: Mapping[str, CachePlan], backbone: Backbone) -> None:
     """Put tables in the place of time projections, in place; they are empty until ``store`` or a checkpoint fills them.
 
     Where no projection is left to compute, the time-embedding network goes too.
     """
     for path, plan in plans.items():
-        cached = CachedProjection(unet.get_submodule(path), plan, unet.step_tracker)
-        unet.set_submodule(path, cached.to(unet.device))
-    projections = [unet.get_submodule(path) for path in time_projections]
+        cached = CachedProjection(network.get_submodule(path), plan, network.step_tracker)
+        network.set_submodule(path, cached.to(network.device))
+    projections = [network.get_submodule(path) for path in backbone.time_projections]
     if all(isinstance(projection, CachedProjection) and projection.layer is None for projection in projections):
-        unet.time_embedding = NoTimeEmbedding()
+        backbone.drop_time_embedding(network)
 
 
-def cached_projections(unet: UNet) -> dict[str, CachedProjection]:
-    """The tables in a UNet, by path."""
-    return {path: module for path, module in unet.named_modules() if isinstance(module, CachedProjection)}
+def cached_projections(network: nn.Module) -> dict[str, CachedProjection]:
+    """The tables in a network, by path."""
+    return {path: module for path, module in network.named_modules() if isinstance(module, CachedProjection)}

@@ -11,8 +11,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tfmq.network.backbone import Network
 from tfmq.network.sampling import Conditioning, SamplingSettings, Step, sample
-from tfmq.network.unet import UNet
 from tfmq.settings import check_counts, check_numbers
 
 
@@ -23,7 +23,7 @@ class CalibrationRows:
     Attributes:
         latents: float32 (N, C, H, W).
         timesteps: int64 (N,).
-        context: (N, tokens, D), or None for an unconditional UNet.
+        context: (N, tokens, D), classes (N,), or None for an unconditional network.
     """
 
     latents: Tensor
@@ -72,8 +72,8 @@ class CalibrationSet:
         samples: float32 (images, C, H, W), the final latents.
         alphas: float64 (steps + 1,), cumulative alpha at each step, then what it is after the last step.
         settings: of the sampling pass.
-        context: (images, tokens, D) or None.
-        unconditional: (images, tokens, D), or None where there was no guidance; with it, drawn rows hold both halves.
+        context: (images, tokens, D), classes (images,), or None.
+        unconditional: likewise, or None where there was no guidance; with it, drawn rows hold both halves.
     """
 
     latents: Tensor
@@ -209,7 +209,7 @@ def cut_to_steps(numbers: Tensor, steps: int) -> Tensor:
 
 
 def collect_calibration(
-    unet: UNet,
+    unet: Network,
     scheduler: SchedulerMixin,
     noise: Tensor,
     settings: SamplingSettings,

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tfmq.network.backbone import Backbone, Block, Network
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import Block, UNet, UNetLayout, run_block, time_features
 from tfmq.plan import announce_step
 from tfmq.workspace import Allocate
 
@@ -28,16 +28,17 @@ class Place:
     allocate: Allocate | None = None
 
     def empty(self, rows: int, part: Tensor) -> Tensor:
-        """A tensor for so many rows like those of ``part`` (B, C, H, W), in the same order of dimensions in memory."""
-        last = part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
+        """A tensor for so many rows like those of ``part`` (B, ...), in the same order of dimensions in memory."""
+        images = part.dim() == 4
+        last = images and part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
         if self.allocate is None:
             order = torch.channels_last if last else torch.contiguous_format
             return torch.empty(rows, *part.shape[1:], dtype=part.dtype, device=self.device, memory_format=order)
         flat = self.allocate(rows * part[0].numel(), part.dtype)
-        _, channels, height, width = part.shape
         if last:
+            _, channels, height, width = part.shape
             return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
-        return flat.view(rows, channels, height, width)
+        return flat.view(rows, *part.shape[1:])
 
 
 @dataclass
@@ -47,19 +48,20 @@ class BlockStream:
     Attributes:
         batch: rows evaluated at once.
         place: where rows wait.
-        hidden: (N, C, H, W), the hidden state.
-        skips: the stack of skip connections, each (N, C, H, W).
-        embedding: time embedding of each distinct time step, (S, D).
+        hidden: (N, ...), the hidden state.
+        skips: the stack of skip connections, each (N, ...).
+        time: what blocks take of each distinct time step, (S, ...).
         step: (N,), each row's position in ``timesteps``.
     """
 
-    unet: UNet
+    unet: Network
+    backbone: Backbone
     rows: CalibrationRows
     batch: int
     place: Place
     hidden: Tensor = field(init=False)
     skips: list[Tensor] = field(default_factory=list)
-    embedding: Tensor = field(init=False)
+    time: Tensor = field(init=False)
     step: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,19 +69,19 @@ class BlockStream:
         timesteps, self.step = self.rows.timesteps.unique(return_inverse=True)
         announce_step(self.unet, timesteps)
         with torch.no_grad():
-            self.embedding = time_features(self.unet, timesteps.to(self.unet.device))
+            self.time = self.backbone.time_input(self.unet, timesteps.to(self.unet.device))
 
     def inputs(self, block: Block) -> Inputs:
         """The block's input for all rows: tensors that are concatenated along the channels, a batch at a time."""
         return (self.hidden, self.skips[-1]) if block.pop else (self.hidden,)
 
-    def evaluate(self, unet: UNet, block: Block, inputs: Inputs, rows: Tensor | slice) -> Tensor:
+    def evaluate(self, unet: Network, block: Block, inputs: Inputs, rows: Tensor | slice) -> Tensor:
         """Output of ``block`` of ``unet`` for some rows of ``inputs``."""
         announce_step(unet, self.rows.timesteps[rows])
         context = None if self.rows.context is None else self.rows.context[rows]
         parts = [part[rows].to(unet.device) for part in inputs]
         hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        return run_block(unet, block, hidden, self.embedding[self.step[rows]], context)
+        return self.backbone.run_block(unet, block, hidden, self.time[self.step[rows]], context)
 
     @torch.no_grad()
     def outputs(self, block: Block, inputs: Inputs) -> Tensor:
@@ -104,14 +106,14 @@ class BlockStream:
         self.hidden = outputs
 
 
-def stream_bytes(unet: UNet, layout: UNetLayout, row: CalibrationRows) -> int:
+def stream_bytes(unet: Network, backbone: Backbone, row: CalibrationRows) -> int:
     """Peak bytes that one calibration row keeps in one stream, its current block's input and output included.
 
     A network and a row on the meta device will do.
     """
-    stream = BlockStream(unet, row, 1, Place(unet.device))
+    stream = BlockStream(unet, backbone, row, 1, Place(unet.device))
     peak = 0
-    for block in layout.blocks:
+    for block in backbone.blocks:
         outputs = stream.outputs(block, stream.inputs(block))
         # The hidden state may be the top of the stack.
         held = {id(tensor): tensor for tensor in (stream.hidden, *stream.skips, outputs)}
@@ -121,8 +123,8 @@ def stream_bytes(unet: UNet, layout: UNetLayout, row: CalibrationRows) -> int:
 
 
 def place_for(
-    unet: UNet,
-    layout: UNetLayout,
+    unet: Network,
+    backbone: Backbone,
     rows: CalibrationRows,
     streams: int,
     memory_bytes: int,
@@ -132,7 +134,7 @@ def place_for(
 
     More than ``memory_bytes`` wait in what ``allocate`` gives; without it, raises ValueError, saying how many rows fit.
     """
-    per_row = streams * stream_bytes(unet, layout, rows[:1])
+    per_row = streams * stream_bytes(unet, backbone, rows[:1])
     needed, fitting = per_row * len(rows), memory_bytes // per_row
     host = torch.device("cpu")
     if needed > memory_bytes:

@@ -12,7 +12,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from tfmq.network.unet import UNet
+from tfmq.network.backbone import Network, evaluate
 from tfmq.settings import check_counts, check_numbers
 
 
@@ -32,7 +32,10 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Cross-attention context (B, tokens, D) of each image, and its unconditional counterpart for guidance."""
+    """What each image is conditioned on, and its unconditional counterpart for guidance.
+
+    A context (B, tokens, D) for cross-attention, or int64 classes (B,).
+    """
 
     context: Tensor
     unconditional: Tensor | None = None
@@ -45,7 +48,7 @@ class Step:
     Attributes:
         index: position in the schedule, 0 the noisiest.
         timestep: the schedule's time step.
-        latents: UNet input (B, C, H, W), before guidance doubles it.
+        latents: Network input (B, C, H, W), before guidance doubles it.
         noise: predicted noise (B, C, H, W), after guidance and correction.
     """
 
@@ -70,7 +73,7 @@ class CarriedCorrection(Protocol):
 
 
 def predict_noise(
-    unet: UNet, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None, guidance_scale: float
+    unet: Network, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None, guidance_scale: float
 ) -> Tensor:
     """Predicted noise at ``timestep``; under guidance e = e_u + s (e_c - e_u), halves ordered [uncond, cond].
 
@@ -78,12 +81,10 @@ def predict_noise(
     halves of the conditioning.
     """
     check_guidance(conditioning, guidance_scale)
-    if conditioning is None:
-        return unet(latents, timestep).sample
-    if guidance_scale == 1.0:
-        return unet(latents, timestep, conditioning.context).sample
+    if conditioning is None or guidance_scale == 1.0:
+        return evaluate(unet, latents, timestep, None if conditioning is None else conditioning.context)
     context = torch.cat([conditioning.unconditional, conditioning.context])
-    unconditional, conditional = unet(torch.cat([latents, latents]), timestep, context).sample.chunk(2)
+    unconditional, conditional = evaluate(unet, torch.cat([latents, latents]), timestep, context).chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -104,7 +105,7 @@ class CorrectedScheduler(SchedulerMixin):
 
 @torch.no_grad()
 def sample(
-    unet: UNet,
+    unet: Network,
     scheduler: SchedulerMixin,
     noise: Tensor,
     settings: SamplingSettings,
@@ -162,7 +163,7 @@ def sample(
     return latents
 
 
-def _first_nonfinite_layer(unet: UNet, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None) -> str:
+def _first_nonfinite_layer(unet: Network, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None) -> str:
     found: list[str] = []
 
     def watch(path: str) -> Callable:

@@ -1,9 +1,9 @@
-"""What is where in a diffusers UNet, by module path, and running it block by block."""
+"""diffusers' UNets, block by block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
@@ -12,57 +12,30 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from tfmq.network.backbone import Backbone, Block
+
 UNet = UNet2DModel | UNet2DConditionModel
 
 
-@dataclass(frozen=True)
-class Block:
-    """One step of the UNet's forward pass: the module at ``path`` maps the hidden state to the next.
+class NoTimeEmbedding(nn.Module):
+    """Takes the place of the time-embedding network where nothing needs its output: lets the encoding pass."""
 
-    ``pop`` concatenates the top of the skip stack to the input first; ``push`` puts the output on that stack.
-    """
-
-    path: str
-    pop: bool = False
-    push: bool = False
+    def forward(self, encoding: Tensor, condition: Tensor | None = None) -> Tensor:
+        return encoding
 
 
 @dataclass(frozen=True)
-class UNetLayout:
-    """The parts of a UNet, all by module path.
+class UNetBackbone(Backbone):
+    """The backbone of a UNet2DModel, or of a UNet2DConditionModel, whose latents go with a context (B, tokens, D).
 
-    Attributes:
-        blocks: in forward order, from the input convolution to the output convolution.
-        time_embedding: the linear layers of the time-embedding network.
-        time_projections: the linear layer in each residual block that projects the time embedding, those that down- or
-            upsample included.
-        shortcut_splits: shortcut convolutions over concatenated features -> channels (decoder, skip).
-        attentions: attention modules.
-        shortcuts: shortcut convolutions of residual blocks.
-        downsampling: convolutions that downsample. A residual block that downsamples (LDM-8 churches) averages pixels,
-            without weights; its convolutions are those of any residual block, and not among these.
-        attention_layers: the linear layers inside attention modules.
-        boundary: the first and the last layer of the network.
+    The temporal information block is the time-embedding network, and the linear layer in each residual block that
+    projects its output. Downsampling convolutions are those of their own: a residual block that downsamples (LDM-8
+    churches) averages pixels, without weights, and its convolutions are those of any residual block.
     """
-
-    blocks: tuple[Block, ...]
-    time_embedding: tuple[str, ...]
-    time_projections: tuple[str, ...]
-    shortcut_splits: dict[str, tuple[int, int]] = field(hash=False)
-    attentions: tuple[str, ...]
-    shortcuts: tuple[str, ...]
-    downsampling: tuple[str, ...]
-    attention_layers: tuple[str, ...]
-    boundary: tuple[str, ...] = ("conv_in", "conv_out")
 
     @classmethod
-    def of(cls, unet: UNet) -> UNetLayout:
-        """Read the layout of a UNet2DModel or UNet2DConditionModel.
-
-        Raises ValueError for other classes and for parts that the block-by-block pass would not reproduce.
-        """
-        if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
-            raise ValueError(f"{type(unet).__name__} is not supported: give a UNet2DModel or a UNet2DConditionModel")
+    def of(cls, unet: UNet) -> UNetBackbone:
+        """See `Backbone`."""
         time_act = getattr(unet, "time_embed_act", None)
         if unet.config.center_input_sample or time_act is not None or unet.config.time_embedding_type != "positional":
             raise ValueError("only UNets with a positional time embedding and an uncentred input are supported")
@@ -105,43 +78,90 @@ class UNetLayout:
         modules = dict(unet.named_modules())
         layers = [path for path, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
         attentions = tuple(path for path, module in modules.items() if isinstance(module, Attention))
+        inside = tuple(f"{path}." for path in attentions)
+        time_embedding = ("time_embedding.linear_1", "time_embedding.linear_2")
+        time_projections = tuple(
+            f"{block.path}.time_emb_proj"
+            for block in blocks
+            if isinstance(modules[block.path], ResnetBlock2D) and modules[block.path].time_emb_proj is not None
+        )
         return cls(
             blocks=tuple(blocks),
-            time_embedding=("time_embedding.linear_1", "time_embedding.linear_2"),
-            time_projections=tuple(
-                f"{block.path}.time_emb_proj"
-                for block in blocks
-                if isinstance(modules[block.path], ResnetBlock2D) and modules[block.path].time_emb_proj is not None
-            ),
-            shortcut_splits=splits,
+            time_embedding=time_embedding,
+            time_projections=time_projections,
             attentions=attentions,
-            shortcuts=tuple(path for path in layers if path.endswith(".conv_shortcut")),
-            downsampling=tuple(
-                path
-                for path in layers
-                if ".downsamplers." in path and isinstance(modules[path.rpartition(".")[0]], Downsample2D)
-            ),
-            attention_layers=tuple(path for path in layers if path.startswith(tuple(f"{a}." for a in attentions))),
+            roles={
+                "boundary": ("conv_in", "conv_out"),
+                "first_time_layer": time_embedding[:1],
+                "time_embedding": time_embedding,
+                "time_projections": time_projections,
+                "shortcuts": tuple(path for path in layers if path.endswith(".conv_shortcut")),
+                "downsampling": tuple(
+                    path
+                    for path in layers
+                    if ".downsamplers." in path and isinstance(modules[path.rpartition(".")[0]], Downsample2D)
+                ),
+                "attention_layers": tuple(path for path in layers if path.startswith(inside)),
+                "attention_products": attentions,
+            },
+            shortcut_splits=splits,
+            condition="context" if isinstance(unet, UNet2DConditionModel) else "none",
         )
 
-    @property
-    def roles(self) -> dict[str, tuple[str, ...]]:
-        """Paths of the layers, or attention modules, by the roles that a protocol may treat in its own way."""
-        return {
-            "boundary": self.boundary,
-            "first_time_layer": self.time_embedding[:1],
-            "time_embedding": self.time_embedding,
-            "time_projections": self.time_projections,
-            "shortcuts": self.shortcuts,
-            "downsampling": self.downsampling,
-            "attention_layers": self.attention_layers,
-            "attention_products": self.attentions,
-        }
+    @staticmethod
+    def evaluate(network: UNet, latents: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
+        """See `Backbone`."""
+        return network(latents, timesteps, *(() if context is None else (context,))).sample
 
-    @property
-    def temporal(self) -> tuple[str, ...]:
-        """The temporal information block of TFMQ-DM: all layers that depend on the time step alone."""
-        return self.time_embedding + self.time_projections
+    def encoding(self, network: UNet, timesteps: Tensor) -> Tensor:
+        """See `Backbone`."""
+        return network.time_proj(timesteps)
+
+    def time_input(self, network: UNet, timesteps: Tensor) -> Tensor:
+        """See `Backbone`: the sinusoidal encoding through the time-embedding network."""
+        return network.time_embedding(self.encoding(network, timesteps).to(network.dtype))
+
+    def temporal_features(self, network: UNet, timesteps: Tensor) -> list[Tensor]:
+        """See `Backbone`."""
+        embedding = self.time_input(network, timesteps)
+        features = []
+        for path in self.time_projections:
+            resnet = network.get_submodule(path.rpartition(".")[0])
+            activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
+            features.append(resnet.time_emb_proj(activated))
+        return features
+
+    def run_block(self, network: UNet, block: Block, hidden: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        """See `Backbone`."""
+        module = network.get_submodule(block.path)
+        if isinstance(module, ResnetBlock2D):
+            return module(hidden, time)
+        if isinstance(module, Transformer2DModel):
+            return module(hidden, encoder_hidden_states=context, return_dict=False)[0]
+        if block.path == "conv_out":
+            if network.conv_norm_out is not None:
+                hidden = network.conv_act(network.conv_norm_out(hidden))
+            return module(hidden)
+        return module(hidden)
+
+    def drop_time_embedding(self, network: UNet) -> None:
+        """See `Backbone`."""
+        network.time_embedding = NoTimeEmbedding()
+
+    def silu_inputs(self, network: UNet) -> set[str]:
+        """See `Backbone`."""
+        paths = set()
+        for block in self.blocks:
+            module = network.get_submodule(block.path)
+            if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, nn.SiLU):
+                paths |= {f"{block.path}.conv1", f"{block.path}.conv2"}
+                if module.time_emb_proj is not None and not module.skip_time_act:
+                    paths.add(f"{block.path}.time_emb_proj")
+        if isinstance(network.time_embedding.act, nn.SiLU):
+            paths.add("time_embedding.linear_2")
+        if network.conv_norm_out is not None and isinstance(network.conv_act, nn.SiLU):
+            paths.add("conv_out")
+        return paths
 
 
 def set_attention_heads(unet: UNet2DModel, heads: int) -> None:
@@ -174,42 +194,3 @@ def restore_attention_heads(unet: UNet) -> None:
 def _pairs(stage: nn.Module) -> Iterator[tuple[ResnetBlock2D, nn.Module | None]]:
     attentions = getattr(stage, "attentions", None) or [None] * len(stage.resnets)
     return zip(stage.resnets, attentions, strict=True)
-
-
-def time_features(unet: UNet, timesteps: Tensor) -> Tensor:
-    """Time embedding (N, D) of time steps (N,): the sinusoidal encoding through the time-embedding network."""
-    encoding = unet.time_proj(timesteps).to(unet.dtype)
-    return unet.time_embedding(encoding)
-
-
-def temporal_features(unet: UNet, layout: UNetLayout, timesteps: Tensor) -> list[Tensor]:
-    """What the time step contributes to each residual block: (N, C_i) for each of ``layout.time_projections``.
-
-    These are the emb_{t,i} of TFMQ-DM (arXiv 2311.16503, eq. 3), the outputs of the temporal information block.
-    """
-    embedding = time_features(unet, timesteps)
-    features = []
-    for path in layout.time_projections:
-        resnet = unet.get_submodule(path.rpartition(".")[0])
-        activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
-        features.append(resnet.time_emb_proj(activated))
-    return features
-
-
-def run_block(unet: UNet, block: Block, hidden: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
-    """Output of one block for hidden state (B, C, H, W), time embedding (B, D) and context (B, tokens, D) or None."""
-    module = unet.get_submodule(block.path)
-    if isinstance(module, ResnetBlock2D):
-        return module(hidden, embedding)
-    if isinstance(module, Transformer2DModel):
-        return module(hidden, encoder_hidden_states=context, return_dict=False)[0]
-    if block.path == "conv_out":
-        if unet.conv_norm_out is not None:
-            hidden = unet.conv_act(unet.conv_norm_out(hidden))
-        return module(hidden)
-    return module(hidden)
-
-
-def full_precision_bytes(unet: UNet) -> int:
-    """Size of the network's parameters at 32 bits, in bytes."""
-    return sum(parameter.numel() * 4 for parameter in unet.parameters())

@@ -15,8 +15,8 @@ import torch
 
 if TYPE_CHECKING:
     from tfmq.cost import Shapes
+    from tfmq.network.backbone import Backbone, Network
     from tfmq.network.calibration import CalibrationRows, CalibrationSet
-    from tfmq.network.unet import UNet, UNetLayout
     from tfmq.plan import QuantizationPlan
     from tfmq.session import Session
 
@@ -81,7 +81,7 @@ class Pass(ABC):
         """Its class in words, such as ``block reconstruction``."""
         return re.sub(r"(?<!^)(?=[A-Z])", " ", type(self).__name__).lower()
 
-    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
         """The plan with what this pass changes of it; ``unet`` is still in full precision."""
         return plan
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes, evaluation_bytes
 from tfmq.modules.fake_quantize import ActivationRange
+from tfmq.network.backbone import evaluate
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.plan import activation_quantizers
@@ -64,8 +65,7 @@ class ActivationRanges(Pass):
         counts = rows.timesteps.unique(return_counts=True)[1].tolist() if self.per_step else [len(rows)]
         total = sum(math.ceil(count / self.batch) for count in counts)
         for batch in tqdm(batches, desc=self.name, total=total, disable=None):
-            context = () if batch.context is None else (batch.context,)
-            unet(batch.latents, batch.timesteps.to(unet.device), *context)
+            evaluate(unet, batch.latents, batch.timesteps.to(unet.device), batch.context)
         for quantizer in quantizers:
             quantizer.freeze()
         session.count_evaluations(len(rows))

@@ -12,13 +12,12 @@ from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes, evaluation_bytes, units_of
 from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.backbone import Block, Network
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
 from tfmq.network.offload import BlockStream, place_for
-from tfmq.network.unet import UNet
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.reconstruction import (
     RoundingConfig,
-    below,
     learn_roundings,
     learning_bytes,
     loss_against,
@@ -57,22 +56,22 @@ class BlockReconstruction(Pass):
 
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`. Raises ValueError for rows that do not fit, a block's NaN or infinity, and a loss of these."""
-        unet, full, layout = session.unet, session.full, session.layout
-        place = place_for(full, layout, rows, 2, self.memory_bytes, session.workspace.allocate)
-        for path in layout.time_embedding:
-            layers = _unrounded(unet, path)
+        unet, full, backbone = session.unet, session.full, session.backbone
+        place = place_for(full, backbone, rows, 2, self.memory_bytes, session.workspace.allocate)
+        for path in backbone.time_embedding:
+            layers = _unrounded(unet, Block(path))
             if layers:
-                inputs, targets = time_layer_data(unet, full, path, rows.timesteps.unique())
+                inputs, targets = time_layer_data(backbone, unet, full, path, rows.timesteps.unique())
                 loss = loss_against(
                     targets, lambda index, layer=layers[path], x=inputs: layer(x[index]), self.rounding.norm
                 )
                 learn_roundings(session, path, layers, loss, len(inputs), self.rounding)
-        reference, stream = (BlockStream(network, rows, self.batch, place) for network in (full, unet))
-        for block in tqdm(layout.blocks, desc=self.name, disable=None):
+        reference, stream = (BlockStream(network, backbone, rows, self.batch, place) for network in (full, unet))
+        for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             targets = reference.outputs(block, reference.inputs(block))
             reference.advance(block, targets)
             inputs = stream.inputs(block)
-            layers = _unrounded(unet, block.path)
+            layers = _unrounded(unet, block)
             if layers:
                 loss = loss_against(
                     targets, lambda index, b=block, x=inputs: stream.evaluate(unet, b, x, index), self.rounding.norm
@@ -83,7 +82,7 @@ class BlockReconstruction(Pass):
 
     def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
         """See `Pass`."""
-        steps = self.rounding.iterations * units_of(shapes.layout, shapes.unrounded)
+        steps = self.rounding.iterations * units_of(shapes.backbone, shapes.unrounded)
         shapes.rounded |= shapes.unrounded
         return Cost(2 * len(rows), steps, self.rounding.iterations * min(self.rounding.batch, len(rows)))
 
@@ -94,6 +93,6 @@ class BlockReconstruction(Pass):
         return Memory.of(working, 2 * shapes.waiting(rows), self.memory_bytes)
 
 
-def _unrounded(unet: UNet, path: str) -> dict[str, QuantizedLayer]:
-    """The quantised layers at or below ``path`` whose weights are not rounded yet, by path in ``unet``."""
-    return {name: layer for name, layer in below(path, quantized_layers(unet)).items() if layer.codes is None}
+def _unrounded(unet: Network, block: Block) -> dict[str, QuantizedLayer]:
+    """The quantised layers of a block whose weights are not rounded yet, by path in ``unet``."""
+    return {p: layer for p, layer in quantized_layers(unet).items() if block.holds(p) and layer.codes is None}

@@ -22,9 +22,9 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
+from tfmq.network.backbone import Network
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
-from tfmq.network.unet import UNet
 from tfmq.passes import Cost, Pass
 from tfmq.settings import check_counts
 
@@ -156,7 +156,7 @@ def trajectory_evaluations(pool: CalibrationSet, images: int) -> int:
     return halves * pool.steps * min(images, pool.images)
 
 
-def attach_correction(unet: UNet, correction: NoiseCorrection) -> None:
+def attach_correction(unet: Network, correction: NoiseCorrection) -> None:
     """Let ``unet`` carry its correction, in its checkpoint too, and warn that stock pipelines do not apply it."""
     unet.noise_correction = correction
     warnings.warn(
@@ -167,7 +167,7 @@ def attach_correction(unet: UNet, correction: NoiseCorrection) -> None:
 
 
 @torch.no_grad()
-def measure_correction(unet: UNet, pool: CalibrationSet, images: int, batch: int) -> NoiseCorrection:
+def measure_correction(unet: Network, pool: CalibrationSet, images: int, batch: int) -> NoiseCorrection:
     """Statistics of a quantised UNet's error on the full-precision trajectory of a pool.
 
     Takes steps x ``images`` evaluations (two each under guidance), at most as many images as the pool holds. The
@@ -192,7 +192,7 @@ def measure_correction(unet: UNet, pool: CalibrationSet, images: int, batch: int
 
 
 @torch.no_grad()
-def quantized_noise(unet: UNet, pool: CalibrationSet, step: int, images: int, batch: int) -> Tensor:
+def quantized_noise(unet: Network, pool: CalibrationSet, step: int, images: int, batch: int) -> Tensor:
     """What ``unet`` predicts, after guidance, at a step of the pool's trajectory: (images, C, H, W)."""
     parts = []
     for start in range(0, images, batch):
@@ -206,12 +206,12 @@ def quantized_noise(unet: UNet, pool: CalibrationSet, step: int, images: int, ba
     return torch.cat(parts)
 
 
-def correction_of(unet: UNet) -> NoiseCorrection | None:
+def correction_of(unet: Network) -> NoiseCorrection | None:
     """The correction of the predicted noise that a UNet carries, or None."""
     return getattr(unet, "noise_correction", None)
 
 
-def corrected_scheduler(scheduler: SchedulerMixin, unet: UNet) -> CorrectedScheduler:
+def corrected_scheduler(scheduler: SchedulerMixin, unet: Network) -> CorrectedScheduler:
     """A copy of ``scheduler`` for stock pipelines, which applies the correction that ``unet`` carries.
 
     A pipeline gives the noise to its scheduler after guidance, which is where the correction acts. Set it as

@@ -8,7 +8,6 @@ import torch
 
 from tfmq.cost import Shapes
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import temporal_features
 from tfmq.passes import Cost, Pass
 from tfmq.passes.temporal_reconstruction import temporal_layers
 from tfmq.plan import activation_quantizers
@@ -34,11 +33,11 @@ class FiniteSetCalibration(Pass):
         for quantizer in quantizers:
             quantizer.observe(per_step=True)
         tracker.set(tracker.steps)
-        temporal_features(unet, session.layout, tracker.steps.to(unet.device))
+        session.backbone.temporal_features(unet, tracker.steps.to(unet.device))
         for quantizer in quantizers:
             quantizer.freeze()
 
     def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
         """See `Pass`."""
-        shapes.tabulated |= set(shapes.layout.temporal)
+        shapes.tabulated |= set(shapes.backbone.temporal)
         return Cost()

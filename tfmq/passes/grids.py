@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tfmq.network.backbone import Backbone, Network
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import UNet, UNetLayout
 from tfmq.passes import Pass
 from tfmq.plan import QuantizationPlan
 from tfmq.session import Session
@@ -37,12 +37,12 @@ class Grids(Pass):
             if not self.dynamic_activations:
                 raise ValueError("groups of input channels go with dynamic activations: set both")
 
-    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
         own = {"symmetric": self.symmetric_activations, "dynamic": self.dynamic_activations}
         layers = {}
         for path, layer in plan.layers.items():
-            splits = layout.shortcut_splits.get(path, ()) if self.split_shortcuts else ()
+            splits = backbone.shortcut_splits.get(path, ()) if self.split_shortcuts else ()
             if self.weight_group is not None:
                 splits = group_sizes(unet.get_submodule(path).weight.shape[1], self.weight_group)
             layers[path] = replace(layer, splits=splits, **own)

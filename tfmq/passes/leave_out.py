@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tfmq.network.backbone import Backbone, Network
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import UNet, UNetLayout
 from tfmq.passes import Pass
 from tfmq.plan import QuantizationPlan
 from tfmq.session import Session
@@ -14,19 +14,19 @@ from tfmq.settings import unknown
 
 @dataclass(frozen=True)
 class LeaveOut(Pass):
-    """Leave the layers of some roles (see ``UNetLayout.roles``) in full precision."""
+    """Leave the layers of some roles (see ``Backbone.roles``) in full precision."""
 
     roles: tuple[str, ...]
 
     sees_activations = False
 
-    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`. Raises ValueError for a role that there is not."""
         reasons = {}
         for role in self.roles:
-            if role not in layout.roles:
-                raise unknown("role", role, layout.roles)
-            for path in layout.roles[role]:
+            if role not in backbone.roles:
+                raise unknown("role", role, backbone.roles)
+            for path in backbone.roles[role]:
                 if path in plan.layers or path in plan.attentions:
                     reasons[path] = f"the method leaves this out ({role.replace('_', ' ')})"
         layers = {path: layer for path, layer in plan.layers.items() if path not in reasons}

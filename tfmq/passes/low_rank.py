@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes, evaluation_bytes
 from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
-from tfmq.network.unet import UNet, UNetLayout
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.weight_ranges import WeightRange
 from tfmq.plan import QuantizationPlan, quantized_layers
@@ -54,7 +54,7 @@ class LowRankBranches(Pass):
         check_choices(self)
         check_counts(self, "rank", "candidates", "search_rows", "batch")
 
-    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
         layers = {
             path: replace(layer, rank=self.rank if has_branch(unet.get_submodule(path), self.rank) else 0)
@@ -136,7 +136,7 @@ def split_weight(layer: QuantizedLayer, weight: Tensor, smoothing: Tensor) -> No
 
 @torch.no_grad()
 def add_branches(
-    full: UNet,
+    full: Network,
     layers: dict[str, QuantizedLayer],
     rows: CalibrationRows,
     config: LowRankBranches,
@@ -181,7 +181,7 @@ def add_branches(
 
 
 def _run_hooked(
-    unet: UNet,
+    unet: Network,
     paths: Iterable[str],
     rows: CalibrationRows,
     batch: int,
@@ -197,8 +197,7 @@ def _run_hooked(
     try:
         for start in tqdm(range(0, len(rows), batch), desc="low-rank branches", disable=None):
             part = rows[slice(start, start + batch)]
-            context = () if part.context is None else (part.context,)
-            unet(part.latents, part.timesteps.to(unet.device), *context)
+            evaluate(unet, part.latents, part.timesteps.to(unet.device), part.context)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,12 +6,13 @@ So et al., NeurIPS 2023, arXiv 2306.02316; `tfmq.passes.step_network` has the ne
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from tfmq.cost import Shapes, evaluation_bytes
+from tfmq.network.backbone import Backbone, Network
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, NormallyDistributed
-from tfmq.network.unet import UNet, UNetLayout
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.step_network import (
     FitConfig,
@@ -45,9 +46,9 @@ class PredictedStepSizes(Pass):
     def __post_init__(self) -> None:
         check_counts(self, "values", "batch")
 
-    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
-        return with_silu_grids(plan, unet, layout)
+        return with_silu_grids(plan, unet, backbone)
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""
@@ -60,19 +61,21 @@ class PredictedStepSizes(Pass):
     def fitted(self, session: Session, rows: CalibrationRows) -> StepNetworks:
         """The network of each quantiser, fitted to its input on ``rows``."""
         unet, generator = session.unet, session.generator
+        encode = partial(session.backbone.encoding, unet)
         unet.step_tracker.steps = session.finite_set
         quantizers = activation_quantizers(unet)
         samples = sample_activations(unet, rows, self.values, self.batch, generator)
-        networks = StepNetworks(samples.initial_steps(quantizers), unet.time_proj.num_channels, generator)
-        trace = fit_networks(networks, quantizers, samples, unet.time_proj, self.fit, generator)
+        channels = encode(session.finite_set.to(unet.device)).shape[1]
+        networks = StepNetworks(samples.initial_steps(quantizers), channels, generator)
+        trace = fit_networks(networks, quantizers, samples, encode, self.fit, generator)
         session.count_evaluations(len(rows))
         session.count_steps(len(trace))
         return networks
 
     def tabulate(self, session: Session, networks: StepNetworks) -> None:
         """Replace the networks by their values at the steps of the schedule."""
-        steps = session.unet.step_tracker.steps.to(session.unet.device)
-        tabulate(networks, activation_quantizers(session.unet), session.unet.time_proj(steps))
+        encodings = session.backbone.encoding(session.unet, session.finite_set.to(session.unet.device))
+        tabulate(networks, activation_quantizers(session.unet), encodings)
 
     def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
         """See `Pass`."""

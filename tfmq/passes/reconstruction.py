@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tfmq.cost import backward_bytes
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.backbone import Backbone, Block, Network
 from tfmq.network.offload import BlockStream
-from tfmq.network.unet import Block, UNet, time_features
 from tfmq.numerics.rounding import annealed_beta
 from tfmq.plan import quantized_layers
 from tfmq.session import Session
@@ -180,7 +180,9 @@ def learn_scales(
 
 
 @torch.no_grad()
-def time_layer_data(unet: UNet, full: UNet, path: str, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def time_layer_data(
+    backbone: Backbone, unet: Network, full: Network, path: str, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
     """Inputs (S, D_in) of a time-embedding layer in ``unet`` and its outputs (S, D_out) in ``full``, step by step."""
     seen: dict[str, Tensor] = {}
     hooks = [
@@ -189,16 +191,11 @@ def time_layer_data(unet: UNet, full: UNet, path: str, timesteps: Tensor) -> tup
     ]
     try:
         for network in (unet, full):
-            time_features(network, timesteps.to(network.device))
+            backbone.temporal_features(network, timesteps.to(network.device))
     finally:
         for hook in hooks:
             hook.remove()
     return seen["inputs"], seen["targets"]
-
-
-def below(path: str, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of ``parts``, by path, that are at or below ``path``."""
-    return {name: part for name, part in parts.items() if name == path or name.startswith(f"{path}.")}
 
 
 def learning_bytes(stream: BlockStream, block: Block) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tfmq.network.unet import UNet
+from tfmq.network.backbone import Network
 from tfmq.plan import QuantizationPlan, activation_quantizers
 
 Ranges = dict[str, tuple[int, Tensor, Tensor]]
@@ -47,7 +47,7 @@ def smallest_bits(snr: Mapping[int, Tensor], needed: Tensor, largest: int) -> Te
     return chosen
 
 
-def set_bits(unet: UNet, plan: QuantizationPlan) -> None:
+def set_bits(unet: Network, plan: QuantizationPlan) -> None:
     """Give every activation quantiser the width that ``plan`` gives its layer or attention module."""
     for path, layer in plan.layers.items():
         for quantizer in activation_quantizers(unet.get_submodule(path)).values():
@@ -59,12 +59,12 @@ def set_bits(unet: UNet, plan: QuantizationPlan) -> None:
         processor.probabilities.bits = attention.softmax_bits
 
 
-def ranges_of(unet: UNet) -> Ranges:
+def ranges_of(unet: Network) -> Ranges:
     """Width, scale and zero point of every activation quantiser, by path."""
     return {path: (q.bits, q.scale, q.zero_point) for path, q in activation_quantizers(unet).items()}
 
 
-def mix_ranges(unet: UNet, at_bits: Mapping[int, Ranges], chosen: Tensor) -> None:
+def mix_ranges(unet: Network, at_bits: Mapping[int, Ranges], chosen: Tensor) -> None:
     """Give every quantiser, at each of ``unet.step_tracker.steps``, its range at the ``chosen`` width (steps,)."""
     for path, quantizer in activation_quantizers(unet).items():
         widths, scales, zero_points = zip(*(at_bits[bits][path] for bits in chosen.tolist()), strict=True)

@@ -15,14 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tfmq.modules.fake_quantize import FakeQuantize
+from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import UNet, UNetLayout
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize
 from tfmq.plan import QuantizationPlan, activation_quantizers
 from tfmq.settings import check_counts, check_numbers, check_positive
@@ -31,25 +30,9 @@ SILU_LOWER = 0.2785
 WIDTH = 64
 
 
-def silu_inputs(unet: UNet, layout: UNetLayout) -> set[str]:
-    """Paths of the layers whose input is the output of a SiLU, read from the structure of the UNet."""
-    paths = set()
-    for block in layout.blocks:
-        module = unet.get_submodule(block.path)
-        if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, nn.SiLU):
-            paths |= {f"{block.path}.conv1", f"{block.path}.conv2"}
-            if module.time_emb_proj is not None and not module.skip_time_act:
-                paths.add(f"{block.path}.time_emb_proj")
-    if isinstance(unet.time_embedding.act, nn.SiLU):
-        paths.add("time_embedding.linear_2")
-    if unet.conv_norm_out is not None and isinstance(unet.conv_act, nn.SiLU):
-        paths.add("conv_out")
-    return paths
-
-
-def with_silu_grids(plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+def with_silu_grids(plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
     """``plan`` with unsigned grids for outputs of SiLU and signed ones for all other inputs."""
-    unsigned = silu_inputs(unet, layout)
+    unsigned = backbone.silu_inputs(unet)
     layers = {path: dataclasses.replace(layer, symmetric=path not in unsigned) for path, layer in plan.layers.items()}
     attentions = {path: dataclasses.replace(attention, symmetric=True) for path, attention in plan.attentions.items()}
     return dataclasses.replace(plan, layers=layers, attentions=attentions)
@@ -141,7 +124,7 @@ class ActivationSamples:
 
 @torch.no_grad()
 def sample_activations(
-    unet: UNet, rows: CalibrationRows, values: int, batch: int, generator: torch.Generator
+    unet: Network, rows: CalibrationRows, values: int, batch: int, generator: torch.Generator
 ) -> ActivationSamples:
     """Draw ``values`` entries of every quantiser's unquantised input from each of ``rows``.
 
@@ -170,8 +153,7 @@ def sample_activations(
         for start in tqdm(range(0, len(rows), batch), desc="activation samples", disable=None):
             present = slice(start, min(start + batch, len(rows)))
             part = rows[present]
-            context = () if part.context is None else (part.context,)
-            unet(part.latents, part.timesteps.to(unet.device), *context)
+            evaluate(unet, part.latents, part.timesteps.to(unet.device), part.context)
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,11 +8,11 @@ from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes, evaluation_bytes, units_of
 from tfmq.modules.fake_quantize import FakeQuantize
+from tfmq.network.backbone import Block, Network
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
 from tfmq.network.offload import BlockStream, place_for
-from tfmq.network.unet import UNet
 from tfmq.passes import Cost, Memory, Pass
-from tfmq.passes.reconstruction import StepSizeConfig, below, learn_scales, loss_against, time_layer_data
+from tfmq.passes.reconstruction import StepSizeConfig, learn_scales, loss_against, time_layer_data
 from tfmq.plan import activation_quantizers
 from tfmq.session import Session
 from tfmq.settings import check_counts
@@ -46,20 +46,20 @@ class StepSizes(Pass):
         """See `Pass`. Raises ValueError for rows that do not fit, a block's NaN or infinity, and a loss of these."""
         if not session.precision.quantizes_activations:
             return
-        unet, full, layout = session.unet, session.full, session.layout
-        place = place_for(full, layout, rows, 1, self.memory_bytes, session.workspace.allocate)
-        for path in layout.time_embedding:
-            quantizers = _learnable(unet, path)
+        unet, full, backbone = session.unet, session.full, session.backbone
+        place = place_for(full, backbone, rows, 1, self.memory_bytes, session.workspace.allocate)
+        for path in backbone.time_embedding:
+            quantizers = _learnable(unet, Block(path), ())
             if quantizers:
-                inputs, targets = time_layer_data(full, full, path, rows.timesteps.unique())
+                inputs, targets = time_layer_data(backbone, full, full, path, rows.timesteps.unique())
                 layer = unet.get_submodule(path)
                 loss = loss_against(targets, lambda index, layer=layer, x=inputs: layer(x[index]), self.learning.norm)
                 learn_scales(session, path, quantizers, loss, len(inputs), self.learning)
-        reference = BlockStream(full, rows, self.batch, place)
-        for block in tqdm(layout.blocks, desc=self.name, disable=None):
+        reference = BlockStream(full, backbone, rows, self.batch, place)
+        for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             inputs = reference.inputs(block)
             targets = reference.outputs(block, inputs)
-            quantizers = _learnable(unet, block.path)
+            quantizers = _learnable(unet, block, backbone.time_embedding)
             if quantizers:
                 loss = loss_against(
                     targets, lambda index, b=block, x=inputs: reference.evaluate(unet, b, x, index), self.learning.norm
@@ -72,7 +72,7 @@ class StepSizes(Pass):
         """See `Pass`."""
         if not shapes.precision.quantizes_activations:
             return Cost()
-        units = units_of(shapes.layout, {*shapes.plan.layers, *shapes.plan.attentions} - shapes.tabulated)
+        units = units_of(shapes.backbone, {*shapes.plan.layers, *shapes.plan.attentions} - shapes.tabulated)
         iterations = self.learning.iterations
         return Cost(len(rows), iterations * units, iterations * min(self.learning.batch, len(rows)) * bool(units))
 
@@ -84,7 +84,8 @@ class StepSizes(Pass):
         return Memory.of(working, shapes.waiting(rows), self.memory_bytes)
 
 
-def _learnable(unet: UNet, path: str) -> dict[str, FakeQuantize]:
-    """The quantisers at or below ``path`` that have one scale for all steps, by path in ``unet``."""
-    found = below(path, activation_quantizers(unet))
-    return {name: quantizer for name, quantizer in found.items() if quantizer.enabled and not quantizer.per_step}
+def _learnable(unet: Network, block: Block, learned: tuple[str, ...]) -> dict[str, FakeQuantize]:
+    """The quantisers of a block that have one scale for all steps, but for those of the layers ``learned`` before."""
+    found = {path: q for path, q in activation_quantizers(unet).items() if q.enabled and not q.per_step}
+    before = tuple(f"{path}." for path in learned)
+    return {path: q for path, q in found.items() if block.holds(path) and not path.startswith(before)}

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tfmq.modules.cache import CachedProjection, CachePlan, cached_projections, insert_cache
+from tfmq.network.backbone import Backbone, Network
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import UNet, UNetLayout, temporal_features
 from tfmq.passes import Pass
 from tfmq.plan import QuantizationPlan, announce_step
 from tfmq.session import Session
@@ -40,11 +40,12 @@ class TemporalCache(Pass):
     def __post_init__(self) -> None:
         check_choices(self)
 
-    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
         if self.where != "all":
             return plan
-        return replace(plan, layers={path: layer for path, layer in plan.layers.items() if path not in layout.temporal})
+        kept = {path: layer for path, layer in plan.layers.items() if path not in backbone.temporal}
+        return replace(plan, layers=kept)
 
     @torch.no_grad()
     def run(self, session: Session, rows: CalibrationRows | None) -> None:
@@ -54,33 +55,33 @@ class TemporalCache(Pass):
         up or not), and the two errors of each projection, mean over steps (``error_computed`` is missing under
         ``all``).
         """
-        unet, full, layout = session.unet, session.full, session.layout
+        unet, full, backbone = session.unet, session.full, session.backbone
         bits, tracker = session.precision.activation_bits, unet.step_tracker
         tracker.steps = session.finite_set
         steps = tracker.steps.to(unet.device)
         announce_step(unet, steps)
-        targets = temporal_features(full, layout, steps)
+        targets = backbone.temporal_features(full, steps)
         tables = []
-        for path, target in zip(layout.time_projections, targets, strict=True):
+        for path, target in zip(backbone.time_projections, targets, strict=True):
             table = CachedProjection(full.get_submodule(path), CachePlan(bits, keeps_layer=False), tracker)
             table.to(unet.device).store(target)
             tables.append(table)
         error = _feature_errors([table.features(tracker.index) for table in tables], targets)
-        details = {"projections": list(layout.time_projections), "timesteps": steps.tolist()}
+        details = {"projections": list(backbone.time_projections), "timesteps": steps.tolist()}
         details["error_cached"] = error.mean(0).tolist()
         chosen = torch.ones_like(error, dtype=torch.bool)
         if self.where != "all":
-            computed = temporal_feature_error(unet, full, layout, steps)
+            computed = temporal_feature_error(unet, full, backbone, steps)
             details["error_computed"] = computed.mean(0).tolist()
             by_projection = (error.mean(0) <= computed.mean(0)).expand_as(error)
             chosen = by_projection if self.where == "projection" else error <= computed
         plans = {
             path: CachePlan(bits, keeps_layer=not bool(steps_chosen.all()))
-            for path, steps_chosen in zip(layout.time_projections, chosen.T, strict=True)
+            for path, steps_chosen in zip(backbone.time_projections, chosen.T, strict=True)
             if steps_chosen.any()
         }
-        insert_cache(unet, plans, layout.time_projections)
-        columns = dict(zip(layout.time_projections, range(len(targets)), strict=True))
+        insert_cache(unet, plans, backbone)
+        columns = dict(zip(backbone.time_projections, range(len(targets)), strict=True))
         for path, projection in cached_projections(unet).items():
             projection.store(targets[columns[path]])
             projection.looked_up = chosen[:, columns[path]].clone()
@@ -88,14 +89,14 @@ class TemporalCache(Pass):
 
 
 @torch.no_grad()
-def temporal_feature_error(unet: UNet, full: UNet, layout: UNetLayout, timesteps: Tensor) -> Tensor:
+def temporal_feature_error(unet: Network, full: Network, backbone: Backbone, timesteps: Tensor) -> Tensor:
     """1 - cosine between quantised and full-precision temporal features: (S, projections) for time steps (S,).
 
     The papers' own diagnosis of what quantisation does to the time step.
     """
     announce_step(unet, timesteps)
-    features = temporal_features(unet, layout, timesteps)
-    return _feature_errors(features, temporal_features(full, layout, timesteps))
+    features = backbone.temporal_features(unet, timesteps)
+    return _feature_errors(features, backbone.temporal_features(full, timesteps))
 
 
 def _feature_errors(features: list[Tensor], targets: list[Tensor]) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from tfmq.cost import Shapes
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import temporal_features
 from tfmq.passes import Cost, Pass
 from tfmq.passes.reconstruction import RoundingConfig, learn_roundings, reconstruction_loss
 from tfmq.plan import quantized_layers
@@ -40,13 +39,13 @@ class TemporalReconstruction(Pass):
         layers = temporal_layers(session)
         if not layers:
             return
-        unet, layout, norm = session.unet, session.layout, self.rounding.norm
+        unet, backbone, norm = session.unet, session.backbone, self.rounding.norm
         timesteps = session.finite_set.to(unet.device)
         with torch.no_grad():
-            targets = temporal_features(session.full, layout, timesteps)
+            targets = backbone.temporal_features(session.full, timesteps)
 
         def loss(index: Tensor) -> Tensor:
-            features = temporal_features(unet, layout, timesteps[index])
+            features = backbone.temporal_features(unet, timesteps[index])
             losses = [reconstruction_loss(f, t[index], norm) for f, t in zip(features, targets, strict=True)]
             return torch.stack(losses).sum()
 
@@ -54,7 +53,7 @@ class TemporalReconstruction(Pass):
 
     def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
         """See `Pass`."""
-        layers = shapes.unrounded & set(shapes.layout.temporal)
+        layers = shapes.unrounded & set(shapes.backbone.temporal)
         shapes.rounded |= layers
         return Cost(optimizer_steps=self.rounding.iterations if layers else 0)
 
@@ -73,11 +72,11 @@ class FreezeTemporal(Pass):
 
     def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
         """See `Pass`."""
-        shapes.rounded |= set(shapes.layout.temporal) & set(shapes.plan.layers)
+        shapes.rounded |= set(shapes.backbone.temporal) & set(shapes.plan.layers)
         return Cost()
 
 
 def temporal_layers(session: Session) -> dict[str, QuantizedLayer]:
     """The quantised layers of the temporal information block, by path."""
     quantized = quantized_layers(session.unet)
-    return {path: quantized[path] for path in session.layout.temporal if path in quantized}
+    return {path: quantized[path] for path in session.backbone.temporal if path in quantized}

@@ -7,7 +7,9 @@ through rounding by the straight-through rule. Activation step sizes come from t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,8 @@ from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes
 from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
-from tfmq.network.unet import UNet, UNetLayout
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize, quantize
 from tfmq.numerics.observer import search
 from tfmq.passes import Cost, Pass
@@ -100,9 +102,9 @@ class QuantizationAwareTraining(Pass):
     training: TrainingConfig = TrainingConfig()
     step_sizes: PredictedStepSizes = PredictedStepSizes()
 
-    def amend(self, plan: QuantizationPlan, unet: UNet, layout: UNetLayout) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
-        return self.step_sizes.amend(plan, unet, layout)
+        return self.step_sizes.amend(plan, unet, backbone)
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""
@@ -111,7 +113,8 @@ class QuantizationAwareTraining(Pass):
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`. One training row counts as one evaluation, though its backward pass costs two more."""
         networks = self.step_sizes.fitted(session, rows)
-        trace = train(session.unet, networks, session.pool, self.training, session.generator)
+        encode = partial(session.backbone.encoding, session.unet)
+        trace = train(session.unet, networks, encode, session.pool, self.training, session.generator)
         self.step_sizes.tabulate(session, networks)
         session.count_evaluations(len(trace) * self.training.batch)
         session.count_steps(len(trace))
@@ -129,8 +132,9 @@ class QuantizationAwareTraining(Pass):
 
 
 def train(
-    unet: UNet,
+    unet: Network,
     networks: StepNetworks,
+    encode: Callable[[Tensor], Tensor],
     pool: CalibrationSet,
     config: TrainingConfig,
     generator: torch.Generator,
@@ -155,15 +159,15 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: _rate(iteration, config))
-    encodings = unet.time_proj(unet.step_tracker.steps.to(unet.device))
+    encodings = encode(unet.step_tracker.steps.to(unet.device))
     trace = []
     with torch.enable_grad():
         for iteration in tqdm(range(config.iterations), desc="training", disable=None):
             rows, noise = noised(pool, config.batch, generator)
             rows, noise = rows.to(unet.device), noise.to(unet.device)
             set_tables(quantizers, networks(encodings))
-            context = () if rows.context is None else (rows.context,)
-            loss = F.mse_loss(unet(rows.latents, rows.timesteps.to(unet.device), *context).sample, noise)
+            predicted = evaluate(unet, rows.latents, rows.timesteps.to(unet.device), rows.context)
+            loss = F.mse_loss(predicted, noise)
             trace.append(loss.item())
             if not math.isfinite(trace[-1]):
                 raise ValueError(f"the training loss is {trace[-1]} at iteration {iteration}: lower the learning rate")
@@ -199,5 +203,10 @@ def noised(pool: CalibrationSet, batch: int, generator: torch.Generator) -> tupl
     context = None if pool.context is None else pool.context[image]
     if pool.unconditional is not None:
         dropped = torch.rand(batch, generator=generator) < GUIDANCE_DROPOUT
-        context = torch.where(dropped[:, None, None].to(context.device), pool.unconditional[image], context)
+        context = torch.where(_beside(dropped, context), pool.unconditional[image], context)
     return CalibrationRows(latents, pool.timesteps[step], context), noise
+
+
+def _beside(dropped: Tensor, context: Tensor) -> Tensor:
+    """Booleans (B,) in a shape that broadcasts against a context (B, ...)."""
+    return dropped.to(context.device).view(-1, *[1] * (context.dim() - 1))

@@ -48,6 +48,6 @@ def _row(record: Record, metrics: Mapping[str, Metric], rank: int | None) -> dic
             row[column] = getattr(value, field.name) if value else None
     if record.cost is not None:
         cost = dataclasses.asdict(record.cost)
-        row |= {f"seconds_{phase}": seconds for phase, seconds in cost.pop("seconds").items()}
+        row |= {f"seconds_{phase.replace(' ', '_')}": seconds for phase, seconds in cost.pop("seconds").items()}
         row |= {"quantization_seconds": record.cost.quantization_seconds} | cost
     return row
