@@ -43,6 +43,7 @@ from benchmarks.stages._setup import (
 )
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
+from benchmarks.suite.outcome import Layer, Made, Outcome, Pass, Quantized
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
 from tfmq.checkpoint import load_quantized, packed_bytes, read_metadata, save_quantized
@@ -153,7 +154,7 @@ def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
         objection = _objection(method, cell)
         if objection:
             with files.new_folder(files.cell_folder(cell)) as folder:
-                files.write_json(folder / OUTCOME, {"status": "not applicable", "reason": objection})
+                files.write_json(folder / OUTCOME, Outcome("not applicable", objection).to_json())
             return None
         inputs["calibration"] = files.sha256(files.calibration(task.name) / files.pool(cell.seed))
         inputs["trajectory"] = files.sha256(files.cell_folder(files.full_precision_cell(cell)) / TRAJECTORY)
@@ -214,18 +215,16 @@ def _quantize(work: Work) -> None:
     precision, protocol = Precision.parse(work.cell.precision), _protocol(method, work.cell)
     workspace = MeasuredWorkspace(files.LEARNED / work.task.name, partial(files.mapped, work.folder), device=device)
     report = quantize_(model.unet, precision, recipe, pool, generator, protocol, workspace)
-    metadata = {
-        "cell": asdict(work.cell),
-        "settings": work.settings,
-        "inputs": work.inputs,
-        "passes": [asdict(spent) for spent in report.passes],
-        "coverage": [asdict(row) for row in report.coverage],
-        "details": report.details,
-        "size_mib": packed_bytes(model.unet) / MIB,
-        "full_precision_size_mib": full_bytes / MIB,
-        "peak_memory_mib": max(peak_memory(device), workspace.peak_memory_mib),
-    }
-    save_quantized(model.unet, work.folder / QUANTIZED, metadata)
+    quantized = Quantized(
+        size_mib=packed_bytes(model.unet) / MIB,
+        full_precision_size_mib=full_bytes / MIB,
+        peak_memory_mib=max(peak_memory(device), workspace.peak_memory_mib),
+        passes=tuple(Pass(**asdict(spent)) for spent in report.passes),
+        coverage=tuple(Layer(**asdict(row)) for row in report.coverage),
+        details=report.details,
+    )
+    described = {"cell": asdict(work.cell), "settings": work.settings, "inputs": work.inputs}
+    save_quantized(model.unet, work.folder / QUANTIZED, described | {"quantized": asdict(quantized)})
 
 
 def _protocol(method: baselines.Method, cell: Cell) -> Protocol:
@@ -309,15 +308,6 @@ def _measure_errors(work: Work) -> None:
 def _finish(work: Work) -> None:
     """Put the parts together under the cell's final name; images stay in the files of their batches."""
     parts = [files.read_tensors(path) for path in sorted(work.folder.glob("part-*.safetensors"))]
-    outcome = {
-        "status": "measured",
-        "reason": "",
-        "settings": work.settings,
-        "inputs": work.inputs,
-        "device": _device_name(torch.device(work.device)),
-        "environment": environment.describe(work.device),
-        "sample_seconds": sum(part["seconds"].item() for part in parts),
-    }
     with files.new_folder(files.cell_folder(work.cell)) as folder:
         (folder / IMAGES).mkdir()
         for index in range(len(parts)):
@@ -325,18 +315,21 @@ def _finish(work: Work) -> None:
         if work.quantized:
             shutil.copy(work.folder / QUANTIZED, folder / QUANTIZED)
             shutil.copy(work.folder / ERRORS, folder / ERRORS)
-            outcome |= read_metadata(work.folder / QUANTIZED)
+            quantized = read(Quantized, read_metadata(work.folder / QUANTIZED)["quantized"], QUANTIZED)
         else:
             names = ("latents", "noise", "timesteps")
             files.write_tensors(folder / TRAJECTORY, {name: parts[0][f"trajectory.{name}"] for name in names})
             size = parts[0]["size_mib"].item()
-            outcome |= {
-                "size_mib": size,
-                "full_precision_size_mib": size,
-                "peak_memory_mib": max(part["peak_memory_mib"].item() for part in parts),
-            }
-        outcome["images"] = files.sha256_folder(folder / IMAGES)
-        files.write_json(folder / OUTCOME, outcome)
+            quantized = Quantized(size, size, max(part["peak_memory_mib"].item() for part in parts))
+        made = Made(
+            device=_device_name(torch.device(work.device)),
+            environment=environment.describe(work.device),
+            sample_seconds=sum(part["seconds"].item() for part in parts),
+            images=files.sha256_folder(folder / IMAGES),
+            quantized=quantized,
+        )
+        outcome = Outcome("measured", "", work.settings, work.inputs, made)
+        files.write_json(folder / OUTCOME, outcome.to_json())
 
 
 def _device_name(device: torch.device) -> str:

@@ -21,6 +21,8 @@ from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workers import run_units
 from benchmarks.stages import _look, reference
 from benchmarks.stages._setup import seed_of, task_of
+from benchmarks.suite.fields import read
+from benchmarks.suite.outcome import Layer, Made, Outcome
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell, Cost, Record, Value
 
@@ -76,11 +78,10 @@ def _do(suite: Suite, device: torch.device, folder: Path, unit: Unit) -> None:
 def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
     """Write the record of a cell, with the metrics of what was seen of its images."""
     folder = files.cell_folder(cell)
-    outcome = files.read_json(folder / files.OUTCOME)
-    measured = outcome["status"] == "measured"
+    outcome = read(Outcome, files.read_json(folder / files.OUTCOME), str(folder / files.OUTCOME))
+    made, found = outcome.made, {} if outcome.made is None else {"images": outcome.made.images}
     made_with = files.read_json(files.reference(task.name) / reference.EVALUATOR)
-    images = {"images": outcome["images"]} if measured else {}
-    values, per_image = _measure(task, cell, device, looked) if measured else ({}, {})
+    values, per_image = ({}, {}) if made is None else _measure(task, cell, device, looked)
     record = Record(
         task=task.name,
         task_version=task.version,
@@ -90,18 +91,18 @@ def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
         protocol=cell.protocol,
         settings={
             "task": asdict(task),
-            "method": outcome.get("settings", {}),
+            "method": outcome.settings,
             **_look.seen_by(task, device),
             "reference": {key: made_with[key] for key in ("data", "features", "clip") if key in made_with},
         },
-        status=outcome["status"],
-        reason=outcome["reason"],
+        status=outcome.status,
+        reason=outcome.reason,
         metrics=values,
-        cost=_cost(cell, outcome) if measured else None,
-        coverage=_coverage(outcome.get("coverage", [])),
-        details=outcome.get("details", {}),
-        inputs=outcome.get("inputs", {}) | images,
-        environment=outcome.get("environment", {}),
+        cost=None if made is None else _cost(cell, made),
+        coverage=_coverage(() if made is None else made.quantized.coverage),
+        details={} if made is None else made.quantized.details,
+        inputs=outcome.inputs | found,
+        environment={} if made is None else made.environment,
     )
     files.write_tensors(files.scores(cell), per_image)
     files.write_text(files.record_file(cell), record.to_json())
@@ -138,33 +139,32 @@ def _measure(
     return values, per_image
 
 
-def _cost(cell: Cell, outcome: dict) -> Cost:
+def _cost(cell: Cell, made: Made) -> Cost:
     pool = files.read_json(files.calibration(cell.task) / files.COST)
-    quantized = cell.method != FULL_PRECISION
-    passes = outcome.get("passes", [])
-    seconds = {"calibrate": pool["seconds"] if quantized else 0.0}
-    for spent in passes:
-        seconds[spent["name"]] = seconds.get(spent["name"], 0.0) + spent["seconds"]
-    evaluations = sum(spent["unet_evaluations"] for spent in passes)
+    own = cell.method != FULL_PRECISION
+    quantized = made.quantized
+    seconds = {"calibrate": pool["seconds"] if own else 0.0}
+    for spent in quantized.passes:
+        seconds[spent.name] = seconds.get(spent.name, 0.0) + spent.seconds
+    evaluations = sum(spent.unet_evaluations for spent in quantized.passes)
     return Cost(
-        device=outcome["device"],
-        seconds=seconds | {"sample": outcome["sample_seconds"]},
-        peak_memory_mib=outcome["peak_memory_mib"],
-        unet_evaluations=evaluations + (pool["unet_evaluations"] if quantized else 0),
-        optimizer_steps=sum(spent["optimizer_steps"] for spent in passes),
-        size_mib=outcome["size_mib"],
-        full_precision_size_mib=outcome["full_precision_size_mib"],
+        device=made.device,
+        seconds=seconds | {"sample": made.sample_seconds},
+        peak_memory_mib=quantized.peak_memory_mib,
+        unet_evaluations=evaluations + (pool["unet_evaluations"] if own else 0),
+        optimizer_steps=sum(spent.optimizer_steps for spent in quantized.passes),
+        size_mib=quantized.size_mib,
+        full_precision_size_mib=quantized.full_precision_size_mib,
     )
 
 
-def _coverage(rows: list[dict]) -> dict[str, object]:
+def _coverage(layers: Sequence[Layer]) -> dict[str, object]:
     """How many layers have which bits, and every layer that is not wholly quantised with the reason."""
     counts: dict[str, int] = {}
-    for row in rows:
-        key = f"{row['kind']} w{row['weight_bits']}a{row['activation_bits']}"
-        counts[key] = counts.get(key, 0) + 1
     reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["reason"]:
-            reasons.setdefault(row["reason"], []).append(f"{row['path']} ({row['kind']})")
+    for layer in layers:
+        key = f"{layer.kind} w{layer.weight_bits}a{layer.activation_bits}"
+        counts[key] = counts.get(key, 0) + 1
+        if layer.reason:
+            reasons.setdefault(layer.reason, []).append(f"{layer.path} ({layer.kind})")
     return {"layers": counts, "not_quantized": reasons}

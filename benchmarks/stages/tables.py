@@ -14,6 +14,8 @@ from benchmarks.metrics import Metric, metrics
 from benchmarks.report import figures, findings, pages, tables
 from benchmarks.runtime import files
 from benchmarks.stages._setup import prompts_of
+from benchmarks.suite.fields import read
+from benchmarks.suite.outcome import Outcome
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, SHARED, Cell, Record, Value
 
@@ -106,11 +108,13 @@ def _read(suite: Suite, cell: Cell) -> Record:
 def _has_images(record: Record) -> bool:
     """Whether the cell's images are those that were scored; hashed when they were made, they are only counted here."""
     try:
-        outcome = files.read_json(files.cell_folder(record.cell) / files.OUTCOME)
+        path = files.cell_folder(record.cell) / files.OUTCOME
+        made = read(Outcome, files.read_json(path), str(path)).made
         count = len(files.read_images(record.cell))
     except ValueError:
         return False
-    return (count, outcome.get("images")) == (record.settings["task"]["images"], record.inputs["images"])
+    found = None if made is None else made.images
+    return (count, found) == (record.settings["task"]["images"], record.inputs["images"])
 
 
 def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metric]) -> list[tuple[str, str]]:

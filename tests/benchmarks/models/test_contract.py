@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.suite import discover
+from tfmq.network.backbone import backbone_of
 from tfmq.network.sampling import SamplingSettings, sample
-from tfmq.network.unet import UNetLayout
 
 FAMILIES = discover.names(discover.FAMILIES)
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def test_a_tiny_checkpoint_loads_samples_and_decodes(name, tmp_path):
     family = discover.family(name)
     family.save_tiny(tmp_path, 0)
     model = family.load(tmp_path, CPU)
-    assert UNetLayout.of(model.unet).time_projections
+    assert backbone_of(model.unet).time_projections
     assert not any(parameter.requires_grad for parameter in model.unet.parameters())
     assert {parameter.dtype for parameter in model.unet.parameters()} == {torch.float32}
     conditioning = None if model.conditioning is None else model.conditioning(["circle", "square"])
@@ -33,7 +33,8 @@ def test_a_tiny_checkpoint_is_that_of_its_seed(name, tmp_path):
     weights = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         discover.family(name).save_tiny(tmp_path / folder, seed)
-        weights.append((tmp_path / folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+        (network,) = {"unet", "transformer"} & {path.name for path in (tmp_path / folder).iterdir()}
+        weights.append((tmp_path / folder / network / "diffusion_pytorch_model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
 
@@ -46,7 +47,8 @@ def test_each_image_of_a_conditional_model_has_the_context_of_its_prompt(name, t
         return
     found = model.conditioning(["circle", "square", "circle"])
     assert found.context.shape == found.unconditional.shape and found.context.shape[0] == 3
-    assert found.context.shape[2] == model.unet.config.cross_attention_dim
+    if backbone_of(model.unet).condition == "context":
+        assert found.context.shape[2] == model.unet.config.cross_attention_dim
     assert torch.equal(found.context[0], found.context[2]) and not torch.allclose(found.context[0], found.context[1])
     assert torch.equal(found.unconditional[0], found.unconditional[1])
     torch.testing.assert_close(model.conditioning(["square"]).context[0], found.context[1])

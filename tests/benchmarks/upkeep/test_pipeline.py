@@ -1,0 +1,88 @@
+"""dvc.yaml is what its description gives, and a stage depends on the code that it imports and on no other."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import yaml
+
+import baselines
+from benchmarks.suite import params
+from benchmarks.upkeep import pipeline
+from benchmarks.upkeep.pipeline import PAPER, SMALL, Pipeline, code_of
+
+METHOD = '''"""A method with a pass of its own."""
+
+from dataclasses import dataclass
+
+from baselines import Method, Settings, applies_always
+from tfmq.passes import Pass
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
+
+
+@dataclass(frozen=True)
+class Halve(Pass):
+    def run(self, session, rows):
+        pass
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    def recipe(self):
+        return Halve(), WeightRanges(), RoundToNearest()
+
+
+METHOD = Method("Mine", "nowhere", Config, applies_always)
+'''
+
+
+@pytest.fixture
+def stages(root):
+    """Stage by name of the small suite."""
+    return {stage.name: stage for stage in Pipeline(SMALL, params.load(root / "params.yaml")).stages()}
+
+
+@pytest.mark.parametrize("folder", [SMALL, PAPER], ids=str)
+def test_dvc_yaml_is_up_to_date(folder, root, monkeypatch):
+    monkeypatch.chdir(root)
+    text = pipeline.render(Pipeline(folder, params.load(folder / "params.yaml")))
+    assert (folder / "dvc.yaml").read_text(encoding="utf-8") == text, "run `python -m benchmarks.upkeep.pipeline`"
+
+
+def test_a_row_depends_on_the_passes_of_its_recipe_alone(stages):
+    assert "tfmq/passes/block_reconstruction.py" in stages["generate_leaderboard_tfmq"].code
+    assert "tfmq/passes/low_rank.py" in stages["generate_leaderboard_svdquant"].code
+    for name in ("low_rank", "training", "step_network"):
+        assert f"tfmq/passes/{name}.py" not in stages["generate_leaderboard_tfmq"].code
+    nearest = stages["generate_leaderboard_nearest"].code
+    assert {path for path in nearest if path.startswith("baselines")} == {
+        "baselines/__init__.py",
+        "baselines/nearest.py",
+    }
+    assert not any("reconstruction" in path for path in nearest)
+
+
+def test_a_new_method_with_a_pass_of_its_own_runs_its_own_cells_alone(root, tmp_path, monkeypatch, stages):
+    """It is one file, and no other stage than its own, and that of the tables, changes."""
+    (tmp_path / "mine.py").write_text(METHOD, encoding="utf-8")
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
+    monkeypatch.setattr(
+        pipeline, "code_of", lambda *entries: code_of(*(e for e in entries if tmp_path not in e.parents))
+    )
+    importlib.invalidate_caches()
+    settings = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    settings["methods"]["mine"] = {}
+    settings["tables"]["leaderboard"]["methods"].append("mine")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    changed = {stage.name: stage for stage in Pipeline(SMALL, params.load(tmp_path / "params.yaml")).stages()}
+    assert set(changed) - set(stages) == {"generate_leaderboard_mine"}
+    assert {name for name in stages if changed[name] != stages[name]} <= {"tables"}
+    (made,) = changed["generate_leaderboard_mine"].outs
+    assert made == "work/cells/${item}/mine"
+
+
+def test_modules_that_decide_nothing_are_not_among_the_code(stages):
+    for stage in stages.values():
+        assert not set(stage.code) & set(pipeline.BYSTANDERS), stage.name
+    assert all((pipeline.ROOT / path).is_file() for path in pipeline.BYSTANDERS)
