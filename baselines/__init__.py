@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tfmq.passes import Recipe
-from tfmq.plan import Protocol
+from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
 
 
@@ -33,7 +33,9 @@ class Method:
         source: where it comes from.
         config: its settings, a frozen dataclass that extends `Settings`; the defaults are the paper's.
         objection: why the method does not apply at a precision, or an empty text.
-        published: the layers that its own code or paper quantises, or None where these are not known.
+        published: the layers that its paper quantises, or its code where the paper does not say; None where neither is
+            known.
+        as_run: the layers that its released code quantises when it runs; None where no code is known.
     """
 
     label: str
@@ -41,6 +43,11 @@ class Method:
     config: type[Settings]
     objection: Callable[[Precision], str]
     published: Protocol | None = None
+    as_run: Protocol | None = None
+
+    def protocol(self, name: str) -> Protocol | None:
+        """The layers under the protocol ``shared``, ``published`` or ``as_run``; None where that is not known."""
+        return {SHARED.name: SHARED, "published": self.published, "as_run": self.as_run}[name]
 
 
 def applies_always(precision: Precision) -> str:

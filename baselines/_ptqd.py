@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baselines import _brecq
 from tfmq.modules.fake_quantize import ActivationRange
@@ -13,6 +13,7 @@ from tfmq.plan import Protocol
 PUBLISHED = Protocol(
     "published", {"boundary": 8, "first_time_layer": 8, "shortcuts": 32, "downsampling": 32, "attention_products": 32}
 )
+AS_RUN = replace(PUBLISHED, name="as_run")
 
 
 @dataclass(frozen=True)

@@ -24,4 +24,4 @@ from __future__ import annotations
 
 from baselines import Method, _ptqd, needs_8_bit_activations
 
-METHOD = Method("PTQD", "arXiv 2305.10657", _ptqd.Config, needs_8_bit_activations, _ptqd.PUBLISHED)
+METHOD = Method("PTQD", "arXiv 2305.10657", _ptqd.Config, needs_8_bit_activations, _ptqd.PUBLISHED, _ptqd.AS_RUN)

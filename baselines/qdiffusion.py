@@ -9,7 +9,7 @@ Where the released code and the paper differ, and what is done here:
 - Splits: the paper presents them for every model, the LDM script has no flag for them; here they are always on.
 - Activation ranges: the released recipes initialise on pure-noise inputs or on the noisiest steps first, so that a
   running average forgets the noisy ones; here rows are shuffled, as in its Stable Diffusion recipe.
-- Softmax: unsigned with zero point 0, at 8 bits in the code; here at the activation bits, as for every method.
+- Softmax: unsigned with zero point 0, at 8 bits in the code (protocol `as_run`); else at the activation bits.
 - First and last layer take the target bits in the code (protocol `published`), 8 bits under protocol `shared`.
 - The rounding regulariser skips the second half of a split layer in the code; here both halves count.
 - Reconstruction crashes on parts without parameters (its repository's issue 26); here these have nothing to learn.
@@ -35,4 +35,5 @@ class Config(_brecq.Config):
 
 
 PUBLISHED = Protocol("published", {})
-METHOD = Method("Q-Diffusion", "arXiv 2302.04304", Config, needs_8_bit_activations, PUBLISHED)
+AS_RUN = Protocol("as_run", {}, softmax_bits=8)
+METHOD = Method("Q-Diffusion", "arXiv 2302.04304", Config, needs_8_bit_activations, PUBLISHED, AS_RUN)

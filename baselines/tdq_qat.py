@@ -22,7 +22,7 @@ Where the released code and the paper differ, what they leave open, and what is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baselines import Method, _tdq
 from tfmq.passes import Recipe
@@ -60,4 +60,5 @@ class Config(_tdq.Config):
         return (QuantizationAwareTraining(training, self.step_sizes()),)
 
 
-METHOD = Method("TDQ (training)", "arXiv 2306.02316", Config, _tdq.objection, _tdq.PUBLISHED)
+AS_RUN = replace(_tdq.PUBLISHED, name="as_run")
+METHOD = Method("TDQ (training)", "arXiv 2306.02316", Config, _tdq.objection, _tdq.PUBLISHED, AS_RUN)

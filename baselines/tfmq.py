@@ -11,7 +11,10 @@ Where the released code and the paper differ, and what is done here:
   The paper is followed; the row `tfmq_per_step` follows the code.
 - The code leaves input and output layer, first time-embedding layer, shortcuts and downsampling in full precision
   (protocol `published`); protocol `shared` quantises the same layers for every method.
-- The code samples anew from noise for each step of the calibration set; one pass gives the same set.
+- On LDM's UNet the code quantises nothing of attention, neither layers, which are of a kind that its map of layers
+  lacks, nor products, whose flag it never sets; two more inputs stay in full precision too (protocol `as_run`).
+- The code samples anew from noise for each step of the calibration set, so that steps have other images; here all
+  steps have the same.
 - Step sizes of activations are not learned, in either.
 """
 
@@ -32,4 +35,9 @@ class Config(_brecq.Config):
 
 
 PUBLISHED = Protocol("published", {"boundary": 32, "first_time_layer": 32, "shortcuts": 32, "downsampling": 32})
-METHOD = Method("TFMQ-DM", "arXiv 2311.16503", Config, applies_always, PUBLISHED)
+AS_RUN = Protocol(
+    "as_run",
+    {**PUBLISHED.bits, "attention_layers": 32, "attention_products": 32},
+    inputs={"second_time_layer": 32, "first_block_convolution": 32},
+)
+METHOD = Method("TFMQ-DM", "arXiv 2311.16503", Config, applies_always, PUBLISHED, AS_RUN)

@@ -21,13 +21,18 @@ class Protocol:
     """Which layers a comparison quantises.
 
     Attributes:
-        name: ``shared`` for the same layers under every method, ``published`` for what a method's own code leaves out.
+        name: ``shared`` for the same layers under every method, ``published`` for what a method's paper leaves out,
+            ``as_run`` for what its released code does.
         bits: role (see ``Backbone.roles``) -> bits that weights and inputs get at least; 32 leaves the role in full
             precision. Layers of no such role get the bits of the precision.
+        inputs: the same for inputs alone.
+        softmax_bits: that attention probabilities get at least.
     """
 
     name: str
     bits: Mapping[str, int]
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    softmax_bits: int = 0
 
 
 SHARED = Protocol("shared", {"boundary": 8})
@@ -93,13 +98,17 @@ def plan_for(unet: Network, backbone: Backbone, precision: Precision, protocol: 
     ``precision.attention_bits``; passes may amend it. Raises ValueError for a role that there is not.
     """
     roles = backbone.roles
-    for role in protocol.bits:
+    for role in (*protocol.bits, *protocol.inputs):
         if role not in roles:
             raise ValueError(f"protocol {protocol.name} names the role {role!r}; roles are {', '.join(roles)}")
     exceptions: dict[str, tuple[int, str]] = {}
     for role, bits in protocol.bits.items():
         for path in roles[role]:
             exceptions[path] = max(exceptions.get(path, (0, "")), (bits, role))
+    inputs: dict[str, int] = {}
+    for role, bits in protocol.inputs.items():
+        for path in roles[role]:
+            inputs[path] = max(inputs.get(path, 0), bits)
     layers, attentions, reasons = {}, {}, {}
     for path, module in unet.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Linear | Attention):
@@ -109,9 +118,10 @@ def plan_for(unet: Network, backbone: Backbone, precision: Precision, protocol: 
         if least == FULL:
             reasons[path] = f"protocol {protocol.name} leaves this out ({role.replace('_', ' ')})"
         elif not isinstance(module, Attention):
-            layers[path] = LayerPlan(max(precision.weight_bits, least), activation_bits)
+            layers[path] = LayerPlan(max(precision.weight_bits, least), max(activation_bits, inputs.get(path, 0)))
         elif precision.quantizes_activations:
-            attentions[path] = AttentionPlan(activation_bits, max(precision.attention_bits, least))
+            softmax_bits = max(precision.attention_bits, least, protocol.softmax_bits)
+            attentions[path] = AttentionPlan(activation_bits, softmax_bits)
         else:
             reasons[path] = "the precision leaves activations in full precision"
     return QuantizationPlan(layers, attentions, reasons)

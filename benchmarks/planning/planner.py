@@ -17,14 +17,14 @@ import torch
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
-from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
+from benchmarks.suite.record import FULL_PRECISION, Cell
 from tfmq.checkpoint import packed_bytes
 from tfmq.cost import Planned, amended_plan, plan_cost
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import SamplingSettings
 from tfmq.passes import Recipe
-from tfmq.plan import SHARED, Protocol, insert_quantizers
+from tfmq.plan import Protocol, insert_quantizers
 from tfmq.precision import Precision
 
 GIB = 2**30
@@ -221,7 +221,7 @@ class Planner:
         """A quantised cell: quantising, its images, and the errors of its predictions on one batch's trajectory."""
         name = cell.name.removeprefix(f"{self.task.name}/")
         method, precision = discover.method(cell.method), Precision.parse(cell.precision)
-        protocol = method.published if cell.protocol == PUBLISHED else SHARED
+        protocol = method.protocol(cell.protocol)
         if protocol is None or method.objection(precision):
             return Item(name, note="not applicable")
         recipe = read(method.config, self.suite.settings(cell.task, cell.method), f"methods.{cell.method}").recipe()

@@ -45,14 +45,13 @@ from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Layer, Made, Outcome, Pass, Quantized
 from benchmarks.suite.params import Suite, Task
-from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
+from benchmarks.suite.record import FULL_PRECISION, Cell
 from tfmq.checkpoint import load_quantized, packed_bytes, read_metadata, save_quantized
 from tfmq.closure import code_hash
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.sampling import Step, predict_noise, sample
 from tfmq.passes.correction import correction_of
 from tfmq.passes.temporal_cache import temporal_feature_error
-from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 
@@ -172,7 +171,7 @@ def _config(method: baselines.Method, cell: Cell, overrides: dict[str, object]) 
 
 
 def _objection(method: baselines.Method, cell: Cell) -> str:
-    if cell.protocol == PUBLISHED and method.published is None:
+    if method.protocol(cell.protocol) is None:
         return "no choice of layers of its own is known"
     return method.objection(Precision.parse(cell.precision))
 
@@ -212,7 +211,7 @@ def _quantize(work: Work) -> None:
     pool = calibrate.read_pool(work.task, work.cell.seed, device)
     generator = torch.Generator().manual_seed(seed_of(work.task.name, work.task.version, "quantize", work.cell.seed))
     full_bytes = full_precision_bytes(model.unet)
-    precision, protocol = Precision.parse(work.cell.precision), _protocol(method, work.cell)
+    precision, protocol = Precision.parse(work.cell.precision), method.protocol(work.cell.protocol)
     workspace = MeasuredWorkspace(files.LEARNED / work.task.name, partial(files.mapped, work.folder), device=device)
     report = quantize_(model.unet, precision, recipe, pool, generator, protocol, workspace)
     quantized = Quantized(
@@ -225,10 +224,6 @@ def _quantize(work: Work) -> None:
     )
     described = {"cell": asdict(work.cell), "settings": work.settings, "inputs": work.inputs}
     save_quantized(model.unet, work.folder / QUANTIZED, described | {"quantized": asdict(quantized)})
-
-
-def _protocol(method: baselines.Method, cell: Cell) -> Protocol:
-    return method.published if cell.protocol == PUBLISHED else SHARED
 
 
 @lru_cache(maxsize=1)

@@ -24,13 +24,12 @@ from benchmarks.stages.plan import build, describe, timesteps_of
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
-from benchmarks.suite.record import FULL_PRECISION, PUBLISHED, Cell
+from benchmarks.suite.record import FULL_PRECISION, Cell
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
 from tfmq.cost import plan_cost
 from tfmq.network.backbone import Network, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import SamplingSettings
-from tfmq.plan import SHARED
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 from tfmq.workspace import Workspace
@@ -52,7 +51,7 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
     usual = read(method.config, settings, f"methods.{cell.method}")
     config = read(method.config, settings | dict(changes), f"settings of {cell.method}")
     precision = Precision.parse(cell.precision)
-    protocol = method.published if cell.protocol == PUBLISHED else SHARED
+    protocol = method.protocol(cell.protocol)
     objection = "no choice of layers of its own is known" if protocol is None else method.objection(precision)
     if objection:
         raise ValueError(f"{cell.name} is not applicable: {objection}")

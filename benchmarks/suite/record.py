@@ -13,7 +13,7 @@ SCHEMA = 2
 STATUSES = ("measured", "not applicable", "failed", "unverified")
 EXECUTIONS = ("simulated", "executed")
 FULL_PRECISION = "full_precision"
-SHARED, PUBLISHED = PROTOCOLS = ("shared", "published")
+SHARED, *_ = PROTOCOLS = ("shared", "published", "as_run")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Cell:
     A seed means calibration images of its own and the quantiser's random numbers; all seeds are scored on images from
     the same noise, so full precision has seed 0 alone.
     The protocol says which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
-    method's own code or paper.
+    method's own paper, ``as_run`` those that its released code quantises.
     """
 
     task: str

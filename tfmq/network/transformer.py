@@ -46,6 +46,8 @@ class TransformerBackbone(Backbone):
             roles={
                 "boundary": ("pos_embed.proj", "proj_out_2"),
                 "first_time_layer": first,
+                "second_time_layer": second,
+                "first_block_convolution": (),
                 "time_embedding": first,
                 "time_projections": second,
                 "modulation": (*(f"{block}.norm1.linear" for block in blocks), "proj_out_1"),

@@ -93,6 +93,8 @@ class UNetBackbone(Backbone):
             roles={
                 "boundary": ("conv_in", "conv_out"),
                 "first_time_layer": time_embedding[:1],
+                "second_time_layer": time_embedding[1:],
+                "first_block_convolution": ("down_blocks.0.resnets.0.conv1",),
                 "time_embedding": time_embedding,
                 "time_projections": time_projections,
                 "shortcuts": tuple(path for path in layers if path.endswith(".conv_shortcut")),
