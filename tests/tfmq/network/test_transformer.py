@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from benchmarks.suite import discover
 from tests.baselines.test_contract import METHODS, small
@@ -16,7 +16,7 @@ from tfmq.cost import plan_cost
 from tfmq.network.backbone import backbone_of, evaluate
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, collect_calibration
 from tfmq.network.offload import BlockStream, Place
-from tfmq.network.sampling import Conditioning, SamplingSettings
+from tfmq.network.sampling import Conditioning, SamplingSettings, sample
 from tfmq.passes.temporal_cache import TemporalCache
 from tfmq.plan import activation_quantizers, coverage, quantized_layers
 from tfmq.precision import Precision
@@ -25,7 +25,7 @@ from tfmq.quantization import quantize_
 STEPS, CLASSES = torch.tensor([1, 201, 401, 201]), torch.tensor([0, 3, 10, 1])
 
 
-def transformer() -> DiTTransformer2DModel:
+def transformer(classes: int = 10) -> DiTTransformer2DModel:
     torch.manual_seed(0)
     return DiTTransformer2DModel(
         num_attention_heads=2,
@@ -35,12 +35,12 @@ def transformer() -> DiTTransformer2DModel:
         num_layers=2,
         sample_size=8,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=classes,
     ).eval()
 
 
-def pool(network: DiTTransformer2DModel) -> CalibrationSet:
-    conditioning = Conditioning(torch.tensor([0, 3, 2, 1]), torch.full((4,), 10))
+def pool(network: DiTTransformer2DModel, no_class: int = 10) -> CalibrationSet:
+    conditioning = Conditioning(torch.tensor([0, 3, 2, 1]), torch.full((4,), no_class))
     settings = SamplingSettings(5, guidance_scale=2.0)
     return collect_calibration(
         network, networks.scheduler(), networks.noise(4), settings, batch=4, conditioning=conditioning
@@ -118,3 +118,21 @@ def test_classes_are_asked_for():
     with pytest.raises(ValueError, match=message):
         quantize_(network, Precision.parse("w4a8"), networks.recipe(), unconditional, networks.generator())
     assert not activation_quantizers(network)
+
+
+def test_the_stock_pipeline_draws_the_images_of_the_sampling_loop():
+    network = transformer(classes=1000)
+    quantize_(network, Precision.parse("w4a8"), networks.recipe(), pool(network, no_class=1000), networks.generator())
+    scheduler, vae = networks.scheduler(), networks.first_stage()
+    pipeline = DiTPipeline(network, vae, scheduler, {3: "three", 5: "five"})
+    pipeline.set_progress_bar_config(disable=True)
+    labels = pipeline.get_label_ids(["three", "five"])
+    images = pipeline(labels, 2.0, torch.Generator().manual_seed(7), num_inference_steps=5, output_type="np").images
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+    conditioning = Conditioning(torch.tensor(labels), torch.full((2,), 1000))
+    settings = SamplingSettings(5, guidance_scale=2.0)
+    latents = sample(network, scheduler, noise, settings, conditioning=conditioning)
+    with torch.no_grad():
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    expected = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(images), expected, rtol=0, atol=1e-5)
