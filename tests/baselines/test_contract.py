@@ -14,8 +14,8 @@ from torch import nn
 from benchmarks.suite import discover
 from tests.tfmq import networks
 from tfmq.checkpoint import load_quantized, save_quantized
+from tfmq.network.backbone import backbone_of
 from tfmq.network.sampling import predict_noise
-from tfmq.network.unet import UNetLayout
 from tfmq.plan import SHARED, activation_quantizers
 from tfmq.precision import FULL, Precision
 from tfmq.quantization import quantize_
@@ -64,7 +64,7 @@ def test_quantises_every_layer_or_says_why_not(name, kind, precision):
         assert row.reason or ((row.weight_bits <= 8 or "product" in row.kind) and row.activation_bits <= 8), row
     covered = {row.path for row in report.coverage}
     layers = {path for path, module in full.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    assert layers - covered <= set(UNetLayout.of(full).temporal), "only temporal layers can be dropped for a cache"
+    assert layers - covered <= set(backbone_of(full).temporal), "only temporal layers can be dropped for a cache"
     assert all(quantizer.enabled for quantizer in activation_quantizers(unet).values())
     assert set(report.seconds) == {step.name for step in small(discover.method(name)).recipe()}
     assert json.loads(json.dumps(report.details, allow_nan=False)) == report.details
@@ -82,7 +82,7 @@ def test_its_own_protocol_leaves_out_what_it_names(name, kind):
     found = quantized(name, kind, "w4a8", published=True)
     assert found is not None and protocol.name == "published"
     unet, full, report = found
-    roles = UNetLayout.of(full).roles
+    roles = backbone_of(full).roles
     rows = {row.path: row for row in report.coverage if "product" not in row.kind}
     for role, bits in protocol.bits.items():
         for path in roles[role]:

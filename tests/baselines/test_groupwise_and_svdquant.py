@@ -12,23 +12,23 @@ from safetensors.torch import load_file
 from baselines import groupwise, nearest, svdquant
 from tests.tfmq import networks
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
-from tfmq.plan import SHARED, quantized_layers
+from tfmq.plan import quantized_layers
 from tfmq.precision import FULL, Precision
+from tfmq.quantization import quantize_
 
 ROWS = {
-    "groupwise": (groupwise.METHOD, groupwise.Config(group=8)),
-    "svdquant": (svdquant.METHOD, svdquant.Config(rank=4, group=8, images=2, candidates=3, search_rows=4)),
-    "nearest": (nearest.METHOD, nearest.Config()),
+    "groupwise": groupwise.METHOD.config(group=8),
+    "svdquant": svdquant.METHOD.config(rank=4, group=8, images=2, candidates=3, search_rows=4),
+    "nearest": nearest.METHOD.config(),
 }
 PRECISIONS = ["w4a32", "w8a8", "w4a8", "w4a4"]
 
 
 def quantized(name, precision, build=networks.unconditional):
-    method, config = ROWS[name]
     unet = build()
     full = copy.deepcopy(unet)
     pool = networks.pool(networks.unconditional())
-    report = method.quantize(unet, pool, Precision.parse(precision), config, networks.generator(), SHARED)
+    report = quantize_(unet, Precision.parse(precision), ROWS[name].recipe(), pool, networks.generator())
     return unet, full, report
 
 

@@ -8,8 +8,9 @@ import torch
 from baselines import qdiffusion_per_step, tfmq_per_step
 from tests.tfmq import networks
 from tfmq.numerics.affine import affine_from_range
-from tfmq.plan import SHARED, activation_quantizers
+from tfmq.plan import activation_quantizers
 from tfmq.precision import Precision
+from tfmq.quantization import quantize_
 
 
 @pytest.mark.parametrize("method", [tfmq_per_step.METHOD, qdiffusion_per_step.METHOD])
@@ -20,7 +21,7 @@ def test_a_step_s_range_is_the_running_average_of_its_own_batches(method, kind):
     unet = kind.build()
     pool = kind.pool(unet, 20)
     config = method.config(iterations=1, temporal_iterations=1, steps=1, images=1)
-    method.quantize(unet, pool, Precision.parse("w4a8"), config, networks.generator(), SHARED)
+    quantize_(unet, Precision.parse("w4a8"), config.recipe(), pool, networks.generator())
     quantizer = activation_quantizers(unet)["conv_in.input_quantizer"]
     rows = pool.spaced(pool.steps, 20).shuffled(networks.generator())
     lows, highs = [], []

@@ -7,15 +7,23 @@ import torch
 
 from baselines import _ptq4dm, ptq4dm, ptq4dm_mispaired
 from tests.tfmq import networks
-from tfmq.network.calibration import normal_steps
-from tfmq.precision import Precision
-from tfmq.quantization import SHARED
+from tfmq.network.calibration import CalibrationRows, normal_steps
+from tfmq.passes.activation_ranges import ActivationRanges
+
+
+def ranges_and_rows(method, pool) -> tuple[ActivationRanges, CalibrationRows]:
+    """The one pass of the method that draws rows, and what it draws with its default settings."""
+    generator = networks.generator()
+    drawn = [(step, step.draw(pool, generator)) for step in method.config().recipe()]
+    ((ranges, rows),) = [(step, rows) for step, rows in drawn if rows is not None]
+    assert isinstance(ranges, ActivationRanges)
+    return ranges, rows
 
 
 def test_mispaired_rows_label_what_a_step_puts_out_with_its_count():
     """As recorded of the released code: label j gets x after j + 1 steps from the noisiest, and is the time step."""
     pool = networks.pool(networks.unconditional())
-    rows = _ptq4dm.mispaired_rows(pool, 40, 0.4, 0.4, networks.generator())
+    rows = _ptq4dm.Mispaired(40, 0.4, 0.4)(pool, networks.generator())
     drawn = normal_steps(40, 0.4, 0.4, pool.steps, networks.generator())
     assert torch.equal(rows.timesteps, drawn) and drawn.max() == pool.steps - 1 and drawn.min() == 0
     states = [*pool.latents, pool.samples]  # before the first step, after the first, ..., after the last
@@ -24,18 +32,12 @@ def test_mispaired_rows_label_what_a_step_puts_out_with_its_count():
 
 
 @pytest.mark.parametrize("method", [ptq4dm.METHOD, ptq4dm_mispaired.METHOD])
-def test_the_draw_is_that_of_the_row(method, monkeypatch):
-    seen = {}
-
-    def record(unet, precision, setting, rows, activation_rows, *rest):
-        seen.update(setting=setting, rows=activation_rows)
-
-    monkeypatch.setattr(_ptq4dm, "quantize_", record)
-    unet = networks.unconditional()
-    pool = networks.pool(unet)
-    method.quantize(unet, pool, Precision.parse("w8a8"), method.config(), networks.generator(), SHARED)
-    steps = seen["rows"].timesteps
-    assert len(steps) == 1024 and seen["setting"].activation_momentum == 0.9
+def test_the_draw_is_that_of_the_row(method):
+    pool = networks.pool(networks.unconditional())
+    ranges, rows = ranges_and_rows(method, pool)
+    steps = rows.timesteps
+    assert len(steps) == 1024 and ranges.momentum == 0.9
+    assert not torch.equal(steps, ranges.data.rows_of(pool, networks.generator()).timesteps), "rows are shuffled"
     if method is ptq4dm.METHOD:  # sqrt(5 / 2) steps around 2 of 5, counted from the clean end
         drawn = pool.timesteps.flip(0)[normal_steps(1024, 0.4, 2.5**0.5 / 5, 5, networks.generator())]
         assert torch.equal(steps.sort().values, drawn.sort().values)
@@ -44,14 +46,11 @@ def test_the_draw_is_that_of_the_row(method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", [ptq4dm.METHOD, ptq4dm_mispaired.METHOD])
-def test_under_guidance_every_batch_holds_both_halves(method, monkeypatch):
-    seen = []
-    monkeypatch.setattr(_ptq4dm, "quantize_", lambda unet, precision, setting, rows, *rest: seen.append(rows))
+def test_under_guidance_every_batch_holds_both_halves(method):
     kind = networks.KINDS["text"]
-    unet = kind.build()
-    pool = kind.pool(unet)
-    method.quantize(unet, pool, Precision.parse("w8a8"), method.config(), networks.generator(), SHARED)
-    assert len(seen[0]) == 2048
-    for batch in seen[0].batches(256):
+    pool = kind.pool(kind.build())
+    ranges, rows = ranges_and_rows(method, pool)
+    assert len(rows) == 2048 and ranges.batch == 256
+    for batch in rows.batches(ranges.batch):
         unconditional = (batch.context == pool.unconditional[0]).all((1, 2)).float()
         assert 0.35 < unconditional.mean() < 0.65

@@ -10,7 +10,7 @@ from tests.tfmq import networks
 from tfmq.passes.correction import correction_of, measure_correction
 from tfmq.plan import activation_quantizers
 from tfmq.precision import Precision
-from tfmq.quantization import SHARED
+from tfmq.quantization import quantize_
 
 FEW = {"iterations": 2, "activation_iterations": 2, "images": 4}
 
@@ -19,13 +19,13 @@ FEW = {"iterations": 2, "activation_iterations": 2, "images": 4}
 def test_the_correction_is_that_of_the_finished_network(precision):
     unet = networks.unconditional()
     pool = networks.pool(unet)
-    method, config = ptqd.METHOD, ptqd.METHOD.config(**FEW)
+    recipe = ptqd.METHOD.config(**FEW).recipe()
     with pytest.warns(UserWarning, match="carries a noise correction"):
-        report = method.quantize(unet, pool, Precision.parse(precision), config, networks.generator(), SHARED)
+        report = quantize_(unet, Precision.parse(precision), recipe, pool, networks.generator())
     kept, again = correction_of(unet).state_dict(), measure_correction(unet, pool, 4, 32).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in kept.items())
     assert (correction_of(unet).deviations > 0).all()
-    assert report.effort.unet_evaluations >= 5 * 4
+    assert report.cost.unet_evaluations >= 5 * 4
 
 
 @pytest.mark.parametrize(("power", "expected"), [(-100.0, {8}), (0.0, {4, 8})])
@@ -33,8 +33,8 @@ def test_widths_follow_the_rule_and_are_reported(power, expected):
     """The power of the ratio moves the rule: at 0, 4 bits where the latents hold more noise than signal."""
     unet = networks.unconditional()
     pool = networks.pool(unet)
-    method, config = ptqd_mixed.METHOD, ptqd_mixed.METHOD.config(**FEW, snr_power=power)
-    report = method.quantize(unet, pool, Precision.parse("w4a8"), config, networks.generator(), SHARED)
+    recipe = ptqd_mixed.METHOD.config(**FEW, snr_power=power).recipe()
+    report = quantize_(unet, Precision.parse("w4a8"), recipe, pool, networks.generator())
     bits = report.details["activation_bits"]
     assert set(bits.values()) == expected and set(bits) == {str(t) for t in pool.timesteps.tolist()}
     for step, alpha in zip(pool.timesteps.tolist(), pool.alphas.tolist(), strict=False):
@@ -50,8 +50,8 @@ def test_a_step_that_the_schedule_repeats_gets_one_width():
     kind = networks.KINDS["text"]
     unet = kind.build()
     pool = kind.pool(unet)
-    method, config = ptqd_mixed.METHOD, ptqd_mixed.METHOD.config(**FEW, snr_power=0.0)
-    report = method.quantize(unet, pool, Precision.parse("w4a8"), config, networks.generator(), SHARED)
+    recipe = ptqd_mixed.METHOD.config(**FEW, snr_power=0.0).recipe()
+    report = quantize_(unet, Precision.parse("w4a8"), recipe, pool, networks.generator())
     finite_set = pool.timesteps.unique()
     assert len(finite_set) == 5 and pool.steps == 6
     alphas = networks.scheduler().alphas_cumprod[finite_set]

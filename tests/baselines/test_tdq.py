@@ -13,9 +13,11 @@ from tests.tfmq import networks
 from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.network.calibration import collect_calibration
 from tfmq.network.sampling import Conditioning, SamplingSettings, predict_noise
+from tfmq.passes import predicted_step_sizes
 from tfmq.passes.step_network import StepNetworks
 from tfmq.plan import SHARED, activation_quantizers
 from tfmq.precision import Precision
+from tfmq.quantization import quantize_
 
 FEW = {"rows": 20, "values": 8, "fit_iterations": 3}
 ROWS = {
@@ -25,10 +27,10 @@ ROWS = {
 
 
 def quantized(name, build=networks.unconditional, precision="w4a4", protocol=SHARED):
-    method, config = ROWS[name]
+    _, config = ROWS[name]
     unet = build()
     pool = networks.pool(copy.deepcopy(unet))
-    report = method.quantize(unet, pool, Precision.parse(precision), config, networks.generator(), protocol)
+    report = quantize_(unet, Precision.parse(precision), config.recipe(), pool, networks.generator(), protocol)
     return unet, pool, report
 
 
@@ -39,8 +41,8 @@ def test_sampling_needs_tables_alone_and_a_checkpoint_keeps_them(name, tmp_path)
     assert not any(isinstance(module, StepNetworks) for module in unet.modules())
     for path, quantizer in activation_quantizers(unet).items():
         assert quantizer.enabled and len(quantizer.scale) == pool.steps and not quantizer._forward_pre_hooks, path
-    assert report.effort.unet_evaluations == 20 + (8 if name == "tdq_qat" else 0)
-    assert report.effort.optimizer_steps == 3 + (2 if name == "tdq_qat" else 0)
+    assert report.cost.unet_evaluations == 20 + (8 if name == "tdq_qat" else 0)
+    assert report.cost.optimizer_steps == 3 + (2 if name == "tdq_qat" else 0)
     save_quantized(unet, tmp_path / "q.safetensors", {})
     loaded = load_quantized(tmp_path / "q.safetensors")
     x, steps = networks.noise(), torch.tensor([801, 1, 401, 201])
@@ -58,18 +60,17 @@ def test_published_layers_are_what_the_authors_quantise(name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_tables_are_the_networks_at_each_time_step_of_a_schedule_that_repeats_one(name, monkeypatch):
-    module = {"tdq": tdq, "tdq_qat": tdq_qat}[name]
-    seen, tabulate = {}, module.tabulate
+    seen, tabulate = {}, predicted_step_sizes.tabulate
 
     def record(made, quantizers, encodings):
         tabulate(made, quantizers, encodings)
         seen.update(networks=made, quantizers=quantizers)
 
-    monkeypatch.setattr(module, "tabulate", record)
-    kind, (method, config) = networks.KINDS["text"], ROWS[name]
+    monkeypatch.setattr(predicted_step_sizes, "tabulate", record)
+    kind, (_, config) = networks.KINDS["text"], ROWS[name]
     unet = kind.build()
     pool = kind.pool(unet)
-    method.quantize(unet, pool, Precision.parse("w4a4"), config, networks.generator(), SHARED)
+    quantize_(unet, Precision.parse("w4a4"), config.recipe(), pool, networks.generator())
     with torch.no_grad():
         assert {len(quantizer.scale) for quantizer in seen["quantizers"].values()} == {5}
         for timestep in pool.timesteps:
@@ -81,7 +82,7 @@ def test_tables_are_the_networks_at_each_time_step_of_a_schedule_that_repeats_on
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_guided_pool_serves_as_well(name):
-    method, config = ROWS[name]
+    _, config = ROWS[name]
     unet = networks.conditional()
     generator = networks.generator()
     conditioning = Conditioning(*(torch.randn(2, 4, 5, 12, generator=generator)))
@@ -89,8 +90,8 @@ def test_a_guided_pool_serves_as_well(name):
     pool = collect_calibration(
         unet, networks.scheduler(), networks.noise(), settings, batch=4, conditioning=conditioning
     )
-    report = method.quantize(unet, pool, Precision.parse("w8a8"), config, generator, SHARED)
-    assert report.effort.unet_evaluations == 40 + (8 if name == "tdq_qat" else 0)
+    report = quantize_(unet, Precision.parse("w8a8"), config.recipe(), pool, generator)
+    assert report.cost.unet_evaluations == 40 + (8 if name == "tdq_qat" else 0)
     with torch.no_grad():
         predicted = predict_noise(unet, pool.latents[2], pool.timesteps[2], conditioning, 3.0)
     assert (predicted - pool.noise[2]).norm() < 0.6 * pool.noise[2].norm()
@@ -103,14 +104,14 @@ def test_nothing_is_left_without_quantised_activations():
 
 
 def test_fitting_brings_the_output_nearer_to_full_precision():
-    method, config = ROWS["tdq"]
+    _, config = ROWS["tdq"]
     full = networks.unconditional()
     pool = networks.pool(full)
     errors = []
     for iterations in (0, 100):
         unet = copy.deepcopy(full)
         setting = dataclasses.replace(config, rows=40, values=32, fit_batch=20, fit_iterations=iterations)
-        method.quantize(unet, pool, Precision.parse("w8a4"), setting, networks.generator(), SHARED)
+        quantize_(unet, Precision.parse("w8a4"), setting.recipe(), pool, networks.generator())
         with torch.no_grad():
             predicted = [unet(x, t).sample for x, t in zip(pool.latents, pool.timesteps, strict=True)]
         errors.append((torch.stack(predicted) - pool.noise).norm())

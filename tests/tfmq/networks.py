@@ -1,17 +1,20 @@
-"""Tiny random networks and calibration rows for the tests of the library."""
+"""Tiny random networks, calibration rows, recipes and sessions for the tests of the library."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel, VQModel
 
-from tfmq.network.calibration import CalibrationSet, Draw, Spaced, collect_calibration
+from tfmq.cost import amended_plan
+from tfmq.network.backbone import backbone_of
+from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced, collect_calibration
 from tfmq.network.sampling import Conditioning, SamplingSettings, sample
 from tfmq.network.unet import UNet
-from tfmq.passes import Recipe
+from tfmq.passes import Pass, Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.block_reconstruction import BlockReconstruction
 from tfmq.passes.correction import correction_of
@@ -21,8 +24,13 @@ from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.step_sizes import StepSizes
 from tfmq.passes.temporal_reconstruction import TemporalReconstruction
 from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
+from tfmq.plan import SHARED, Protocol, QuantizationPlan
+from tfmq.precision import Precision
+from tfmq.quantization import quantize_
+from tfmq.session import QuantizationReport, Session
 
 SETTINGS = SamplingSettings(steps=5)
+ALL_ROWS = Spaced(5, 4)  # of the pool below
 
 
 def unconditional(seed: int = 0) -> UNet2DModel:
@@ -138,7 +146,7 @@ def recipe(
     step_sizes: StepSizeConfig | None = None,
     split_shortcuts: bool = False,
     weight_range: str = "search",
-    data: Draw = Spaced(5, 4),
+    data: Draw = ALL_ROWS,
     batch: int = 64,
     memory_bytes: int = 2**30,
 ) -> Recipe:
@@ -155,6 +163,56 @@ def recipe(
     if step_sizes is not None:
         passes.append(StepSizes(step_sizes, data, batch, memory_bytes))
     return tuple(passes)
+
+
+def drawing(rows: CalibrationRows) -> Draw:
+    """A draw of these rows, whatever the pool."""
+    return lambda pool, generator: rows
+
+
+def pool_of(rows: CalibrationRows) -> CalibrationSet:
+    """A pool with the time steps and the shapes of ``rows``, for recipes that draw by ``drawing(rows)``."""
+    timesteps = rows.timesteps.unique().flip(0)
+    latents = rows.latents[None, :1].expand(len(timesteps), -1, -1, -1, -1)
+    context = None if rows.context is None else rows.context[:1]
+    alphas = torch.linspace(0.1, 1, len(timesteps) + 1, dtype=torch.float64)
+    settings = SamplingSettings(len(timesteps))
+    return CalibrationSet(latents, timesteps, latents, latents[0], alphas, settings, context)
+
+
+def plan(unet: UNet, precision: str, *passes: Pass, protocol: Protocol = SHARED) -> QuantizationPlan:
+    """The protocol's plan for a network, as ``passes`` amend it."""
+    return amended_plan(unet, backbone_of(unet), Precision.parse(precision), passes, protocol)
+
+
+def session(unet: UNet, full: UNet, pool: CalibrationSet, precision: str = "w4a8", **parts: object) -> Session:
+    """A session on a network whose quantised layers are in place already; ``parts`` replace its usual parts."""
+    given = {"backbone": backbone_of(full), "plan": QuantizationPlan({}, {}), "protocol": SHARED}
+    given |= {"precision": Precision.parse(precision), "generator": generator()} | parts
+    return Session(unet=unet, full=full, pool=pool, **given)
+
+
+def run(session: Session, step: Pass, rows: CalibrationRows | None = None) -> None:
+    """Run one pass in a session."""
+    with session.running(step):
+        step.run(session, rows)
+
+
+def quantized(
+    passes: Recipe,
+    precision: str | Precision = "w4a8",
+    build: Callable[[], UNet] = unconditional,
+    recorded: CalibrationSet | None = None,
+    protocol: Protocol = SHARED,
+) -> tuple[UNet, UNet, CalibrationSet, QuantizationReport]:
+    """A quantised network, the full-precision one, the pool (``recorded``, or else its own) and the report."""
+    unet = build()
+    full = copy.deepcopy(unet)
+    if recorded is None:
+        recorded = pool(full)
+    parsed = Precision.parse(precision) if isinstance(precision, str) else precision
+    report = quantize_(unet, parsed, passes, recorded, generator(), protocol)
+    return unet, full, recorded, report
 
 
 def generator() -> torch.Generator:

@@ -11,27 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.tfmq import networks
 from tfmq import checkpoint
-from tfmq.checkpoint import (
-    full_precision_bytes,
-    load_quantized,
-    pack,
-    packed_bytes,
-    read_metadata,
-    save_quantized,
-    unpack,
-)
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, quantize_
+from tfmq.checkpoint import load_quantized, pack, packed_bytes, read_metadata, save_quantized, unpack
+from tfmq.network.backbone import full_precision_bytes
 
 
 @pytest.fixture
 def quantized():
-    unet = networks.unconditional()
-    pool = networks.pool(unet)
-    rows = pool.spaced(5, 4)
-    config = QuantizationConfig(split_shortcuts=True, activation_scales="per_step")
-    quantize_(unet, Precision.parse("w4a8"), config, rows, rows, pool.timesteps, networks.generator())
-    return unet
+    return networks.quantized(networks.recipe(split_shortcuts=True, scales="per_step"))[0]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The front door, on tiny networks: what each choice does, and what is refused."""
+"""The front door, on tiny networks: what a recipe leaves behind, what is reported, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,120 +7,84 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tfmq.passes.temporal import temporal_feature_error
 
 from tests.tfmq import networks
-from tfmq import quantization
 from tfmq.checkpoint import save_quantized
 from tfmq.modules.layers import QuantizedLayer
+from tfmq.network.backbone import backbone_of
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.offload import BlockStream, Place, waiting_in
-from tfmq.network.unet import UNet, UNetLayout
+from tfmq.network.unet import UNet
+from tfmq.passes import Recipe
+from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.block_reconstruction import BlockReconstruction
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
-from tfmq.plan import activation_quantizers, coverage, insert_quantizers, plan_for, quantized_layers
+from tfmq.passes.step_sizes import StepSizes
+from tfmq.passes.temporal_cache import TemporalCache
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
+from tfmq.plan import activation_quantizers, coverage, quantized_layers
 from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, quantize_
+from tfmq.quantization import quantize_
+from tfmq.session import Spent
 
 ROUNDING = RoundingConfig(iterations=4, batch=8, learning_rate=1e-2)
 W4A8 = Precision.parse("w4a8")
 
 
-def quantized(config: QuantizationConfig, precision: Precision = W4A8, build=networks.unconditional):
-    unet = build()
-    full = copy.deepcopy(unet)
-    pool = networks.pool(full)
-    rows = pool.spaced(5, 4)
-    report = quantize_(unet, precision, config, rows, rows, pool.timesteps, networks.generator())
-    return unet, full, pool, report
-
-
 def test_every_weight_is_on_its_grid_and_every_quantizer_is_frozen():
-    unet, _, _, report = quantized(QuantizationConfig(rounding=ROUNDING, temporal=ROUNDING, split_shortcuts=True))
+    recipe = networks.recipe(rounding=ROUNDING, temporal=ROUNDING, split_shortcuts=True)
+    unet, _, _, report = networks.quantized(recipe)
     for path, layer in quantized_layers(unet).items():
         assert layer.codes.max() <= (255 if path in ("conv_in", "conv_out") else 15), path
         scale, point = layer._spread(layer.weight_scale), layer._spread(layer.weight_zero_point)
         assert torch.equal((layer.codes - point) * scale, layer.weight), path
     assert all(quantizer.enabled and quantizer.observer is None for quantizer in activation_quantizers(unet).values())
-    assert not any(row.reason for row in report.coverage)
+    assert report.coverage == coverage(unet) and not any(row.reason for row in report.coverage)
 
 
 def test_the_same_generator_gives_the_same_network():
-    config = QuantizationConfig(rounding=ROUNDING, step_sizes=StepSizeConfig(iterations=3, batch=8))
-    first, second = (quantized(config)[0].state_dict() for _ in range(2))
+    recipe = networks.recipe(rounding=ROUNDING, step_sizes=StepSizeConfig(iterations=3, batch=8))
+    first, second = (networks.quantized(recipe)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_effort_counts_every_evaluation_and_step():
-    config = QuantizationConfig(rounding=ROUNDING, temporal=ROUNDING, step_sizes=StepSizeConfig(iterations=3, batch=8))
-    unet, _, _, report = quantized(config)
-    blocks = len(UNetLayout.of(networks.unconditional()).blocks)
+def test_the_report_counts_every_evaluation_and_step_of_each_pass():
+    step_sizes = StepSizeConfig(iterations=3, batch=8)
+    _, full, _, report = networks.quantized(
+        networks.recipe(rounding=ROUNDING, temporal=ROUNDING, step_sizes=step_sizes)
+    )
+    blocks = len(backbone_of(full).blocks)
     # 20 rows: twice through weight reconstruction, once for ranges, once through step-size learning.
-    assert report.effort.unet_evaluations == 20 * 4
-    assert report.effort.optimizer_steps == 4 + 4 * blocks + 3 * (2 + blocks)
+    assert report.cost.unet_evaluations == 20 * 4
+    assert report.cost.optimizer_steps == 4 + 4 * blocks + 3 * (2 + blocks)
+    assert [replace(spent, seconds=0) for spent in report.passes] == [
+        Spent("grids"),
+        Spent("weight ranges"),
+        Spent("temporal reconstruction", optimizer_steps=4),
+        Spent("block reconstruction", unet_evaluations=40, optimizer_steps=4 * blocks),
+        Spent("round to nearest"),
+        Spent("activation ranges", unet_evaluations=20),
+        Spent("step sizes", unet_evaluations=20, optimizer_steps=3 * (2 + blocks)),
+    ]
+    assert report.seconds == {spent.name: spent.seconds for spent in report.passes}
+    assert all(spent.seconds > 0 for spent in report.passes)
 
 
-@pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
-def test_finite_set_calibration_lowers_the_temporal_feature_error(precision):
-    errors = {}
-    for scales in ("shared", "temporal", "per_step"):
-        config = QuantizationConfig(activation_scales=scales)
-        unet, full, pool, _ = quantized(config, Precision.parse(precision))
-        errors[scales] = temporal_feature_error(unet, full, UNetLayout.of(full), pool.timesteps)
-        tables = {path for path, quantizer in activation_quantizers(unet).items() if quantizer.per_step}
-        temporal = set(UNetLayout.of(full).temporal)
-        inside = {path for path in tables if path.removesuffix(".input_quantizer") in temporal}
-        assert (tables, inside) == (set(), set()) if scales == "shared" else len(inside) == len(temporal)
-        assert scales != "temporal" or tables == inside
-    assert errors["temporal"].shape == (5, len(UNetLayout.of(networks.unconditional()).time_projections))
-    assert errors["temporal"].mean() < errors["shared"].mean()
-    torch.testing.assert_close(errors["temporal"], errors["per_step"])
+def test_seconds_of_two_passes_of_one_name_are_added():
+    recipe = (WeightRanges("minmax"), WeightRanges("search"), RoundToNearest())
+    _, _, _, report = networks.quantized(recipe, "w4a32")
+    assert [spent.name for spent in report.passes] == ["weight ranges", "weight ranges", "round to nearest"]
+    assert report.seconds["weight ranges"] == report.passes[0].seconds + report.passes[1].seconds
 
 
-def test_reconstruction_of_the_temporal_block_lowers_its_error():
-    nearest, full, pool, _ = quantized(QuantizationConfig(), Precision.parse("w4a32"))
-    config = QuantizationConfig(temporal=RoundingConfig(iterations=150, batch=5, learning_rate=2e-2))
-    learned = quantized(config, Precision.parse("w4a32"))[0]
-    layout = UNetLayout.of(full)
-    before, after = (temporal_feature_error(unet, full, layout, pool.timesteps).mean() for unet in (nearest, learned))
-    assert after < 0.8 * before
-
-
-@torch.no_grad()
-def test_reconstruction_brings_the_output_closer_to_full_precision():
-    precision = Precision.parse("w4a32")
-    nearest, full, pool, _ = quantized(QuantizationConfig(), precision)
-    learned = quantized(
-        QuantizationConfig(rounding=RoundingConfig(iterations=60, batch=8, learning_rate=2e-2)), precision
-    )[0]
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_conditional_networks_are_quantised_too(kind):
+    kind = networks.KINDS[kind]
+    recipe = networks.recipe(rounding=ROUNDING, temporal=ROUNDING, scales="temporal")
+    unet, full, pool, _ = networks.quantized(recipe, build=kind.build, recorded=kind.pool(kind.build()))
     rows = pool.spaced(5, 4)
-    target = full(rows.latents, rows.timesteps).sample
-    before, after = ((unet(rows.latents, rows.timesteps).sample - target).norm() for unet in (nearest, learned))
-    assert after < before
-
-
-@torch.no_grad()
-def test_streaming_gives_what_the_whole_network_gives():
-    unet, full, pool, _ = quantized(QuantizationConfig(activation_scales="per_step"))
-    rows = pool.spaced(5, 4).shuffled(networks.generator())
-    for network in (full, unet):
-        stream = BlockStream(network, rows, 6, Place(network.device))
-        for block in UNetLayout.of(full).blocks:
-            stream.advance(block, stream.outputs(block, stream.inputs(block)))
-        expected = network(rows.latents, rows.timesteps).sample
-        torch.testing.assert_close(stream.hidden, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_conditional_networks_are_quantised_too():
-    unet = networks.conditional()
-    full = copy.deepcopy(unet)
-    rows = networks.pool(networks.unconditional()).spaced(5, 4)
-    context = torch.randn(20, 5, 12, generator=networks.generator())
-    rows = type(rows)(rows.latents, rows.timesteps, context)
-    config = QuantizationConfig(rounding=ROUNDING, temporal=ROUNDING, activation_scales="temporal")
-    quantize_(unet, W4A8, config, rows, rows, rows.timesteps.unique(), networks.generator())
     with torch.no_grad():
-        expected = full(rows.latents, rows.timesteps, context).sample
-        error = (unet(rows.latents, rows.timesteps, context).sample - expected).norm() / expected.norm()
+        expected = full(rows.latents, rows.timesteps, rows.context).sample
+        error = (unet(rows.latents, rows.timesteps, rows.context).sample - expected).norm() / expected.norm()
     assert 0 < error < 0.5
     tables = {path.removesuffix(".input_quantizer") for path, q in activation_quantizers(unet).items() if q.per_step}
     assert tables == {path for path in quantized_layers(unet) if "time_emb" in path}, "a context is no temporal feature"
@@ -129,14 +93,32 @@ def test_conditional_networks_are_quantised_too():
     )
 
 
+def test_what_a_pass_learns_does_not_move_what_a_later_one_draws():
+    """All rows are drawn before the first pass runs, so that longer learning is measured on the same rows."""
+    seen = []
+
+    def draw(pool, generator):
+        seen.append(pool.spaced(5, 4).shuffled(generator))
+        return seen[-1]
+
+    for iterations in (1, 3):
+        data = networks.ALL_ROWS
+        learning = networks.recipe(rounding=replace(ROUNDING, iterations=iterations), data=data)
+        networks.quantized(tuple(replace(s, data=draw) if isinstance(s, ActivationRanges) else s for s in learning))
+    first, second = seen
+    assert torch.equal(first.latents, second.latents)
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
 def test_nan_weights_are_named():
     unet = networks.unconditional()
     with torch.no_grad():
         unet.conv_out.bias[1] = float("inf")
     pool = networks.pool(networks.unconditional())
-    rows = pool.spaced(5, 4)
     with pytest.raises(ValueError, match=r"conv_out\.bias holds NaN or infinity: the checkpoint is damaged"):
-        quantize_(unet, W4A8, QuantizationConfig(), rows, rows, pool.timesteps, networks.generator())
+        quantize_(unet, W4A8, networks.recipe(), pool, networks.generator())
 
 
 def dead_layer() -> UNet:
@@ -153,27 +135,32 @@ def interrupted(*args, **options):
 
 def test_a_dead_layer_is_named():
     with pytest.raises(ValueError, match=r"time_embedding\.linear_2\.input_quantizer is constant \(0\)"):
-        quantized(QuantizationConfig(), build=dead_layer)
+        networks.quantized(networks.recipe(), build=dead_layer)
 
 
 @pytest.mark.parametrize(
-    ("config", "error"),
+    ("build", "recipe", "error"),
     [
-        (QuantizationConfig(rounding=ROUNDING, activation_scales="temporal"), ValueError),  # constant activations
-        (QuantizationConfig(rounding=RoundingConfig(iterations=2, norm=1e5), caching="all"), ValueError),
-        (QuantizationConfig(step_sizes=StepSizeConfig(iterations=2)), KeyboardInterrupt),
+        (dead_layer, networks.recipe(rounding=ROUNDING, scales="temporal"), ValueError),  # constant activations
+        (
+            networks.unconditional,
+            (TemporalCache("all"), *networks.recipe(rounding=RoundingConfig(iterations=2, norm=1e5))),
+            ValueError,
+        ),
+        (networks.unconditional, networks.recipe(step_sizes=StepSizeConfig(iterations=2)), KeyboardInterrupt),
+        (networks.unconditional, networks.recipe()[:-1], ValueError),  # activations without ranges
     ],
 )
 @torch.no_grad()
-def test_after_a_failure_the_network_is_what_it_was(config, error, monkeypatch, tmp_path):
-    unet = dead_layer() if config.activation_scales == "temporal" else networks.unconditional()
+def test_after_a_failure_the_network_is_what_it_was(build, recipe, error, monkeypatch, tmp_path):
+    unet = build()
     before = copy.deepcopy(unet)
-    rows = networks.pool(networks.unconditional()).spaced(5, 4)
-    given = (rows, rows, rows.timesteps.unique(), networks.generator())
+    pool = networks.pool(networks.unconditional())
+    rows = pool.spaced(5, 4)
     if error is KeyboardInterrupt:
-        monkeypatch.setattr(quantization, "reconstruct_activations", interrupted)
+        monkeypatch.setattr(StepSizes, "run", interrupted)
     with pytest.raises(error):
-        quantize_(unet, W4A8, config, *given)
+        quantize_(unet, W4A8, recipe, pool, networks.generator())
     assert unet.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in unet.state_dict().items())
     assert torch.equal(unet(rows.latents, rows.timesteps).sample, before(rows.latents, rows.timesteps).sample)
@@ -181,94 +168,73 @@ def test_after_a_failure_the_network_is_what_it_was(config, error, monkeypatch, 
     with pytest.raises(ValueError, match="the UNet is not quantised"):
         save_quantized(unet, tmp_path / "q.safetensors", {})
     monkeypatch.undo()
-    quantize_(unet, Precision.parse("w4a32"), QuantizationConfig(), *given)
+    quantize_(unet, Precision.parse("w4a32"), networks.recipe(), pool, networks.generator())
     assert quantized_layers(unet)
 
 
-def test_the_byte_budget_is_kept_or_refused_with_the_row_count_that_fits():
-    with pytest.raises(
-        ValueError, match=r"20 calibration rows need .* use at most [1-9]\d* rows or raise memory_bytes"
-    ):
-        quantized(QuantizationConfig(rounding=ROUNDING, memory_bytes=100_000))
-    message = (
-        r"20 calibration rows need [\d,]+ bytes .*, one row [\d,]+, and memory_bytes allows 10: raise memory_bytes"
+def with_rows(recipe: Recipe, kind: type, rows: CalibrationRows, other: CalibrationRows) -> Recipe:
+    """``recipe`` whose pass of a kind draws ``rows``, and any other pass ``other``."""
+    return tuple(
+        replace(step, data=networks.drawing(rows if isinstance(step, kind) else other))
+        if hasattr(step, "data")
+        else step
+        for step in recipe
     )
-    with pytest.raises(ValueError, match=message):
-        quantized(QuantizationConfig(rounding=ROUNDING, memory_bytes=10))
-
-
-def test_rows_that_do_not_fit_wait_elsewhere_and_nothing_else_changes():
-    config = QuantizationConfig(rounding=ROUNDING, step_sizes=StepSizeConfig(iterations=2, batch=8), batch=6)
-    allocated = []
-
-    def allocate(elements: int, dtype: torch.dtype) -> torch.Tensor:
-        allocated.append(elements)
-        return torch.full((elements,), torch.nan, dtype=dtype)
-
-    for build in (networks.unconditional, networks.conditional):
-        rows = networks.pool(networks.unconditional()).spaced(5, 4)
-        if build is networks.conditional:
-            context = torch.randn(20, 5, 12, generator=networks.generator())
-            rows = CalibrationRows(rows.latents, rows.timesteps, context)
-        unets = build(), build()
-        given = (rows, rows, rows.timesteps.unique())
-        quantize_(unets[0], W4A8, config, *given, networks.generator())
-        with waiting_in(allocate):
-            quantize_(unets[1], W4A8, replace(config, memory_bytes=10), *given, networks.generator())
-        first, second = (unet.state_dict() for unet in unets)
-        assert all(torch.equal(first[name], second[name]) for name in first)
-    assert allocated
 
 
 def test_rows_that_are_not_the_network_s_inputs_are_refused():
     unet, conditional = networks.unconditional(), networks.conditional()
-    good = networks.pool(unet).spaced(5, 4)
+    pool = networks.pool(unet)
+    good = pool.spaced(5, 4)
     latents, timesteps = good.latents, good.timesteps
     context = torch.zeros(20, 5, 12)
     cases = [
-        (unet, good[:0], r"holds no calibration row"),
+        (unet, good[:0], "{name} draws no calibration row from the pool: let it draw at least one"),
         (
             unet,
             CalibrationRows(latents[:, :2], timesteps),
-            r"latents is of shape \(20, 2, 8, 8\): the UNet takes 3 channels",
+            r"the pool's latents are of shape \(20, 2, 8, 8\): the UNet takes 3 channels",
         ),
-        (unet, CalibrationRows(latents[0], timesteps[:3]), r"latents is of shape \(3, 8, 8\)"),
-        (unet, CalibrationRows(latents, timesteps, context), "has a context, and a UNet2DModel takes none"),
-        (conditional, good, "has no context, and a UNet2DConditionModel takes a context"),
+        (unet, CalibrationRows(latents[0], timesteps[:3]), r"the pool's latents are of shape \(3, 8, 8\)"),
+        (
+            unet,
+            CalibrationRows(latents, timesteps, context),
+            r"the pool is conditioned on something of shape \(20, 5, 12\), and a UNet2DModel takes no condition",
+        ),
+        (conditional, good, "the pool is conditioned on nothing, and a UNet2DConditionModel takes a context"),
+        (
+            conditional,
+            CalibrationRows(latents, timesteps, torch.zeros(20)),
+            r"the pool is conditioned on something of shape \(20,\), and a UNet2DConditionModel takes a context",
+        ),
     ]
+    kinds = {"block reconstruction": BlockReconstruction, "activation ranges": ActivationRanges}
     for network, bad, message in cases:
         fine = good if network is unet else CalibrationRows(latents, timesteps, context)
-        for name, rows in (("rows", (bad, fine)), ("activation_rows", (fine, bad))):
-            with pytest.raises(ValueError, match=f"^{name}.?{message}"):
-                config = QuantizationConfig(rounding=ROUNDING)
-                quantize_(network, W4A8, config, *rows, timesteps, networks.generator())
-    with pytest.raises(ValueError, match="timesteps is empty"):
-        quantize_(unet, W4A8, QuantizationConfig(), good, good, timesteps[:0], networks.generator())
+        for name, kind in kinds.items():
+            recipe = with_rows(networks.recipe(rounding=ROUNDING), kind, bad, fine)
+            with pytest.raises(ValueError, match="^" + message.replace("{name}", name)):
+                quantize_(network, W4A8, recipe, pool, networks.generator())
+    empty = replace(pool, latents=pool.latents[:0], timesteps=pool.timesteps[:0], noise=pool.noise[:0])
+    with pytest.raises(ValueError, match="activation ranges draws no calibration row"):
+        quantize_(unet, W4A8, networks.recipe(), empty, networks.generator())
     assert not quantized_layers(unet) and not quantized_layers(conditional)
 
 
-@pytest.mark.parametrize("scales", ["shared", "per_step"])
-def test_the_progress_bar_of_activation_ranges_knows_its_total(scales, monkeypatch):
-    seen = {}
-
-    def bar(items, desc, total=None, disable=None):
-        items = list(items)
-        seen[desc] = (len(items), len(items) if total is None else total)
-        return items
-
-    monkeypatch.setattr(quantization, "tqdm", bar)
-    quantized(QuantizationConfig(activation_scales=scales, activation_batch=3))
-    assert seen["activation ranges"] == ((7, 7) if scales == "shared" else (10, 10))
-
-
-def test_coverage_needs_a_quantised_network():
-    with pytest.raises(ValueError, match="the UNet is not quantised: call quantize_ first"):
-        coverage(networks.unconditional())
+def test_a_recipe_that_leaves_something_unquantised_is_refused():
+    unet = networks.unconditional()
+    pool = networks.pool(unet)
+    with pytest.raises(ValueError, match="leaves the weight of conv_in unrounded: end its weights by RoundToNearest"):
+        quantize_(unet, W4A8, (WeightRanges(), ActivationRanges()), pool, networks.generator())
+    with pytest.raises(ValueError, match=r"activation at \S+ no range: add ActivationRanges"):
+        quantize_(unet, W4A8, (WeightRanges(), RoundToNearest()), pool, networks.generator())
+    assert not quantized_layers(unet)
+    quantize_(unet, Precision.parse("w4a32"), (WeightRanges(), RoundToNearest()), pool, networks.generator())
 
 
 def test_full_precision_weights_are_refused():
     with pytest.raises(ValueError, match="leaves the weights in full precision"):
-        quantized(QuantizationConfig(), Precision.parse("w32a8"))
+        networks.quantized(networks.recipe(), "w32a8")
 
 
 @pytest.mark.parametrize("text", ["w4", "8", "w4a8x", "W4A8", "w1a8", "w4a64"])
@@ -278,18 +244,11 @@ def test_bad_precisions_are_refused(text):
 
 
 def test_a_quantised_network_is_not_quantised_again():
-    unet, _, pool, _ = quantized(QuantizationConfig())
-    rows = pool.spaced(5, 4)
+    unet, _, pool, _ = networks.quantized(networks.recipe())
     with pytest.raises(ValueError, match="quantised already"):
-        quantize_(unet, W4A8, QuantizationConfig(), rows, rows, pool.timesteps, networks.generator())
+        quantize_(unet, W4A8, networks.recipe(), pool, networks.generator())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(ValueError, match="reconstruction loss is NaN or infinite"):
-        quantized(QuantizationConfig(rounding=RoundingConfig(iterations=2, norm=1e5)))
-
-
-def test_quantizers_follow_their_network_to_its_device():
-    unet = networks.unconditional().to("meta")
-    insert_quantizers(unet, plan_for(unet, UNetLayout.of(unet), W4A8, split_shortcuts=True))
-    assert {buffer.device.type for buffer in unet.buffers()} == {"meta"}
+        networks.quantized(networks.recipe(rounding=RoundingConfig(iterations=2, norm=1e5)))

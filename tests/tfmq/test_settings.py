@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
+from tfmq.network.calibration import NormallyDistributed, Spaced
 from tfmq.network.sampling import SamplingSettings
-from tfmq.passes.low_rank import LowRankConfig
+from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.block_reconstruction import BlockReconstruction
+from tfmq.passes.correction import MeasureCorrection
+from tfmq.passes.grids import Grids
+from tfmq.passes.low_rank import LowRankBranches
+from tfmq.passes.predicted_step_sizes import PredictedStepSizes
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.step_network import FitConfig
+from tfmq.passes.step_sizes import StepSizes
+from tfmq.passes.temporal_cache import TemporalCache
 from tfmq.passes.training import TrainingConfig
-from tfmq.quantization import QuantizationConfig
+from tfmq.passes.weight_ranges import WeightRanges
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "advice"),
+    ("settings", "field", "value", "advice"),
     [
-        ("weight_range", "serach", "did you mean 'search'\\? Allowed: minmax, search, thresholds"),
-        ("activation_range", "percentile", "Allowed: minmax, search, thresholds"),
-        ("activation_scales", "perstep", "did you mean 'per_step'\\? Allowed: per_step, shared, temporal"),
-        ("activation_scales", None, "Allowed: per_step, shared, temporal"),
-        ("caching", "projections", "did you mean 'projection'\\? Allowed: None, all, projection, step"),
+        (WeightRanges, "range", "serach", "did you mean 'search'\\? Allowed: minmax, search, thresholds"),
+        (ActivationRanges, "range", "percentile", "Allowed: minmax, search, thresholds"),
+        (partial(LowRankBranches, 4, 3, 8), "range", "minmix", "did you mean 'minmax'\\? Allowed: minmax, search, "),
+        (TemporalCache, "where", "projections", "did you mean 'projection'\\? Allowed: all, projection, step"),
+        (TemporalCache, "where", None, "Allowed: all, projection, step"),
     ],
 )
-def test_a_misspelt_choice_names_the_nearest(field, value, advice):
+def test_a_misspelt_choice_names_the_nearest(settings, field, value, advice):
     with pytest.raises(ValueError, match=f"unknown {field} {value!r}: {advice}"):
-        QuantizationConfig(**{field: value})
+        settings(**{field: value})
 
 
 @pytest.mark.parametrize(
     ("settings", "given", "counts"),
     [
-        (QuantizationConfig, {}, ["activation_batch", "batch", "memory_bytes", "weight_group"]),
+        (ActivationRanges, {}, ["batch"]),
+        (BlockReconstruction, {}, ["batch", "memory_bytes"]),
+        (StepSizes, {}, ["batch", "memory_bytes"]),
+        (Grids, {"dynamic_activations": True}, ["weight_group"]),
+        (PredictedStepSizes, {}, ["values", "batch"]),
+        (MeasureCorrection, {}, ["images", "batch"]),
+        (Spaced, {"steps": 1, "images": 1}, ["steps", "images"]),
+        (NormallyDistributed, {"rows": 1, "mean": 0.4}, ["rows"]),
         (RoundingConfig, {}, ["iterations", "batch"]),
         (StepSizeConfig, {}, ["iterations", "batch"]),
         (TrainingConfig, {}, ["iterations", "batch"]),
         (FitConfig, {}, ["batch"]),
-        (LowRankConfig, {"rank": 1, "candidates": 1, "search_rows": 1}, ["rank", "candidates", "search_rows"]),
+        (
+            LowRankBranches,
+            {"rank": 1, "candidates": 1, "search_rows": 1},
+            ["rank", "candidates", "search_rows", "batch"],
+        ),
         (SamplingSettings, {"steps": 1}, ["steps"]),
     ],
 )
@@ -54,7 +74,9 @@ def test_counts_start_at_1(settings, given, counts):
 @pytest.mark.parametrize(
     ("settings", "name", "allowed", "refused"),
     [
-        (QuantizationConfig, "activation_momentum", [0, 0.95, 1, None], [-0.1, 1.5]),
+        (ActivationRanges, "momentum", [0, 0.95, 1, None], [-0.1, 1.5]),
+        (partial(NormallyDistributed, 4), "mean", [0.4, -1], []),
+        (partial(NormallyDistributed, 4, 0.4), "deviation", [0.4, None], []),
         (RoundingConfig, "learning_rate", [1e-3, 1], [0, -1e-3]),
         (RoundingConfig, "norm", [2], [0]),
         (RoundingConfig, "regularizer_weight", [0], [-1]),

@@ -10,9 +10,8 @@ from tests.tfmq import networks
 from tfmq.modules.dynamic import DynamicQuantize
 from tfmq.modules.fake_quantize import StepTracker
 from tfmq.modules.layers import quantized_layer
-from tfmq.network.unet import UNetLayout
-from tfmq.plan import LayerPlan, QuantizationPlan, group_sizes, insert_quantizers, plan_for
-from tfmq.precision import Precision
+from tfmq.passes.grids import Grids, group_sizes
+from tfmq.plan import LayerPlan, QuantizationPlan, insert_quantizers
 
 
 def reference(row: torch.Tensor, bits: int, symmetric: bool = False, positive: bool = False) -> torch.Tensor:
@@ -108,23 +107,11 @@ def test_a_group_wise_layer_is_torch_quantising_each_group_and_token_by_itself(n
     assert twin.weight_scale.shape == (4, 3)
 
 
-def test_groups_cover_the_channels():
-    assert group_sizes(10, 4) == (4, 4, 2)
-    assert group_sizes(8, 4) == (4, 4)
-    assert group_sizes(3, 128) == (3,)
-
-
-def test_groups_without_dynamic_activations_are_refused():
-    unet = networks.unconditional()
-    with pytest.raises(ValueError, match="go with dynamic activations"):
-        plan_for(unet, UNetLayout.of(unet), Precision.parse("w4a8"), group=4)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("build", [networks.unconditional, networks.conditional])
 def test_attention_ranges_are_those_of_a_token_and_head(build):
     unet, full = build(), build()
-    plan = plan_for(unet, UNetLayout.of(unet), Precision.parse("w4a8"), dynamic=True)
+    plan = networks.plan(unet, "w4a8", Grids(dynamic_activations=True))
     insert_quantizers(unet, QuantizationPlan({}, plan.attentions))
     path, _ = max(plan.attentions.items())
     attention, original = unet.get_submodule(path), full.get_submodule(path)

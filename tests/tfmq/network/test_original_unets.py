@@ -1,4 +1,4 @@
-"""The UNets of the original checkpoints: their layout is their forward pass, and every layer is accounted for."""
+"""The UNets of the original checkpoints: their blocks are their forward pass, and every layer is accounted for."""
 
 from __future__ import annotations
 
@@ -15,20 +15,14 @@ from torch import nn
 from benchmarks.sources.originals.keys import latent_unet
 from tests.tfmq import networks, originals
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
+from tfmq.network.backbone import backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import (
-    UNetLayout,
-    full_precision_bytes,
-    restore_attention_heads,
-    run_block,
-    set_attention_heads,
-    temporal_features,
-    time_features,
-)
+from tfmq.network.unet import restore_attention_heads, set_attention_heads
+from tfmq.passes.grids import Grids
 from tfmq.passes.reconstruction import RoundingConfig
-from tfmq.plan import Protocol, coverage, insert_quantizers, plan_for
+from tfmq.plan import Protocol, coverage, insert_quantizers
 from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, quantize_
+from tfmq.quantization import quantize_
 
 CHURCHES = "ldm8_lsun_churches"
 MIB = 2**20
@@ -39,11 +33,12 @@ MIB = 2**20
 def test_blocks_in_order_are_the_forward_pass(family):
     unet = originals.tiny(family)
     arguments = originals.arguments(unet)
-    hidden, skips, embedding = arguments[0], [], time_features(unet, arguments[1])
-    for block in UNetLayout.of(unet).blocks:
+    backbone = backbone_of(unet)
+    hidden, skips, embedding = arguments[0], [], backbone.time_input(unet, arguments[1])
+    for block in backbone.blocks:
         if block.pop:
             hidden = torch.cat([hidden, skips.pop()], 1)
-        hidden = run_block(unet, block, hidden, embedding, *(arguments[2:] or (None,)))
+        hidden = backbone.run_block(unet, block, hidden, embedding, *(arguments[2:] or (None,)))
         if block.push:
             skips.append(hidden)
     assert not skips
@@ -55,12 +50,12 @@ def test_every_layer_of_the_real_network_is_quantised(family):
     unet = originals.full_size(family)
     assert sum(parameter.numel() for parameter in unet.parameters()) == originals.described(family)["parameters"]
     layers = {path for path, module in unet.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    layout = UNetLayout.of(unet)
-    insert_quantizers(unet, plan_for(unet, layout, Precision.parse("w4a8"), split_shortcuts=True))
+    backbone = backbone_of(unet)
+    insert_quantizers(unet, networks.plan(unet, "w4a8", Grids(split_shortcuts=True)))
     rows = coverage(unet)
     assert not any(row.reason for row in rows)
     assert {row.path for row in rows if "product" not in row.kind} == layers
-    assert sorted(row.path for row in rows if "product" in row.kind) == sorted(2 * list(layout.attentions))
+    assert sorted(row.path for row in rows if "product" in row.kind) == sorted(2 * list(backbone.attentions))
     bits = {row.path: (row.weight_bits, row.activation_bits) for row in rows if "product" not in row.kind}
     assert bits.pop("conv_in") == bits.pop("conv_out") == (8, 8)
     assert set(bits.values()) == {(4, 8)}
@@ -68,38 +63,42 @@ def test_every_layer_of_the_real_network_is_quantised(family):
 
 @pytest.mark.parametrize("family", originals.FAMILIES)
 def test_roles_are_what_they_say(family):
-    """Told apart here by shapes and strides, where the layout goes by classes and paths."""
+    """Told apart here by shapes and strides, where the backbone goes by classes and paths."""
     unet = originals.full_size(family)
-    layout, modules = UNetLayout.of(unet), dict(unet.named_modules())
+    backbone, modules = backbone_of(unet), dict(unet.named_modules())
     convolutions = {path: module for path, module in modules.items() if isinstance(module, nn.Conv2d)}
-    assert set(layout.downsampling) == {path for path, layer in convolutions.items() if layer.stride == (2, 2)}
+    assert set(backbone.roles["downsampling"]) == {
+        path for path, layer in convolutions.items() if layer.stride == (2, 2)
+    }
     pointwise = {path for path, layer in convolutions.items() if layer.kernel_size == (1, 1)}
-    assert set(layout.shortcuts) == {path for path in pointwise if "proj_" not in path}
-    assert set(layout.shortcut_splits) == {path for path in layout.shortcuts if path.startswith("up_blocks.")}
-    assert all(sum(split) == modules[path].in_channels for path, split in layout.shortcut_splits.items())
+    assert set(backbone.roles["shortcuts"]) == {path for path in pointwise if "proj_" not in path}
+    assert set(backbone.shortcut_splits) == {
+        path for path in backbone.roles["shortcuts"] if path.startswith("up_blocks.")
+    }
+    assert all(sum(split) == modules[path].in_channels for path, split in backbone.shortcut_splits.items())
     embedding = unet.time_embedding.linear_2.out_features
     taking = {path for path, layer in modules.items() if isinstance(layer, nn.Linear) and "emb" in path}
-    assert set(layout.temporal) == taking
-    assert all(modules[path].in_features == embedding for path in layout.time_projections)
-    assert set(layout.attentions) == {path.rpartition(".")[0] for path in modules if path.endswith("to_q")}
+    assert set(backbone.temporal) == taking
+    assert all(modules[path].in_features == embedding for path in backbone.time_projections)
+    assert set(backbone.attentions) == {path.rpartition(".")[0] for path in modules if path.endswith("to_q")}
 
 
 @torch.no_grad()
 def test_time_projections_of_down_and_upsampling_blocks_are_temporal_features():
     unet = originals.tiny(CHURCHES)
-    layout = UNetLayout.of(unet)
-    assert not layout.downsampling, "a block that averages pixels has no convolution that downsamples"
+    backbone = backbone_of(unet)
+    assert not backbone.roles["downsampling"], "a block that averages pixels has no convolution that downsamples"
     assert {"down_blocks.0.downsamplers.0.time_emb_proj", "up_blocks.0.upsamplers.0.time_emb_proj"} <= set(
-        layout.time_projections
+        backbone.time_projections
     )
     seen = {}
-    for path in layout.time_projections:
+    for path in backbone.time_projections:
         unet.get_submodule(path).register_forward_hook(lambda m, a, output, path=path: seen.update({path: output}))
     arguments = originals.arguments(unet)
     unet(*arguments)
     called = dict(seen)
-    features = temporal_features(unet, layout, arguments[1])
-    for path, feature in zip(layout.time_projections, features, strict=True):
+    features = backbone.temporal_features(unet, arguments[1])
+    for path, feature in zip(backbone.time_projections, features, strict=True):
         assert torch.equal(called[path], feature)
 
 
@@ -109,7 +108,7 @@ def test_stable_diffusion_has_the_published_sizes():
     assert round(full_precision_bytes(unet) / MIB) == 3279
     for text, expected in (("w8a8", 821), ("w4a8", 821 / 2)):
         planned = copy.deepcopy(unet)
-        insert_quantizers(planned, plan_for(planned, UNetLayout.of(planned), Precision.parse(text)))
+        insert_quantizers(planned, networks.plan(planned, text))
         assert packed_bytes(planned) / MIB == pytest.approx(expected, rel=0.01)
 
 
@@ -117,13 +116,14 @@ def quantized(unet):
     latents, _, *context = originals.arguments(unet, 4)
     timesteps = torch.tensor([951, 501, 1, 501])
     rows = CalibrationRows(latents, timesteps, *context)
-    config = QuantizationConfig(
+    recipe = networks.recipe(
         rounding=RoundingConfig(iterations=2, batch=4),
         temporal=RoundingConfig(iterations=2, batch=3),
-        activation_scales="temporal",
+        scales="temporal",
         split_shortcuts=True,
+        data=networks.drawing(rows),
     )
-    report = quantize_(unet, Precision.parse("w4a8"), config, rows, rows, timesteps.unique(), networks.generator())
+    report = quantize_(unet, Precision.parse("w4a8"), recipe, networks.pool_of(rows), networks.generator())
     return rows, report
 
 
@@ -138,8 +138,8 @@ def test_tiny_originals_are_quantised_and_survive_their_checkpoint(family, tmp_p
     expected, found = full(*arguments).sample, unet(*arguments).sample
     assert 0 < (found - expected).norm() / expected.norm() < 1
     planned = copy.deepcopy(full).to("meta")
-    insert_quantizers(planned, plan_for(planned, UNetLayout.of(full), Precision.parse("w4a8"), split_shortcuts=True))
-    tables = 8 * 2 * len(UNetLayout.of(full).temporal)
+    insert_quantizers(planned, networks.plan(planned, "w4a8", Grids(split_shortcuts=True)))
+    tables = 8 * 2 * len(backbone_of(full).temporal)
     assert packed_bytes(planned) + tables == packed_bytes(unet), "a plan's size is that of the checkpoint"
     save_quantized(unet, tmp_path / "q.safetensors", {})
     assert torch.equal(load_quantized(tmp_path / "q.safetensors")(*arguments).sample, found)
@@ -176,11 +176,8 @@ def test_heads_are_set_noted_copied_and_restored(tmp_path):
 
 @torch.no_grad()
 def test_a_quantised_checkpoint_keeps_the_heads(tmp_path):
-    unet = with_four_heads()
-    rows = networks.pool(unet).spaced(5, 4)
-    quantize_(
-        unet, Precision.parse("w4a8"), QuantizationConfig(), rows, rows, rows.timesteps.unique(), networks.generator()
-    )
+    unet, _, pool, _ = networks.quantized(networks.recipe(), build=with_four_heads)
+    rows = pool.spaced(5, 4)
     save_quantized(unet, tmp_path / "q.safetensors", {})
     loaded = load_quantized(tmp_path / "q.safetensors")
     assert loaded.config.attention_heads == 4
@@ -212,8 +209,8 @@ def test_with_its_heads_churches_is_the_original_network(tmp_path):
     without.load_state_dict(weights)
     assert (without(*arguments).sample - expected).abs().max() > 0.1
     rows = CalibrationRows(oracle["x"].repeat(4, 1, 1, 1), oracle["t"].repeat(4))
-    config = QuantizationConfig(activation_scales="temporal")
-    quantize_(unet, Precision.parse("w8a8"), config, rows, rows, oracle["t"].unique(), networks.generator())
+    recipe = networks.recipe(scales="temporal", data=networks.drawing(rows))
+    quantize_(unet, Precision.parse("w8a8"), recipe, networks.pool_of(rows), networks.generator())
     save_quantized(unet, tmp_path / "q.safetensors", {})
     found = load_quantized(tmp_path / "q.safetensors")(*arguments).sample
     assert (found - expected).norm() < 0.1 * expected.norm()
@@ -231,5 +228,5 @@ def test_heads_that_do_not_fit_are_refused_and_nothing_is_changed():
 def test_protocols_leave_out_no_block_that_averages():
     """TFMQ-DM's code leaves strided convolutions in full precision; churches' down-sampling blocks have none."""
     unet = originals.full_size(CHURCHES)
-    plan = plan_for(unet, UNetLayout.of(unet), Precision.parse("w4a8"), Protocol("published", {"downsampling": 32}))
+    plan = networks.plan(unet, "w4a8", protocol=Protocol("published", {"downsampling": 32}))
     assert not plan.reasons

@@ -15,8 +15,6 @@ from diffusers import (
 from tests.tfmq import networks
 from tfmq.network.calibration import CalibrationSet, collect_calibration, cumulative_alphas
 from tfmq.network.sampling import Conditioning, SamplingSettings, predict_noise, sample
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, quantize_
 
 
 @pytest.mark.parametrize("scheduler", [networks.scheduler, networks.pndm])
@@ -25,10 +23,7 @@ from tfmq.quantization import QuantizationConfig, quantize_
 def test_the_stock_pipeline_gives_the_same_images(quantized, scheduler):
     unet = networks.unconditional()
     if quantized:
-        pool = networks.pool(unet)
-        rows = pool.spaced(5, 4)
-        config = QuantizationConfig(activation_scales="temporal")
-        quantize_(unet, Precision.parse("w4a8"), config, rows, rows, pool.timesteps, networks.generator())
+        unet = networks.quantized(networks.recipe(scales="temporal"))[0]
     decoder = networks.first_stage()
     pipeline = LDMPipeline(vqvae=decoder, unet=unet, scheduler=scheduler())
     pipeline.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""The layout must describe the forward pass exactly: streaming reconstruction evaluates blocks by it."""
+"""The backbone must describe the forward pass exactly: streaming reconstruction evaluates blocks by it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from diffusers import UNet1DModel
 
 from tests.tfmq import networks
-from tfmq.network.unet import UNetLayout, run_block, temporal_features, time_features
-from tfmq.plan import coverage, insert_quantizers, plan_for
-from tfmq.precision import Precision
+from tfmq.network.backbone import backbone_of
+from tfmq.passes.grids import Grids
+from tfmq.plan import coverage, insert_quantizers
 
 TIMESTEPS = torch.tensor([1, 701])
 
@@ -25,11 +25,12 @@ def test_blocks_in_order_are_the_forward_pass(build):
     unet = build()
     arguments = inputs(unet)
     context = arguments[2] if len(arguments) > 2 else None
-    hidden, skips, embedding = arguments[0], [], time_features(unet, TIMESTEPS)
-    for block in UNetLayout.of(unet).blocks:
+    backbone = backbone_of(unet)
+    hidden, skips, embedding = arguments[0], [], backbone.time_input(unet, TIMESTEPS)
+    for block in backbone.blocks:
         if block.pop:
             hidden = torch.cat([hidden, skips.pop()], 1)
-        hidden = run_block(unet, block, hidden, embedding, context)
+        hidden = backbone.run_block(unet, block, hidden, embedding, context)
         if block.push:
             skips.append(hidden)
     assert not skips
@@ -45,8 +46,8 @@ def test_shortcut_splits_are_decoder_then_skip_channels(build):
     def record(path: str):
         return lambda module, arguments: seen.update({path: arguments[0].shape[1]})
 
-    layout = UNetLayout.of(unet)
-    for path in layout.shortcut_splits:
+    backbone = backbone_of(unet)
+    for path in backbone.shortcut_splits:
         unet.get_submodule(path).register_forward_pre_hook(record(path))
     hidden = []
     for stage in unet.up_blocks:
@@ -55,21 +56,21 @@ def test_shortcut_splits_are_decoder_then_skip_channels(build):
             with_kwargs=True,
         )
     unet(*inputs(unet))
-    assert seen == {path: sum(split) for path, split in layout.shortcut_splits.items()}
-    firsts = [layout.shortcut_splits[f"up_blocks.{i}.resnets.0.conv_shortcut"][0] for i in range(len(hidden))]
+    assert seen == {path: sum(split) for path, split in backbone.shortcut_splits.items()}
+    firsts = [backbone.shortcut_splits[f"up_blocks.{i}.resnets.0.conv_shortcut"][0] for i in range(len(hidden))]
     assert firsts == hidden
 
 
 @torch.no_grad()
 def test_temporal_features_are_what_the_residual_blocks_add():
     unet = networks.unconditional()
-    layout = UNetLayout.of(unet)
+    backbone = backbone_of(unet)
     seen = []
-    for path in layout.time_projections:
+    for path in backbone.time_projections:
         unet.get_submodule(path).register_forward_hook(lambda module, arguments, output: seen.append(output))
     unet(*inputs(unet))
-    features = temporal_features(unet, layout, TIMESTEPS)
-    assert len(layout.time_projections) == len(unet.down_blocks[0].resnets) * 2 + 2 + 4
+    features = backbone.temporal_features(unet, TIMESTEPS)
+    assert len(backbone.time_projections) == len(unet.down_blocks[0].resnets) * 2 + 2 + 4
     called = sorted((tensor for tensor in seen[: len(features)]), key=lambda tensor: tensor.sum().item())
     assert all(torch.equal(a, b) for a, b in zip(called, sorted(features, key=lambda t: t.sum().item()), strict=True))
 
@@ -81,12 +82,12 @@ def test_inserted_quantizers_change_nothing_until_calibrated_and_cover_every_lay
     arguments = inputs(unet)
     expected = unet(*arguments).sample
     layers = [m for m in unet.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
-    layout = UNetLayout.of(unet)
-    insert_quantizers(unet, plan_for(unet, layout, Precision.parse("w4a8"), split_shortcuts=True))
+    backbone = backbone_of(unet)
+    insert_quantizers(unet, networks.plan(unet, "w4a8", Grids(split_shortcuts=True)))
     torch.testing.assert_close(unet(*arguments).sample, expected, rtol=1e-5, atol=1e-5)
     rows = coverage(unet)
     bits = {row.path: (row.weight_bits, row.activation_bits) for row in rows if row.kind in ("conv2d", "linear")}
-    assert len(bits) == len(layers) and len(rows) == len(layers) + 2 * len(layout.attentions)
+    assert len(bits) == len(layers) and len(rows) == len(layers) + 2 * len(backbone.attentions)
     assert bits.pop("conv_in") == bits.pop("conv_out") == (8, 8)
     assert set(bits.values()) == {(4, 8)}
     assert not any(row.reason for row in rows)
@@ -94,13 +95,13 @@ def test_inserted_quantizers_change_nothing_until_calibrated_and_cover_every_lay
 
 def test_weight_only_precision_says_why_activations_are_left():
     unet = networks.unconditional()
-    insert_quantizers(unet, plan_for(unet, UNetLayout.of(unet), Precision.parse("w4a32")))
+    insert_quantizers(unet, networks.plan(unet, "w4a32"))
     assert all(row.reason for row in coverage(unet) if row.activation_bits == 32)
 
 
 def test_other_networks_are_refused():
     with pytest.raises(ValueError, match="UNet1DModel is not supported"):
-        UNetLayout.of(
+        backbone_of(
             UNet1DModel(block_out_channels=(8,), down_block_types=("DownBlock1D",), up_block_types=("UpBlock1D",))
         )
 
@@ -109,4 +110,4 @@ def test_parts_that_streaming_would_leave_out_are_refused():
     unet = networks.unconditional()
     unet.class_embedding = torch.nn.Embedding(3, 4)
     with pytest.raises(ValueError, match=r"the UNet has class_embedding\.weight"):
-        UNetLayout.of(unet)
+        backbone_of(unet)

@@ -29,7 +29,7 @@ from tfmq.passes.correction import (
     residual_deviation,
 )
 from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, quantize_
+from tfmq.quantization import quantize_
 
 STATISTICS = "07a_ptqd_statistics"
 SAMPLER = "07b_ptqd_sampler"
@@ -273,8 +273,7 @@ def corrected(scheduler=networks.scheduler):
     """A coarse network that carries a correction, and the pool it was measured on."""
     unet = networks.unconditional()
     pool = collect_calibration(unet, scheduler(), networks.noise(), networks.SETTINGS, batch=4)
-    rows = pool.spaced(5, 4)
-    quantize_(unet, Precision(3, 32), QuantizationConfig("minmax"), rows, rows, pool.timesteps, networks.generator())
+    quantize_(unet, Precision(3, 32), networks.recipe(weight_range="minmax"), pool, networks.generator())
     assert correction_of(unet) is None
     with pytest.warns(UserWarning, match="carries a noise correction"):
         attach_correction(unet, measure_correction(unet, pool, images=4, batch=4))

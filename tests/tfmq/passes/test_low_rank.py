@@ -12,10 +12,10 @@ from torch import nn
 from tests.tfmq import networks
 from tfmq.modules.fake_quantize import StepTracker
 from tfmq.modules.layers import quantized_layer
-from tfmq.network.unet import UNetLayout
-from tfmq.passes.low_rank import LowRankConfig, add_branches, has_branch, smoothing_factors, split_weight, truncate
-from tfmq.plan import insert_quantizers, plan_for, quantized_layers
-from tfmq.precision import Precision
+from tfmq.network.backbone import backbone_of
+from tfmq.passes.grids import Grids
+from tfmq.passes.low_rank import LowRankBranches, add_branches, has_branch, smoothing_factors, split_weight, truncate
+from tfmq.plan import insert_quantizers, quantized_layers
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 10), (5, 7, 12)),
@@ -143,16 +143,15 @@ def test_only_layers_larger_than_the_rank_have_a_branch():
 def inserted(config):
     full = networks.unconditional()
     unet = copy.deepcopy(full).requires_grad_(False)
-    plan = plan_for(unet, UNetLayout.of(unet), Precision.parse("w4a4"), dynamic=True, rank=config.rank)
-    insert_quantizers(unet, plan)
+    insert_quantizers(unet, networks.plan(unet, "w4a4", Grids(dynamic_activations=True), config))
     layers = {path: layer for path, layer in quantized_layers(unet).items() if layer.rank}
     rows = networks.pool(full).spaced(5, 4)
-    return unet, full, layers, rows, add_branches(full, layers, rows, config, "minmax", batch=6)
+    return unet, full, layers, rows, add_branches(full, layers, rows, config)
 
 
 @torch.no_grad()
 def test_the_search_takes_the_strength_of_the_smallest_output_error():
-    config = LowRankConfig(rank=4, candidates=3, search_rows=20)
+    config = LowRankBranches(rank=4, candidates=3, search_rows=20, batch=6)
     _, full, layers, rows, chosen = inserted(config)
     assert set(chosen) == set(layers) and set(chosen.values()) <= {None, 0.0, 0.5, 1.0}
     assert len(set(chosen.values())) > 1
@@ -177,11 +176,11 @@ def test_the_search_takes_the_strength_of_the_smallest_output_error():
 
 @torch.no_grad()
 def test_branches_leave_the_network_as_it_was_until_it_is_folded():
-    unet, full, layers, rows, _ = inserted(LowRankConfig(rank=4, candidates=1, search_rows=3))
+    unet, full, layers, rows, _ = inserted(LowRankBranches(rank=4, candidates=1, search_rows=3, batch=6))
     assert all(layer.codes is None for layer in layers.values())
     for layer in quantized_layers(unet).values():
         layer.input_quantizer = nn.Identity()
-    for path in UNetLayout.of(full).attentions:
+    for path in backbone_of(full).attentions:
         unet.get_submodule(path).set_processor(full.get_submodule(path).processor)
     expected = full(rows.latents, rows.timesteps).sample
     torch.testing.assert_close(unet(rows.latents, rows.timesteps).sample, expected, rtol=1e-3, atol=1e-4)
@@ -194,4 +193,4 @@ def test_activations_that_are_not_finite_are_named():
         full.conv_in.bias[0] = float("nan")
     layer = quantized_layer(full.mid_block.resnets[0].conv1, 4, 8, StepTracker(), dynamic=True, rank=2)
     with pytest.raises(ValueError, match=r"mid_block\.resnets\.0\.conv1 holds NaN or infinity"):
-        add_branches(full, {"mid_block.resnets.0.conv1": layer}, rows, LowRankConfig(2, 1, 4), "minmax", batch=20)
+        add_branches(full, {"mid_block.resnets.0.conv1": layer}, rows, LowRankBranches(2, 1, 4, batch=20))

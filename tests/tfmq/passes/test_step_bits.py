@@ -6,11 +6,9 @@ import torch
 
 from tests.tfmq import networks
 from tfmq.checkpoint import load_quantized, save_quantized
-from tfmq.network.unet import UNetLayout
+from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.step_bits import forward_snr, mix_ranges, quantization_snr, ranges_of, set_bits, smallest_bits
-from tfmq.plan import activation_quantizers, plan_for
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, calibrate_activations, quantize_
+from tfmq.plan import activation_quantizers
 
 
 def test_ratio_of_a_known_error():
@@ -40,20 +38,19 @@ def test_the_smallest_sufficient_width_is_chosen():
 @torch.no_grad()
 def test_a_mixed_network_is_at_each_step_the_one_of_that_width(tmp_path):
     """With the boundary layers at 8 bits throughout, and the same from its checkpoint."""
-    unet = networks.unconditional()
-    layout, config = UNetLayout.of(unet), QuantizationConfig()
-    full, pool = networks.unconditional(), networks.pool(unet)
-    rows = pool.spaced(5, 4)
-    quantize_(unet, Precision.parse("w4a8"), config, rows, rows, pool.timesteps, networks.generator())
+    unet, full, pool, _ = networks.quantized(networks.recipe())
+    session = networks.session(unet, full, pool)
     x, steps, chosen = networks.noise(), pool.timesteps.unique(), torch.tensor([8, 8, 4, 8, 4])
     at_bits, alone = {}, {}
     for bits in (4, 8):
-        set_bits(unet, plan_for(full, layout, Precision(4, bits)))
-        calibrate_activations(unet, layout, pool.spaced(5, 4, among=steps[chosen == bits]), config)
+        set_bits(unet, networks.plan(full, f"w4a{bits}"))
+        for quantizer in activation_quantizers(unet).values():
+            quantizer.enabled = False
+        networks.run(session, ActivationRanges(), pool.spaced(5, 4, among=steps[chosen == bits]))
         at_bits[bits] = ranges_of(unet)
         alone[bits] = {int(t): unet(x, t).sample for t in steps}
     unet.step_tracker.steps = steps
-    set_bits(unet, plan_for(full, layout, Precision(4, 8)))
+    set_bits(unet, networks.plan(full, "w4a8"))
     mix_ranges(unet, at_bits, chosen)
     save_quantized(unet, tmp_path / "q.safetensors", {})
     for network in (unet, load_quantized(tmp_path / "q.safetensors")):

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.tfmq import networks
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
-from tfmq.network.unet import UNetLayout
+from tfmq.network.backbone import backbone_of
 from tfmq.passes.step_network import (
     ActivationSamples,
     FitConfig,
@@ -19,7 +19,6 @@ from tfmq.passes.step_network import (
     fit_networks,
     inverse_softplus,
     sample_activations,
-    silu_inputs,
     tabulate,
     with_silu_grids,
 )
@@ -32,8 +31,8 @@ STEPS = torch.tensor([1, 201, 401, 601, 801])
 
 def prepared(build=networks.unconditional, precision="w4a8"):
     unet = build().requires_grad_(False)
-    layout = UNetLayout.of(unet)
-    insert_quantizers(unet, with_silu_grids(plan_for(unet, layout, Precision.parse(precision)), unet, layout))
+    backbone = backbone_of(unet)
+    insert_quantizers(unet, with_silu_grids(plan_for(unet, backbone, Precision.parse(precision)), unet, backbone))
     unet.step_tracker.steps = STEPS
     return unet
 
@@ -81,7 +80,7 @@ def test_layers_after_a_silu_are_those_that_receive_its_output(build):
         module.register_forward_pre_hook(receive)
     context = () if build is networks.unconditional else (torch.randn(2, 5, 12, generator=networks.generator()),)
     unet(networks.noise(2), 401, *context)
-    assert silu_inputs(unet, UNetLayout.of(unet)) == found
+    assert backbone_of(unet).silu_inputs(unet) == found
     assert {"conv_out", "time_embedding.linear_2", "mid_block.resnets.0.time_emb_proj"} < found
 
 
@@ -94,7 +93,7 @@ def test_grids_and_zero_points_follow_what_the_input_is():
     nn.init.normal_(made.weights[-1], std=0.05, generator=generator)
     encodings = unet.time_proj(STEPS)
     tabulate(made, quantizers, encodings)
-    silu = silu_inputs(unet, UNetLayout.of(unet))
+    silu = backbone_of(unet).silu_inputs(unet)
     for (path, quantizer), expected in zip(quantizers.items(), made(encodings).detach(), strict=True):
         assert torch.equal(quantizer.scale, expected) and len(quantizer.scale) == len(STEPS) and quantizer.enabled
         if path.rpartition(".")[0] in silu:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tests.tfmq import networks
 from tfmq.modules.layers import quantized_layer
-from tfmq.network.unet import UNetLayout
+from tfmq.network.backbone import backbone_of
 from tfmq.passes.step_network import StepNetworks, sample_activations, tabulate, with_silu_grids
 from tfmq.passes.training import LearnedStepWeight, TrainingConfig, noised, train
 from tfmq.plan import activation_quantizers, insert_quantizers, plan_for, quantized_layers
@@ -77,9 +77,9 @@ def test_one_row_in_ten_is_unconditional_where_guidance_is_used():
 def prepared():
     unet = networks.unconditional()
     pool = networks.pool(copy.deepcopy(unet))
-    layout = UNetLayout.of(unet)
-    plan = plan_for(unet.requires_grad_(False), layout, Precision.parse("w4a4"))
-    insert_quantizers(unet, with_silu_grids(plan, unet, layout))
+    backbone = backbone_of(unet)
+    plan = plan_for(unet.requires_grad_(False), backbone, Precision.parse("w4a4"))
+    insert_quantizers(unet, with_silu_grids(plan, unet, backbone))
     unet.step_tracker.steps = pool.timesteps.unique()
     samples = sample_activations(unet, pool.spaced(5, 4), 16, 20, networks.generator())
     initial = samples.initial_steps(activation_quantizers(unet))
@@ -88,7 +88,7 @@ def prepared():
 
 def trained(config):
     unet, made, pool = prepared()
-    train(unet, made, pool, config, networks.generator())
+    train(unet, made, unet.time_proj, pool, config, networks.generator())
     tabulate(made, activation_quantizers(unet), unet.time_proj(unet.step_tracker.steps))
     return unet, made, pool
 
@@ -123,4 +123,4 @@ def test_the_same_generator_trains_the_same_network():
 def test_a_diverging_training_stops():
     unet, made, pool = prepared()
     with pytest.raises(ValueError, match="lower the learning rate"):
-        train(unet, made, pool, TrainingConfig(50, 4, 1e30, 1e30, warmup=0.0), networks.generator())
+        train(unet, made, unet.time_proj, pool, TrainingConfig(50, 4, 1e30, 1e30, warmup=0.0), networks.generator())

@@ -1,4 +1,4 @@
-"""What a method says it will spend is what it reports to have spent."""
+"""What a method is planned to cost is what it reports to have spent, pass by pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from baselines import ptqd_mixed
 from benchmarks.suite import discover
 from tests.baselines.test_contract import METHODS, PUBLISHED, quantized, small
 from tests.tfmq import networks
-from tfmq.network.unet import full_precision_bytes
+from tfmq.cost import plan_cost
+from tfmq.network.backbone import full_precision_bytes
 from tfmq.plan import SHARED
 from tfmq.precision import Precision
 
@@ -30,15 +31,22 @@ def check(name, kind, precision, published=False):
     protocol = method.published if published else SHARED
     pool = networks.KINDS[kind].pool(full)
     structure = copy.deepcopy(full).to("meta")
-    planned = small(method).effort(structure, pool, Precision.parse(precision), protocol)
-    evaluations, steps = report.effort.unet_evaluations, report.effort.optimizer_steps
+    recipe = small(method).recipe()
+    planned = plan_cost(structure, Precision.parse(precision), recipe, pool, protocol, memory=False)
+    evaluations, steps = report.cost.unet_evaluations, report.cost.optimizer_steps
     if method.label in AT_MOST:
-        assert evaluations <= planned.unet_evaluations <= 2 * evaluations
-        assert steps <= planned.optimizer_steps <= 2 * steps
+        assert evaluations <= planned.cost.unet_evaluations <= 2 * evaluations
+        assert steps <= planned.cost.optimizer_steps <= 2 * steps
+        exact = [step.name for step in recipe if not isinstance(step, ptqd_mixed.MixedWidths)]
     else:
-        assert (planned.unet_evaluations, planned.optimizer_steps) == (evaluations, steps)
-    if planned.learned_rows:
-        assert planned.optimizer_steps and planned.learned_rows >= 2
+        assert (planned.cost.unet_evaluations, planned.cost.optimizer_steps) == (evaluations, steps)
+        exact = [step.name for step in recipe]
+    assert [name for name, _ in planned.costs] == [spent.name for spent in report.passes]
+    for (name, cost), spent in zip(planned.costs, report.passes, strict=True):
+        if name in exact:
+            assert (cost.unet_evaluations, cost.optimizer_steps) == (spent.unet_evaluations, spent.optimizer_steps)
+    if planned.cost.learned_rows:
+        assert planned.cost.optimizer_steps and planned.cost.learned_rows >= 2
 
 
 @pytest.mark.parametrize(("kind", "precision"), CASES)
@@ -57,11 +65,11 @@ def test_is_planned_exactly_with_its_own_choice_of_layers(name):
 def test_memory_is_planned_or_said_to_be_unknown(name, kind):
     unet = networks.KINDS[kind].build()
     pool = networks.KINDS[kind].pool(unet)
-    held = small(discover.method(name)).memory(unet.to("meta"), pool, W4A8, SHARED)
+    planned = plan_cost(unet.to("meta"), W4A8, small(discover.method(name)).recipe(), pool)
     if name == "tdq_qat":
-        assert held is None
+        assert planned.held is None and planned.on_disk is None
         return
-    assert held.memory > 2 * full_precision_bytes(unet) and held.disk == 0
+    assert planned.held > 2 * full_precision_bytes(unet) and planned.on_disk == 0
 
 
 def test_rows_that_are_too_many_wait_on_the_disk():
@@ -69,6 +77,6 @@ def test_rows_that_are_too_many_wait_on_the_disk():
     pool = networks.pool(unet)
     config = replace(small(discover.method("tfmq")), memory_gib=1e-6)
     here, there = (
-        each.memory(unet.to("meta"), pool, W4A8, SHARED) for each in (replace(config, memory_gib=1.0), config)
+        plan_cost(unet.to("meta"), W4A8, each.recipe(), pool) for each in (replace(config, memory_gib=1.0), config)
     )
-    assert there.disk > 0 == here.disk and there.memory + there.disk == here.memory
+    assert there.on_disk > 0 == here.on_disk and there.held + there.on_disk == here.held

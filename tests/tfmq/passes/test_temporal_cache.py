@@ -1,18 +1,21 @@
+"""Temporal features that are looked up: the tables, the choice between table and layer, and their checkpoint."""
+
+from __future__ import annotations
+
 import copy
 from functools import cache
 
 import pytest
 import torch
-from tfmq.passes.temporal import cache_temporal_features, temporal_feature_error
 
 from tests.tfmq import networks
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
-from tfmq.modules.cache import CachedProjection, NoTimeEmbedding, cached_projections
-from tfmq.network.unet import UNetLayout, temporal_features
+from tfmq.modules.cache import CachedProjection, cached_projections
+from tfmq.network.backbone import backbone_of
+from tfmq.network.unet import NoTimeEmbedding
 from tfmq.passes.reconstruction import RoundingConfig
-from tfmq.plan import SHARED, Protocol, coverage, plan_for, quantized_layers
-from tfmq.precision import Precision
-from tfmq.quantization import QuantizationConfig, quantize_
+from tfmq.passes.temporal_cache import TemporalCache, temporal_feature_error
+from tfmq.plan import coverage, quantized_layers
 
 
 @cache
@@ -21,23 +24,30 @@ def network_and_pool():
     return full, networks.pool(full)
 
 
-def quantized(precision="w4a8", protocol=SHARED, **settings):
-    """A quantised network, its full-precision original, its layout, the steps and the report."""
+def quantized(precision="w4a8", caching=None, **settings):
+    """A quantised network with finite-set calibration, its original, its backbone, the steps and the report."""
     full, pool = network_and_pool()
-    unet, layout = copy.deepcopy(full), UNetLayout.of(full)
-    rows = pool.spaced(pool.steps, 4)
-    config = QuantizationConfig(activation_scales="temporal", **settings)
-    parsed = Precision.parse(precision)
-    report = quantize_(unet, parsed, config, rows, rows, pool.timesteps, networks.generator(), protocol)
-    return unet, full, layout, pool.timesteps, report
+    passes = networks.recipe(scales="temporal", **settings)
+    if caching is not None:
+        passes = (TemporalCache(caching), *passes) if caching == "all" else (*passes, TemporalCache(caching))
+    unet, _, _, report = networks.quantized(passes, precision, recorded=pool)
+    return unet, full, backbone_of(full), pool.timesteps, report
+
+
+def cached(unet, bits, caching):
+    """Let ``unet`` look its temporal features up; the details of the report."""
+    full, pool = network_and_pool()
+    session = networks.session(unet, full, pool, f"w4a{bits}")
+    networks.run(session, TemporalCache(caching))
+    return session.report.details
 
 
 class Recomputed(torch.nn.Module):
     """Computes a temporal feature in full precision and quantises it with torch's own kernel."""
 
-    def __init__(self, full, path, column, layout, timestep):
+    def __init__(self, full, path, column, backbone, timestep):
         super().__init__()
-        feature = temporal_features(full, layout, torch.tensor([timestep]))[column]
+        feature = backbone.temporal_features(full, torch.tensor([timestep]))[column]
         low, high = feature.min().clamp_max(0), feature.max().clamp_min(0)
         scale = (high - low) / 255
         self.value = torch.fake_quantize_per_tensor_affine(feature, scale, torch.round(-low / scale).int(), 0, 255)
@@ -48,35 +58,35 @@ class Recomputed(torch.nn.Module):
 
 @torch.no_grad()
 def test_the_cache_gives_the_bits_of_computing_in_full_precision_and_quantising():
-    unet, full, layout, timesteps, _ = quantized(caching="all")
+    unet, full, backbone, timesteps, _ = quantized(caching="all")
     x = networks.noise(3)
     for timestep in timesteps.tolist():
         twin = copy.deepcopy(unet)
-        for column, path in enumerate(layout.time_projections):
-            twin.set_submodule(path, Recomputed(full, path, column, layout, timestep))
+        for column, path in enumerate(backbone.time_projections):
+            twin.set_submodule(path, Recomputed(full, path, column, backbone, timestep))
         assert torch.equal(unet(x, timestep).sample, twin(x, timestep).sample)
 
 
 def test_the_cache_drops_the_layers_it_replaces():
-    computed, full, layout, _, _ = quantized()
+    computed, full, backbone, _, _ = quantized()
     unet, *_, report = quantized(caching="all")
     assert isinstance(unet.time_embedding, NoTimeEmbedding)
-    assert set(cached_projections(unet)) == set(layout.time_projections)
-    assert not set(layout.temporal) & set(quantized_layers(unet))
+    assert set(cached_projections(unet)) == set(backbone.time_projections)
+    assert not set(backbone.temporal) & set(quantized_layers(unet))
     assert packed_bytes(unet) < packed_bytes(computed)
-    assert {row.kind for row in report.coverage if row.path in layout.time_projections} == {"lookup table"}
+    assert {row.kind for row in report.coverage if row.path in backbone.time_projections} == {"lookup table"}
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("caching", ["projection", "step"])
 def test_selection_is_never_worse_than_either_choice_alone(caching, bits):
-    computed, full, layout, timesteps, _ = quantized("w8a8")
+    computed, full, backbone, timesteps, _ = quantized("w8a8")
     steps = timesteps.unique()
-    alone = temporal_feature_error(computed, full, layout, steps)
-    unet, cached = copy.deepcopy(computed), copy.deepcopy(computed)
-    cache_temporal_features(cached, full, layout, bits, "all")
-    details = cache_temporal_features(unet, full, layout, bits, caching)
-    error, all_cached = (temporal_feature_error(u, full, layout, steps) for u in (unet, cached))
+    alone = temporal_feature_error(computed, full, backbone, steps)
+    unet, table = copy.deepcopy(computed), copy.deepcopy(computed)
+    cached(table, bits, "all")
+    details = cached(unet, bits, caching)
+    error, all_cached = (temporal_feature_error(u, full, backbone, steps) for u in (unet, table))
     assert torch.equal(all_cached.mean(0), torch.tensor(details["error_cached"], dtype=torch.float64))
     assert torch.equal(alone.mean(0), torch.tensor(details["error_computed"], dtype=torch.float64))
     if caching == "step":
@@ -90,9 +100,9 @@ def test_selection_is_never_worse_than_either_choice_alone(caching, bits):
 @torch.no_grad()
 def test_selection_keeps_the_layer_where_computing_is_better(tmp_path):
     """One layer's scale is spoilt at one step, so computing loses there; elsewhere it wins over coarse codes."""
-    unet, full, layout, timesteps, _ = quantized("w8a8")
+    unet, full, backbone, timesteps, _ = quantized("w8a8")
     unet.get_submodule("time_embedding.linear_2").input_quantizer.scale[1] *= 50
-    details = cache_temporal_features(unet, full, layout, 6, "step")
+    details = cached(unet, 6, "step")
     for steps in details["cached"]:
         assert steps[1] and not all(steps)
     assert all(table.layer is not None for table in cached_projections(unet).values())
@@ -131,46 +141,14 @@ def test_a_step_without_an_entry_is_refused():
 
 @torch.no_grad()
 def test_at_32_activation_bits_the_cache_is_exact():
-    unet, full, layout, timesteps, _ = quantized("w4a32", caching="all")
-    assert temporal_feature_error(unet, full, layout, timesteps).abs().max() < 1e-12
-
-
-def test_frozen_temporal_layers_are_rounded_to_nearest_in_their_min_max_ranges():
-    unet, full, layout, _, _ = quantized(freeze_temporal=True, rounding=RoundingConfig(3))
-    for path in layout.temporal:
-        weight = full.get_submodule(path).weight.detach()
-        low, high = weight.amin(1).clamp_max(0), weight.amax(1).clamp_min(0)
-        scale = (high - low) / 15
-        expected = torch.fake_quantize_per_channel_affine(weight, scale, torch.round(-low / scale).int(), 0, 0, 15)
-        torch.testing.assert_close(unet.get_submodule(path).weight, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_protocol_decides_what_is_quantised():
-    full = networks.unconditional()
-    layout = UNetLayout.of(full)
-    bits = {"boundary": 8, "shortcuts": 32, "attention_products": 32, "time_embedding": 8, "first_time_layer": 32}
-    plan = plan_for(full, layout, Precision.parse("w4a4"), Protocol("published", bits))
-    assert plan.layers["conv_in"].weight_bits == plan.layers["conv_out"].activation_bits == 8
-    assert plan.layers["time_embedding.linear_2"].weight_bits == 8 and "time_embedding.linear_1" not in plan.layers
-    assert layout.shortcuts and not set(layout.shortcuts) & set(plan.layers) and not plan.attentions
-    assert "shortcuts" in plan.reasons[layout.shortcuts[0]]
-    assert plan.layers[layout.downsampling[0]].weight_bits == plan.layers[layout.attention_layers[0]].weight_bits == 4
-    with pytest.raises(ValueError, match="shortcutz"):
-        plan_for(full, layout, Precision.parse("w4a4"), Protocol("published", {"shortcutz": 32}))
-
-
-def test_what_a_protocol_leaves_out_is_in_the_coverage_with_its_reason():
-    protocol = Protocol("published", {"time_embedding": 32, "time_projections": 32})
-    unet, full, layout, timesteps, report = quantized(protocol=protocol, rounding=RoundingConfig(2))
-    left = {row.path: row.reason for row in report.coverage if row.reason}
-    assert set(left) == set(layout.temporal) and all("protocol published" in reason for reason in left.values())
-    assert temporal_feature_error(unet, full, layout, timesteps).abs().max() < 1e-12
+    unet, full, backbone, timesteps, _ = quantized("w4a32", caching="all")
+    assert temporal_feature_error(unet, full, backbone, timesteps).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w8a12"])
 def test_an_empty_table_takes_the_features_given(precision):
-    unet, _, layout, timesteps, _ = quantized(precision, caching="all")
-    table: CachedProjection = unet.get_submodule(layout.time_projections[0])
+    unet, _, backbone, timesteps, _ = quantized(precision, caching="all")
+    table: CachedProjection = unet.get_submodule(backbone.time_projections[0])
     features = torch.linspace(-3, 5, len(timesteps) * table.codes.shape[1]).view(len(timesteps), -1)
     table.store(features)
     step = (features.amax(1).clamp_min(0) - features.amin(1).clamp_max(0)) / (2**table.bits - 1)
