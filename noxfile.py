@@ -30,10 +30,11 @@ INTERRUPTED = 130
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and format with ruff."""
+    """Check style and format with ruff, and types with mypy."""
     install(session)
     session.run(PYTHON, "-m", "ruff", "check", external=True)
     session.run(PYTHON, "-m", "ruff", "format", "--check", external=True)
+    session.run(PYTHON, "-m", "mypy", external=True)
 
 
 @nox.session
@@ -116,13 +117,22 @@ def results_fresh(session: nox.Session) -> None:
     session.run(PYTHON, "-m", "benchmarks.upkeep.freshness", external=True)
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the pages of the library, API included, in docs/_build/html; a warning is an error."""
+    install(session)
+    source, pages = ROOT / "docs", ROOT / "docs" / "_build" / "html"
+    session.run(PYTHON, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", str(source), str(pages), external=True)
+    session.log(f"open {pages / 'index.html'}")
+
+
 def install(session: nox.Session) -> None:
     """Make the shared environment, unless it is there for these requirements."""
     requirements = fingerprint([ROOT / "pyproject.toml", ROOT / "constraints.txt"])
     if STAMP.exists() and STAMP.read_text(encoding="utf-8") == requirements:
         return
     session.run(sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT), external=True)
-    extras = f"{ROOT}[bench,paper,small,dev]"
+    extras = f"{ROOT}[bench,paper,small,dev,docs]"
     session.run(PYTHON, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", extras, external=True)
     STAMP.write_text(requirements, encoding="utf-8")
 

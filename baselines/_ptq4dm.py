@@ -45,7 +45,7 @@ class Mispaired(NormallyDistributed):
     """Rows as PTQ4DM's released code collects them: of T steps, a drawn number j labels what step j puts out.
 
     Its loop counts from the noisiest step, while the label counts from the cleanest; and the label itself, 0 .. T - 1,
-    is the time step that the UNet is given, where sampling gives it one of the training schedule.
+    is the time step that the network is given, where sampling gives it one of the training schedule.
     """
 
     def rows_of(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:

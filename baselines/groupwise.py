@@ -5,7 +5,7 @@ activations take their min-max range at run time. Nothing is learned and nothing
 schedule of time steps either. Q-DiT (Chen et al., arXiv 2406.17343) has groups of 128 in both, ViDiT-Q (Zhao et al.,
 arXiv 2406.02540) a range for each token.
 
-Where the papers and this differ, since theirs is a transformer and this a UNet with convolutions:
+Where the papers and this differ, since theirs is a transformer and this a network with convolutions:
 
 - A group is so many input channels with all their kernel positions: nine times as many weights share a range in a 3x3
   convolution. Where the channels are no multiple of the group, the last group is smaller.

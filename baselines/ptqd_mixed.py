@@ -23,7 +23,7 @@ from torch import Tensor
 from baselines import Method, _ptqd
 from tfmq.cost import Shapes
 from tfmq.network.calibration import CalibrationRows
-from tfmq.passes import Cost, Pass, Recipe
+from tfmq.passes import Cost, Memory, Pass, Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.correction import quantized_noise, trajectory_evaluations
 from tfmq.passes.step_bits import Ranges, forward_snr, mix_ranges, quantization_snr, ranges_of, set_bits, smallest_bits
@@ -71,7 +71,7 @@ class MixedWidths(Pass):
 
     def run(self, session: Session, rows: CalibrationRows | None) -> None:
         """See `Pass`; the report's details have the width and both ratios at each step."""
-        unet, pool = session.unet, session.pool
+        network, pool = session.network, session.pool
         plans = {
             bits: plan_for(
                 session.full, session.backbone, replace(session.precision, activation_bits=bits), session.protocol
@@ -81,15 +81,15 @@ class MixedWidths(Pass):
 
         def calibrate(bits: int, among: Tensor) -> None:
             """Ranges at a width, from the rows of these time steps."""
-            set_bits(unet, plans[bits])
-            for quantizer in activation_quantizers(unet).values():
+            set_bits(network, plans[bits])
+            for quantizer in activation_quantizers(network).values():
                 quantizer.enabled = False
-            self.ranges.run(session, self.ranges.data(pool, session.generator, among).to(unet.device))
+            self.ranges.run(session, self.ranges.data(pool, session.generator, among).to(network.device))
 
         timesteps, where = pool.timesteps.unique(return_inverse=True)
         calibrate(SMALL, timesteps)
         images = min(self.images, pool.images)
-        predicted = [quantized_noise(unet, pool, step, images, self.batch).cpu() for step in range(pool.steps)]
+        predicted = [quantized_noise(network, pool, step, images, self.batch).cpu() for step in range(pool.steps)]
         session.count_evaluations(trajectory_evaluations(pool, images))
         snr = quantization_snr(pool.noise[:, :images].cpu(), torch.stack(predicted), pool.timesteps)
         snr = snr**self.snr_power
@@ -101,11 +101,11 @@ class MixedWidths(Pass):
             own = timesteps[chosen == bits]
             calibrate(bits, own)
             for step in self.step_sizes:
-                step.run(session, step.data(pool, session.generator, own).to(unet.device))
-            at_bits[bits] = ranges_of(unet)
-        set_bits(unet, plans[session.precision.activation_bits])
-        unet.step_tracker.steps = timesteps
-        mix_ranges(unet, at_bits, chosen)
+                step.run(session, step.data(pool, session.generator, own).to(network.device))
+            at_bits[bits] = ranges_of(network)
+        set_bits(network, plans[session.precision.activation_bits])
+        network.step_tracker.steps = timesteps
+        mix_ranges(network, at_bits, chosen)
         session.report.details |= {
             "activation_bits": _by_step(timesteps, chosen),
             "quantization_snr": _by_step(timesteps, snr),
@@ -118,13 +118,21 @@ class MixedWidths(Pass):
         The small width is calibrated for judging it, then each width, if both are chosen.
         """
         generator = torch.Generator()
-        ranges = self.ranges.cost(shapes, self.ranges.draw(shapes.pool, generator))
+        ranges = Cost(len(self.ranges.draw(shapes.pool, generator)))
         found = ranges + Cost(trajectory_evaluations(shapes.pool, self.images))
         for _ in (SMALL, shapes.precision.activation_bits):
             found += ranges
             for step in self.step_sizes:
                 found += step.cost(shapes, step.draw(shapes.pool, generator))
         return found
+
+    def memory(self, shapes: Shapes, rows: CalibrationRows | None) -> Memory:
+        """See `Pass`."""
+        generator = torch.Generator()
+        shapes.calibrated = False
+        found = [step.memory(shapes, step.draw(shapes.pool, generator)) for step in (self.ranges, *self.step_sizes)]
+        shapes.calibrated = True
+        return Memory(max(memory.held for memory in found), max(memory.on_disk for memory in found))
 
 
 def _of(passes: Iterable[Pass], kind: type[Pass]) -> tuple[Pass, ...]:

@@ -7,7 +7,7 @@ strength of the smoothing is searched for each layer by the error of its output.
 
 Where the paper and this differ:
 
-- The paper quantises the linear layers of diffusion transformers; this, all layers of a UNet. The kernel of a
+- The paper quantises the linear layers of diffusion transformers; this, all layers of a network. The kernel of a
   convolution counts as the matrix (outputs, inputs x kernel positions), and its branch is a convolution to so many
   channels, followed by one of a single pixel. A layer no larger than the rank has no branch and no smoothing.
 - Ranges are affine and rounding is to nearest; the paper's are symmetric and its residual may be rounded by GPTQ.

@@ -5,7 +5,8 @@ sizes of activations are trained jointly on the diffusion loss, the squared erro
 The data are the full-precision samples of the calibration pool, noised anew at steps drawn uniformly from those of the
 schedule: the model's own images, drawn with guidance where it is used; the paper takes its training set. At the end
 weights are folded into codes and the networks' outputs tabulated, as in `tdq`. Biases and norms are trained too and
-stay in full precision. One training row counts as one evaluation of the UNet, though its backward pass costs two more.
+stay in full precision. One training row counts as one evaluation of the network, though its backward pass costs two
+more.
 The loss is about samples, not about full precision: the network may leave the full-precision one's predictions while
 its loss falls below it.
 

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks.sources import catalogue
 from benchmarks.suite import params
+from tfmq.closure import closure
 
 TABLES = {".": params.TABLES, "benchmarks/paper": params.TABLES}
 TABLES_OF_SUITES = [(suite, table) for suite, tables in TABLES.items() for table in tables]
@@ -31,26 +32,46 @@ def dependencies(root: Path, suite: str, stage: dict) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("suite", "table"), TABLES_OF_SUITES)
-def test_a_row_depends_on_its_file_and_all_shared_recipes(root, suite, table):
-    deps = list(dependencies(root, suite, definition(root, suite)["stages"][f"generate_{table}"]))
-    recipes = {f"baselines/{path.name}" for path in (root / "baselines").glob("_*.py")}
-    assert {dep for dep in deps if dep.startswith("baselines")} == recipes | {"baselines/${item.method}.py"}
+def test_a_row_depends_on_its_file_and_the_recipes_that_it_shares(root, suite, table):
+    stages, found = definition(root, suite)["stages"], params.load(root / suite / "params.yaml")
+    methods = found.tables[table].methods
+    assert {name for name in stages if name.startswith(f"generate_{table}_")} == {
+        f"generate_{table}_{method}" for method in methods
+    }
+    for method in methods:
+        deps = set(dependencies(root, suite, stages[f"generate_{table}_{method}"]))
+        imported = {path.relative_to(root).as_posix() for path in closure(root / "baselines" / f"{method}.py")}
+        assert imported <= deps, method
+        own = {dep for dep in deps if dep.startswith("baselines")}
+        assert own == {path for path in imported if path.startswith("baselines")}, method
+        others = own - {"baselines/__init__.py", f"baselines/{method}.py"}
+        assert all(Path(path).name.startswith("_") for path in others), "no row depends on another one"
 
 
 @pytest.mark.parametrize(("suite", "table"), TABLES_OF_SUITES)
 def test_a_row_depends_on_the_settings_and_cells_of_its_own_table(root, suite, table):
-    stages = definition(root, suite)["stages"]
-    for stage in ("generate", "score"):
-        entry = stages[f"{stage}_{table}"]
-        assert f"--table {table} " in entry["cmd"] and entry["cmd"].startswith(f"python -m benchmarks {stage} ")
-        assert entry["matrix"] == {"task": f"${{tables.{table}.tasks}}", "method": f"${{tables.{table}.methods}}"}
-        used = {name for name in entry["params"] if name.startswith("tables.")}
-        assert used == {f"tables.{table}.{name}" for name in ("precisions", "protocol", "seeds")}
-    (cells,) = stages[f"generate_{table}"]["outs"][0]
-    assert cells in stages[f"score_{table}"]["deps"]
-    assert cells.endswith("-published") == (table == "published")
-    row = cells.removeprefix("work/cells/")
-    outs = {name for out in stages[f"score_{table}"]["outs"] for name in out}
+    stages, found = definition(root, suite)["stages"], params.load(root / suite / "params.yaml")
+    rows = {f"generate_{table}_{method}": method for method in found.tables[table].methods}
+    for name in (*rows, f"score_{table}"):
+        entry = stages[name]
+        command = entry.get("do", entry)
+        assert f"--table {table} " in command["cmd"]
+        assert command["cmd"].startswith(f"python -m benchmarks {name.split('_')[0]} ")
+        used = {param for param in command["params"] if param.startswith("tables.")}
+        assert used == {f"tables.{table}.{param}" for param in ("precisions", "protocol", "seeds")}
+        if name in rows:
+            assert entry["foreach"] == f"${{tables.{table}.tasks}}"
+            assert command["cmd"].endswith(f" --task ${{item}} --method {rows[name]}")
+            assert {f"methods.{rows[name]}", "tasks.${item}"} <= set(command["params"])
+    score = stages[f"score_{table}"]
+    assert score["matrix"] == {"task": f"${{tables.{table}.tasks}}", "method": f"${{tables.{table}.methods}}"}
+    suffix = "-published" if table == "published" else ""
+    for name, method in rows.items():
+        (cells,) = stages[name]["do"]["outs"][0]
+        assert cells == f"work/cells/${{item}}/{method}{suffix}"
+    row = f"${{item.task}}/${{item.method}}{suffix}"
+    assert f"work/cells/{row}" in score["deps"]
+    outs = {name for out in score["outs"] for name in out}
     assert outs == {f"results/records/{row}", f"work/scores/{row}"}
 
 

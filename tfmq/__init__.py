@@ -1,7 +1,7 @@
-"""Post-training quantisation of diffusers UNets.
+"""Post-training quantisation of the networks of diffusers: UNets and diffusion transformers.
 
-Collect a calibration pool with ``collect_calibration``, quantise a UNet in place with ``quantize_``, keep it with
-``save_quantized`` and bring it back with ``load_quantized``. A quantised UNet runs in the stock diffusers pipelines;
+Collect a calibration pool with ``collect_calibration``, quantise a network in place with ``quantize_``, keep it with
+``save_quantized`` and bring it back with ``load_quantized``. A quantised network runs in the stock diffusers pipelines;
 one that carries a noise correction (PTQD) needs a ``corrected_scheduler`` there.
 """
 

@@ -53,14 +53,14 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     return flat[: shape.numel()].reshape(shape)
 
 
-def packed_bytes(unet: Network) -> int:
+def packed_bytes(network: Network) -> int:
     """Size of the network's tensors in a quantised checkpoint, in bytes.
 
     Only shapes are looked at, so that the quantisers may have been inserted on the meta device.
     """
-    layers = quantized_layers(unet)
+    layers = quantized_layers(network)
     total = 0
-    for name, tensor in unet.state_dict().items():
+    for name, tensor in network.state_dict().items():
         path, _, kind = name.rpartition(".")
         if path in layers and kind == "weight":
             total += -(-tensor.numel() // 2) if layers[path].weight_bits <= 4 else tensor.numel()
@@ -69,30 +69,33 @@ def packed_bytes(unet: Network) -> int:
     return total
 
 
-def save_quantized(unet: Network, path: str | Path, metadata: dict[str, object]) -> None:
-    """Write a quantised UNet to one safetensors file, through a temporary name.
+def save_quantized(network: Network, path: str | Path, metadata: dict[str, object]) -> None:
+    """Write a quantised network to one safetensors file, through a temporary name.
 
     Args:
         metadata: JSON-able facts to keep with it: method, settings, hashes of base checkpoint and calibration pool.
 
     Raises:
-        ValueError: the UNet is not quantised, or only in part, or holds NaN or infinity; or ``path`` is a folder, or in
+        ValueError: the network is not quantised, or only in part, or holds NaN or infinity; or ``path`` is a folder, or
+        in
             none.
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise ValueError(f"cannot write {path}: {problem}; give the path of a file in a folder that exists")
-    tensors = _checked_tensors(unet)
+    tensors = _checked_tensors(network)
     described = {
         "format": FORMAT,
-        "unet_class": type(unet).__name__,
-        "unet_config": unet.to_json_string(),
-        "plan": json.dumps(asdict(_plan(unet))),
-        "steps": json.dumps(unet.step_tracker.steps.tolist()),
-        "cache": json.dumps({name: asdict(table.plan) for name, table in cached_projections(unet).items()}),
-        "step_bits": json.dumps([n for n, part in activation_quantizers(unet).items() if part.step_bits is not None]),
-        "correction": json.dumps(None if correction_of(unet) is None else correction_of(unet).biases.shape),
+        "unet_class": type(network).__name__,
+        "unet_config": network.to_json_string(),
+        "plan": json.dumps(asdict(_plan(network))),
+        "steps": json.dumps(network.step_tracker.steps.tolist()),
+        "cache": json.dumps({name: asdict(table.plan) for name, table in cached_projections(network).items()}),
+        "step_bits": json.dumps(
+            [n for n, part in activation_quantizers(network).items() if part.step_bits is not None]
+        ),
+        "correction": json.dumps(None if correction_of(network) is None else correction_of(network).biases.shape),
         "metadata": json.dumps(metadata),
     }
     _write(path, tensors, described)
@@ -137,9 +140,10 @@ def read_metadata(path: str | Path) -> dict[str, object]:
 
 
 def load_quantized(path: str | Path) -> Network:
-    """Rebuild the quantised UNet of a checkpoint; needs nothing but the file.
+    """Rebuild the quantised network of a checkpoint; needs nothing but the file.
 
-    Warns if the UNet carries a noise correction (PTQD): stock pipelines apply it only with a ``corrected_scheduler``.
+    Warns if the network carries a noise correction (PTQD): stock pipelines apply it only with a
+    ``corrected_scheduler``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -153,24 +157,24 @@ def load_quantized(path: str | Path) -> Network:
         raise ValueError(f"{path} holds a {described.get('unet_class')}; known are {', '.join(NETWORKS)}")
     config = {key: value for key, value in json.loads(described["unet_config"]).items() if not key.startswith("_")}
     heads = config.pop("attention_heads", None)
-    unet = NETWORKS[described["unet_class"]](**config).eval().requires_grad_(False)
+    network = NETWORKS[described["unet_class"]](**config).eval().requires_grad_(False)
     if heads is not None:
-        set_attention_heads(unet, heads)
+        set_attention_heads(network, heads)
     plan = json.loads(described["plan"])
     layers = {name: LayerPlan(**{**layer, "splits": tuple(layer["splits"])}) for name, layer in plan["layers"].items()}
     attentions = {name: AttentionPlan(**attention) for name, attention in plan["attentions"].items()}
-    backbone = backbone_of(unet)
-    insert_quantizers(unet, QuantizationPlan(layers, attentions, plan["reasons"]))
-    unet.step_tracker.steps = torch.tensor(json.loads(described["steps"]), dtype=torch.int64)
+    backbone = backbone_of(network)
+    insert_quantizers(network, QuantizationPlan(layers, attentions, plan["reasons"]))
+    network.step_tracker.steps = torch.tensor(json.loads(described["steps"]), dtype=torch.int64)
     cache = {name: CachePlan(**table) for name, table in json.loads(described["cache"]).items()}
-    insert_cache(unet, cache, backbone)
+    insert_cache(network, cache, backbone)
     for name in json.loads(described["step_bits"]):
-        unet.get_submodule(name).step_bits = torch.empty(len(unet.step_tracker.steps), dtype=torch.uint8)
+        network.get_submodule(name).step_bits = torch.empty(len(network.step_tracker.steps), dtype=torch.uint8)
     correction = json.loads(described["correction"])
     if correction is not None:
-        attach_correction(unet, NoiseCorrection(*correction))
-    _restore(unet, stored, path)
-    return unet
+        attach_correction(network, NoiseCorrection(*correction))
+    _restore(network, stored, path)
+    return network
 
 
 def _description(path: Path) -> dict[str, str]:
@@ -204,11 +208,11 @@ def _stored(path: Path, described: dict[str, str]) -> dict[str, Tensor]:
     return stored
 
 
-def _plan(unet: Network) -> QuantizationPlan:
+def _plan(network: Network) -> QuantizationPlan:
     # A layer inside a table of temporal features was inserted at the table's path.
-    original = {f"{path}.layer": path for path in cached_projections(unet)}
+    original = {f"{path}.layer": path for path in cached_projections(network)}
     layers = {}
-    for path, layer in quantized_layers(unet).items():
+    for path, layer in quantized_layers(network).items():
         layers[original.get(path, path)] = LayerPlan(
             layer.weight_bits, layer.activation_bits, layer.splits, layer.symmetric, layer.dynamic, layer.rank
         )
@@ -216,40 +220,42 @@ def _plan(unet: Network) -> QuantizationPlan:
         path.removesuffix(".processor"): AttentionPlan(
             processor.query.bits, processor.probabilities.bits, processor.symmetric, processor.dynamic
         )
-        for path, processor in unet.named_modules()
+        for path, processor in network.named_modules()
         if isinstance(processor, QuantizedAttention)
     }
-    return QuantizationPlan(layers, attentions, unet.full_precision_reasons)
+    return QuantizationPlan(layers, attentions, network.full_precision_reasons)
 
 
-def _tensors(unet: Network) -> dict[str, Tensor]:
+def _tensors(network: Network) -> dict[str, Tensor]:
     """All tensors of the network, a quantised weight as its packed codes."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unet.state_dict().items()}
-    for path, layer in quantized_layers(unet).items():
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    for path, layer in quantized_layers(network).items():
         del tensors[f"{path}.weight"]
         tensors[f"{path}.codes"] = pack(layer.codes.cpu(), layer.weight_bits)
     return tensors
 
 
-def _checked_tensors(unet: Network) -> dict[str, Tensor]:
-    """The tensors of a UNet that is quantised to its last layer. Raises ValueError for one that is not."""
-    check_quantized(unet)
-    unfinished = [path for path, layer in quantized_layers(unet).items() if layer.codes is None]
-    unfinished += [path for path, quantizer in activation_quantizers(unet).items() if not quantizer.enabled]
+def _checked_tensors(network: Network) -> dict[str, Tensor]:
+    """The tensors of a network that is quantised to its last layer. Raises ValueError for one that is not."""
+    check_quantized(network)
+    unfinished = [path for path, layer in quantized_layers(network).items() if layer.codes is None]
+    unfinished += [path for path, quantizer in activation_quantizers(network).items() if not quantizer.enabled]
     if unfinished:
-        raise ValueError(f"the UNet is half quantised, {unfinished[0]} is not: start again from the full-precision one")
-    tensors = _tensors(unet)
+        raise ValueError(
+            f"the network is half quantised, {unfinished[0]} is not: start again from the full-precision one"
+        )
+    tensors = _tensors(network)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinity: quantise again from a checkpoint that is not damaged")
     return tensors
 
 
-def _restore(unet: Network, stored: dict[str, Tensor], path: Path) -> None:
-    layers = quantized_layers(unet)
-    quantizers = activation_quantizers(unet)
+def _restore(network: Network, stored: dict[str, Tensor], path: Path) -> None:
+    layers = quantized_layers(network)
+    quantizers = activation_quantizers(network)
     weights = {f"{name}.weight" for name in layers}
-    expected = (set(unet.state_dict()) - weights) | {f"{name}.codes" for name in layers}
+    expected = (set(network.state_dict()) - weights) | {f"{name}.codes" for name in layers}
     if set(stored) != expected:
         missing, unexpected = sorted(expected - set(stored)), sorted(set(stored) - expected)
         raise ValueError(f"{path} does not match its description: missing {missing[:3]}, unexpected {unexpected[:3]}")
@@ -259,7 +265,7 @@ def _restore(unet: Network, stored: dict[str, Tensor], path: Path) -> None:
         quantizer.zero_point = torch.empty_like(stored[f"{name}.zero_point"])
         quantizer.enabled = True
     try:
-        unet.load_state_dict(stored, strict=False)
+        network.load_state_dict(stored, strict=False)
         for name, layer in layers.items():
             _load_codes(layer, codes[name])
     except RuntimeError as error:

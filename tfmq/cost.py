@@ -51,16 +51,21 @@ class Planned:
     @property
     def held(self) -> int | None:
         """Most bytes that are held in memory at once; None where that is not known."""
-        return None if self._memories is None else self.networks + max(memory.held for memory in self._memories)
+        return (
+            None
+            if self._memories is None
+            else self.networks + max((memory.held for memory in self._memories), default=0)
+        )
 
     @property
     def on_disk(self) -> int | None:
         """Most bytes of rows that wait on a disk meanwhile; None where that is not known."""
-        return None if self._memories is None else max(memory.on_disk for memory in self._memories)
+        known = self._memories
+        return None if known is None else max((memory.on_disk for memory in known), default=0)
 
     @property
     def _memories(self) -> list[Memory] | None:
-        if not self.memories:
+        if len(self.memories) < len(self.costs):
             raise ValueError("memory was not planned: call plan_cost with memory=True")
         known = [memory for memory in self.memories if memory is not None]
         return known if len(known) == len(self.memories) else None
@@ -71,20 +76,22 @@ class Shapes:
     """What passes count from, and what the passes before have left behind.
 
     Attributes:
-        unet: with quantised layers in place, on the meta device.
+        network: with quantised layers in place, on the meta device.
         backbone, plan, precision: of it.
         pool: its time steps and shapes; its latents may be on the meta device.
         rounded: paths of the layers whose weights are rounded.
         tabulated: paths of layers and attentions whose activations have a table over time steps.
+        calibrated: whether all activations have ranges.
     """
 
-    unet: Network
+    network: Network
     backbone: Backbone
     plan: QuantizationPlan
     precision: Precision
     pool: CalibrationSet
     rounded: set[str] = field(default_factory=set)
     tabulated: set[str] = field(default_factory=set)
+    calibrated: bool = False
 
     @property
     def unrounded(self) -> set[str]:
@@ -99,12 +106,12 @@ class Shapes:
 
     def waiting(self, rows: CalibrationRows) -> int:
         """Peak bytes that ``rows`` keep in one stream between two blocks."""
-        return stream_bytes(self.unet, self.backbone, _on_meta(rows, 1)) * len(rows)
+        return stream_bytes(self.network, self.backbone, _on_meta(rows, 1)) * len(rows)
 
     def largest(self, rows: CalibrationRows, batch: int, measure: Measure) -> int:
         """The most that ``measure(stream, block)`` finds at any block that ``batch`` of the rows pass at once."""
         rows = _on_meta(rows, min(batch, len(rows)))
-        stream = BlockStream(self.unet, self.backbone, rows, len(rows), Place(self.unet.device))
+        stream = BlockStream(self.network, self.backbone, rows, len(rows), Place(self.network.device))
         most = 0
         with _FusedAttention():
             for block in self.backbone.blocks:
@@ -114,7 +121,7 @@ class Shapes:
 
 
 def plan_cost(
-    unet: Network,
+    network: Network,
     precision: Precision,
     recipe: Recipe,
     pool: CalibrationSet,
@@ -123,13 +130,13 @@ def plan_cost(
 ) -> Planned:
     """What ``quantize_`` with these arguments will cost.
 
-    ``unet`` is on the meta device and stays as it is. Raises ValueError for a network with weights.
+    ``network`` is on the meta device and stays as it is. Raises ValueError for a network with weights.
     """
-    if unet.device.type != "meta":
-        raise ValueError(f"cost is planned for a network on the meta device, and this one is on {unet.device}")
-    backbone = backbone_of(unet)
-    plan = amended_plan(unet, backbone, precision, recipe, protocol)
-    twin = copy.deepcopy(unet)
+    if network.device.type != "meta":
+        raise ValueError(f"cost is planned for a network on the meta device, and this one is on {network.device}")
+    backbone = backbone_of(network)
+    plan = amended_plan(network, backbone, precision, recipe, protocol)
+    twin = copy.deepcopy(network)
     insert_quantizers(twin, plan)
     shapes = Shapes(twin, backbone, plan, precision, pool)
     generator = torch.Generator()
@@ -140,16 +147,16 @@ def plan_cost(
             memories.append(step.memory(shapes, rows))
         costs.append((step.name, step.cost(shapes, rows)))
     codes = sum(layer.weight.numel() for layer in quantized_layers(twin).values())
-    return Planned(tuple(costs), 2 * full_precision_bytes(unet) + codes, tuple(memories))
+    return Planned(tuple(costs), 2 * full_precision_bytes(network) + codes, tuple(memories))
 
 
 def amended_plan(
-    unet: Network, backbone: Backbone, precision: Precision, recipe: Recipe, protocol: Protocol
+    network: Network, backbone: Backbone, precision: Precision, recipe: Recipe, protocol: Protocol
 ) -> QuantizationPlan:
     """The protocol's plan at a precision, as the passes of a recipe amend it."""
-    plan = plan_for(unet, backbone, precision, protocol)
+    plan = plan_for(network, backbone, precision, protocol)
     for step in recipe:
-        plan = step.amend(plan, unet, backbone)
+        plan = step.amend(plan, network, backbone)
     return plan
 
 
@@ -164,14 +171,14 @@ def evaluation_bytes(stream: BlockStream, block: Block) -> int:
     """What evaluating a block takes: the batch, and so many times the largest tensor that a layer puts out."""
     sizes = [0]
     inputs = stream.inputs(block)
-    with torch.no_grad(), _watched(stream.unet.get_submodule(block.path), sizes):
-        output = stream.evaluate(stream.unet, block, inputs, slice(None))
+    with torch.no_grad(), _watched(stream.network.get_submodule(block.path), sizes):
+        output = stream.evaluate(stream.network, block, inputs, slice(None))
     return sum(part.nbytes for part in inputs) + output.nbytes + WORKING_TENSORS * max(sizes)
 
 
-def backward_bytes(unet: Network, loss: Callable[[], Tensor], own: Iterable[Tensor] = ()) -> int:
-    """What the backward pass of ``loss()`` needs, besides the parameters of ``unet`` and tensors that learning owns."""
-    known = {tensor.untyped_storage()._cdata for tensor in (*own, *unet.parameters(), *unet.buffers())}
+def backward_bytes(network: Network, loss: Callable[[], Tensor], own: Iterable[Tensor] = ()) -> int:
+    """What the backward pass of ``loss()`` needs, besides the network's parameters and tensors that learning owns."""
+    known = {tensor.untyped_storage()._cdata for tensor in (*own, *network.parameters(), *network.buffers())}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

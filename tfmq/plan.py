@@ -1,4 +1,4 @@
-"""Which layers of a UNet are quantised at how many bits, and putting the quantised layers in place."""
+"""Which layers of a network are quantised at how many bits, and putting the quantised layers in place."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ class QuantizationPlan:
         return [weights, sorted(self.attentions)]
 
 
-def plan_for(unet: Network, backbone: Backbone, precision: Precision, protocol: Protocol = SHARED) -> QuantizationPlan:
+def plan_for(
+    network: Network, backbone: Backbone, precision: Precision, protocol: Protocol = SHARED
+) -> QuantizationPlan:
     """The plan of a protocol at a precision: every Conv2d, Linear and attention product, but for its exceptions.
 
     Layers get the bits of the precision, attention operands its activation bits, attention probabilities
@@ -110,7 +112,7 @@ def plan_for(unet: Network, backbone: Backbone, precision: Precision, protocol: 
         for path in roles[role]:
             inputs[path] = max(inputs.get(path, 0), bits)
     layers, attentions, reasons = {}, {}, {}
-    for path, module in unet.named_modules():
+    for path, module in network.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Linear | Attention):
             continue
         least, role = exceptions.get(path, (0, ""))
@@ -119,6 +121,8 @@ def plan_for(unet: Network, backbone: Backbone, precision: Precision, protocol: 
             reasons[path] = f"protocol {protocol.name} leaves this out ({role.replace('_', ' ')})"
         elif not isinstance(module, Attention):
             layers[path] = LayerPlan(max(precision.weight_bits, least), max(activation_bits, inputs.get(path, 0)))
+            if inputs.get(path) == FULL:
+                reasons[path] = f"protocol {protocol.name} leaves its input out"
         elif precision.quantizes_activations:
             softmax_bits = max(precision.attention_bits, least, protocol.softmax_bits)
             attentions[path] = AttentionPlan(activation_bits, softmax_bits)
@@ -127,19 +131,19 @@ def plan_for(unet: Network, backbone: Backbone, precision: Precision, protocol: 
     return QuantizationPlan(layers, attentions, reasons)
 
 
-def insert_quantizers(unet: Network, plan: QuantizationPlan) -> StepTracker:
-    """Swap the planned layers and attention processors of ``unet`` for quantised ones, in place.
+def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
+    """Swap the planned layers and attention processors of ``network`` for quantised ones, in place.
 
     Nothing is quantised yet: ranges come from calibration or from a checkpoint. The tracker also stands in
-    ``unet.step_tracker``. Raises ValueError if the network holds quantised layers already.
+    ``network.step_tracker``. Raises ValueError if the network holds quantised layers already.
     """
-    check_unquantized(unet)
+    check_unquantized(network)
     tracker = StepTracker()
-    tracker.watch(unet)
-    unet.step_tracker = tracker
-    unet.full_precision_reasons = dict(plan.reasons)
+    tracker.watch(network)
+    network.step_tracker = tracker
+    network.full_precision_reasons = dict(plan.reasons)
     for path, layer in plan.layers.items():
-        original = unet.get_submodule(path)
+        original = network.get_submodule(path)
         swapped = quantized_layer(
             original,
             layer.weight_bits,
@@ -150,33 +154,33 @@ def insert_quantizers(unet: Network, plan: QuantizationPlan) -> StepTracker:
             layer.dynamic,
             layer.rank,
         )
-        unet.set_submodule(path, swapped)
+        network.set_submodule(path, swapped)
     for path, attention in plan.attentions.items():
         processor = QuantizedAttention(
             attention.activation_bits, attention.softmax_bits, tracker, attention.symmetric, attention.dynamic
         )
-        unet.get_submodule(path).set_processor(processor)
-    for path, quantizer in activation_quantizers(unet).items():
+        network.get_submodule(path).set_processor(processor)
+    for path, quantizer in activation_quantizers(network).items():
         quantizer.path = path
-    unet.to(unet.device)
+    network.to(network.device)
     return tracker
 
 
-def check_unquantized(unet: Network) -> None:
+def check_unquantized(network: Network) -> None:
     """Raise ValueError for a network that holds quantised layers."""
-    if quantized_layers(unet):
-        raise ValueError("the UNet is quantised already: start from the full-precision one")
+    if quantized_layers(network):
+        raise ValueError("the network is quantised already: start from the full-precision one")
 
 
-def check_quantized(unet: Network) -> None:
+def check_quantized(network: Network) -> None:
     """Raise ValueError for a network that holds no quantised layers."""
-    if not quantized_layers(unet):
-        raise ValueError("the UNet is not quantised: call quantize_ first")
+    if not quantized_layers(network):
+        raise ValueError("the network is not quantised: call quantize_ first")
 
 
-def announce_step(unet: Network, timesteps: Tensor) -> None:
-    """Tell the quantisers the time steps of the rows to come, where blocks are evaluated without the whole UNet."""
-    tracker = getattr(unet, "step_tracker", None)
+def announce_step(network: Network, timesteps: Tensor) -> None:
+    """Tell the quantisers the time steps of the rows to come, where blocks are evaluated without the whole network."""
+    tracker = getattr(network, "step_tracker", None)
     if tracker is not None:
         tracker.set(timesteps)
 
@@ -202,19 +206,19 @@ class Coverage:
     reason: str = ""
 
 
-def coverage(unet: Network) -> list[Coverage]:
-    """Every Conv2d, Linear and attention product of the UNet with its bits, or the reason it is not quantised.
+def coverage(network: Network) -> list[Coverage]:
+    """Every Conv2d, Linear and attention product of the network with its bits, or the reason it is not quantised.
 
-    Raises ValueError if ``unet`` is not quantised.
+    Raises ValueError if ``network`` is not quantised.
     """
-    check_quantized(unet)
+    check_quantized(network)
     rows = []
-    for path, module in unet.named_modules():
-        reason = unet.full_precision_reasons.get(path, "")
+    for path, module in network.named_modules():
+        reason = network.full_precision_reasons.get(path, "")
         if isinstance(module, QuantizedLayer):
             kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
             if FULL in (module.weight_bits, module.activation_bits):
-                reason = "the precision leaves this side in full precision"
+                reason = reason or "the precision leaves this side in full precision"
             rows.append(Coverage(path, kind, module.weight_bits, module.activation_bits, reason))
         elif isinstance(module, nn.Conv2d | nn.Linear):
             rows.append(Coverage(path, type(module).__name__.lower(), FULL, FULL, reason))

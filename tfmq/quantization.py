@@ -1,4 +1,4 @@
-"""The front door: quantise a diffusers UNet in place, after training."""
+"""The front door: quantise a network of diffusers in place, after training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONDITIONS = {
 
 
 def quantize_(
-    unet: Network,
+    network: Network,
     precision: Precision,
     recipe: Recipe,
     pool: CalibrationSet,
@@ -42,89 +42,89 @@ def quantize_(
     protocol: Protocol = SHARED,
     workspace: Workspace | None = None,
 ) -> QuantizationReport:
-    """Quantise ``unet`` in place; it keeps working in any diffusers pipeline.
+    """Quantise ``network`` in place; it keeps working in any diffusers pipeline.
 
     A noise correction that a pass measures (PTQD, ``tfmq.passes.correction``) does not by itself: see
     ``corrected_scheduler``.
 
     Args:
         recipe: what is done to the network, in this order: passes of `tfmq.passes`.
-        pool: what the passes draw their calibration rows from, recorded on ``unet`` with the schedule that it will be
-            sampled with.
+        pool: what the passes draw their calibration rows from, recorded on ``network`` with the schedule that it will
+            be sampled with.
         generator: the only source of randomness; the same state gives the same network.
         protocol: which layers are quantised.
         workspace: keeps what is learned, so that a run that was stopped goes on; None keeps nothing.
 
     Raises:
         ValueError: weights or activations hold NaN or infinity, activations are constant, the calibration rows are none
-            or not the UNet's inputs or do not fit in memory, the recipe leaves a layer unquantised, or the UNet is
-            quantised already or of a structure that is not supported. After this or any other error the UNet computes
-            what it did before.
+            or not the network's inputs or do not fit in memory, the recipe leaves a layer unquantised, or the network
+            is quantised already or of a structure that is not supported. After this or any other error the network
+            computes what it did before.
     """
     if precision.weight_bits == FULL:
         raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
-    check_unquantized(unet)
-    check_weights(unet)
-    backbone = backbone_of(unet)
-    plan = amended_plan(unet, backbone, precision, recipe, protocol)
+    check_unquantized(network)
+    check_weights(network)
+    backbone = backbone_of(network)
+    plan = amended_plan(network, backbone, precision, recipe, protocol)
     drawn = [step.draw(pool, generator) for step in recipe]
     for step, rows in zip(recipe, drawn, strict=True):
         if rows is not None:
-            check_rows(unet, backbone, rows, step.name)
-    unet.eval().requires_grad_(False)
-    full = copy.deepcopy(unet)
-    session = Session(unet, full, backbone, plan, precision, protocol, pool, generator, workspace or Workspace())
-    with restored_on_failure(unet, full):
-        insert_quantizers(unet, plan)
+            check_rows(network, backbone, rows, step.name)
+    network.eval().requires_grad_(False)
+    full = copy.deepcopy(network)
+    session = Session(network, full, backbone, plan, precision, protocol, pool, generator, workspace or Workspace())
+    with restored_on_failure(network, full):
+        insert_quantizers(network, plan)
         for step, rows in zip(recipe, drawn, strict=True):
-            with session.running(step):
-                step.run(session, None if rows is None else rows.to(unet.device))
-        check_finished(unet)
-    session.report.coverage = coverage(unet)
+            with session.running(step, rows):
+                step.run(session, None if rows is None else rows.to(network.device))
+        check_finished(network)
+    session.report.coverage = coverage(network)
     return session.report
 
 
-def check_weights(unet: Network) -> None:
+def check_weights(network: Network) -> None:
     """Raise ValueError naming the first parameter that holds NaN or infinity."""
-    for name, parameter in unet.named_parameters():
+    for name, parameter in network.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")
 
 
-def check_rows(unet: Network, backbone: Backbone, rows: CalibrationRows, name: str) -> None:
-    """Raise ValueError for calibration rows that are none, or no inputs of ``unet``; ``name`` is that of their pass."""
+def check_rows(network: Network, backbone: Backbone, rows: CalibrationRows, name: str) -> None:
+    """Raise ValueError for rows that are none, or no inputs of ``network``; ``name`` is that of their pass."""
     if not len(rows):
         raise ValueError(f"{name} draws no calibration row from the pool: let it draw at least one")
-    channels = unet.config.in_channels
+    channels = network.config.in_channels
     if rows.latents.dim() != 4 or rows.latents.shape[1] != channels:
         raise ValueError(
-            f"the pool's latents are of shape {tuple(rows.latents.shape)}: the UNet takes {channels} channels, "
+            f"the pool's latents are of shape {tuple(rows.latents.shape)}: the network takes {channels} channels, "
             f"(rows, {channels}, height, width)"
         )
     takes, dims = CONDITIONS[backbone.condition]
     if (0 if rows.context is None else rows.context.dim()) != dims:
         has = "nothing" if rows.context is None else f"something of shape {tuple(rows.context.shape)}"
         raise ValueError(
-            f"the pool is conditioned on {has}, and a {type(unet).__name__} takes {takes}: record it on this network"
+            f"the pool is conditioned on {has}, and a {type(network).__name__} takes {takes}: record it on this network"
         )
 
 
-def check_finished(unet: Network) -> None:
+def check_finished(network: Network) -> None:
     """Raise ValueError naming the first layer or activation that a recipe has left unquantised."""
-    for path, layer in quantized_layers(unet).items():
+    for path, layer in quantized_layers(network).items():
         if layer.codes is None:
             raise ValueError(f"the recipe leaves the weight of {path} unrounded: end its weights by RoundToNearest")
-    for path, quantizer in activation_quantizers(unet).items():
+    for path, quantizer in activation_quantizers(network).items():
         if not quantizer.enabled:
             raise ValueError(f"the recipe gives the activation at {path} no range: add ActivationRanges")
 
 
 @contextmanager
-def restored_on_failure(unet: Network, full: Network) -> Iterator[None]:
-    """Make ``unet`` the full-precision ``full`` again, in place, where anything is raised inside."""
+def restored_on_failure(network: Network, full: Network) -> Iterator[None]:
+    """Make ``network`` the full-precision ``full`` again, in place, where anything is raised inside."""
     try:
         yield
     except BaseException:
-        vars(unet).clear()
-        vars(unet).update(vars(full))
+        vars(network).clear()
+        vars(network).update(vars(full))
         raise

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tfmq.closure import code_hash
 from tfmq.network.backbone import Backbone, Network
-from tfmq.network.calibration import CalibrationSet
+from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.passes import Cost, Pass
 from tfmq.plan import Coverage, Protocol, QuantizationPlan
 from tfmq.precision import Precision
@@ -79,7 +79,7 @@ class Session:
     """What passes work on.
 
     Attributes:
-        unet: the network, with quantised layers in place that become quantised pass by pass.
+        network: the network, with quantised layers in place that become quantised pass by pass.
         full: the full-precision network.
         backbone: of both.
         plan: how each layer is treated.
@@ -90,7 +90,7 @@ class Session:
         report: what was spent so far.
     """
 
-    unet: Network
+    network: Network
     full: Network
     backbone: Backbone
     plan: QuantizationPlan
@@ -100,7 +100,8 @@ class Session:
     generator: torch.Generator
     workspace: Workspace = field(default_factory=Workspace)
     report: QuantizationReport = field(default_factory=QuantizationReport)
-    _begun: list[Pass] = field(default_factory=list)
+    _begun: list[tuple[Pass, CalibrationRows | None]] = field(default_factory=list)
+    _rows_hashes: list[str | None] = field(default_factory=list)
     _units: int = 0
 
     @property
@@ -109,9 +110,10 @@ class Session:
         return self.pool.timesteps.unique().cpu()
 
     @contextmanager
-    def running(self, step: Pass) -> Iterator[None]:
-        """Count what is spent inside as that of ``step``."""
-        self._begun.append(step)
+    def running(self, step: Pass, rows: CalibrationRows | None = None) -> Iterator[None]:
+        """Count what is spent inside as that of ``step``, which works on ``rows``."""
+        self._begun.append((step, rows))
+        self._rows_hashes.append(None)
         self._units = 0
         self.report.passes.append(Spent(step.name))
         start = time.perf_counter()
@@ -163,32 +165,54 @@ class Session:
 
     def address(self, unit: str) -> str:
         """The hash of all that decides what a unit of the present pass learns."""
-        seen = any(step.sees_activations for step in self._begun)
+        steps = [step for step, _ in self._begun]
+        seen = any(step.sees_activations for step in steps)
         decided = [
             unit,
             self._units,
             self._given,
             self.plan.described(activations=seen),
-            [[type(step).__qualname__, _settings(step)] for step in self._begun],
-            code_hash(*_files(self._begun)),
+            [_decided(step) for step in steps],
+            [self._rows_hash(index) for index in range(len(steps))],
+            code_hash(*_files(steps)),
             hashlib.sha256(self.generator.get_state().numpy()).hexdigest(),
         ]
         return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
+    def _rows_hash(self, index: int) -> str:
+        """The hash of the rows that a pass works on."""
+        rows = self._begun[index][1]
+        if rows is None:
+            return ""
+        found = self._rows_hashes[index]
+        if found is None:
+            given = {"latents": rows.latents, "timesteps": rows.timesteps, "context": rows.context}
+            found = _tensors_hash((name, tensor) for name, tensor in given.items() if tensor is not None)
+            self._rows_hashes[index] = found
+        return found
+
     @cached_property
     def _given(self) -> list[str]:
         """Network, pool, versions and device."""
-        device = self.unet.device
+        device = self.network.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         network = _tensors_hash(self.full.state_dict().items())
         pool = _tensors_hash(self.pool.tensors.items())
-        settings = [self.full.to_json_string(), str(self.pool.settings)]
+        config = {name: value for name, value in self.full.config.items() if not name.startswith("_")}
+        settings = [type(self.full).__name__, json.dumps(config, sort_keys=True, default=str), str(self.pool.settings)]
         return [network, pool, *settings, torch.__version__, diffusers.__version__, name]
 
 
-def _settings(step: Pass) -> dict[str, object]:
-    """The settings of a pass that decide its result."""
-    return {f.name: repr(getattr(step, f.name)) for f in dataclasses.fields(step) if f.compare}
+def _decided(setting: object) -> object:
+    """What a setting decides, as JSON holds it: of a dataclass the fields that count in a comparison."""
+    if dataclasses.is_dataclass(setting):
+        fields = {f.name: _decided(getattr(setting, f.name)) for f in dataclasses.fields(setting) if f.compare}
+        return [type(setting).__qualname__, fields]
+    if isinstance(setting, tuple | list):
+        return [_decided(item) for item in setting]
+    if isinstance(setting, Tensor):
+        return _tensors_hash([("", setting)])
+    return getattr(setting, "__qualname__", None) or repr(setting)
 
 
 def _files(steps: Iterable[Pass]) -> list[Path]:

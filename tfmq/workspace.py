@@ -63,7 +63,10 @@ class FolderWorkspace(Workspace):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            # Each with memory of its own, which safetensors asks for.
+            save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from benchmarks.suite.params import Suite, Task
 from tfmq.network.backbone import Network
 from tfmq.network.unet import set_attention_heads
 
-SHARED = "downloads besides checkpoints"
+COMMON = "downloads besides checkpoints"
 UNET, SCHEDULER, TEXT = "unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"
 
 
@@ -59,7 +59,7 @@ def run(suite: Suite, tasks: Sequence[str], device_name: str, teraflops: float |
     torch.set_num_threads(1)
     needed = set().union(*map(_needs, chosen))
     shared = [name for name in _sources() if name in needed and name not in suite.tasks]
-    planned: dict[str, list[Item]] = {SHARED: _downloads(shared)} if shared else {}
+    planned: dict[str, list[Item]] = {COMMON: _downloads(shared)} if shared else {}
     rates: dict[str, Rate] = {}
     timed: dict[str, Rate] = {}
     for task in chosen:

@@ -141,17 +141,17 @@ def expected(suite: Suite, records: Mapping[Cell, Record], shards: int) -> dict[
 
 
 def in_order(suite: Suite) -> list[str]:
-    """Patterns of all stages in an order in which each comes after what it needs.
+    """All stages in an order in which each comes after what it needs.
 
     DVC keeps it where stages are single items; its own order, which differs from run to run, scores hardly a cell
     before most are made. Here tasks follow one another, and each row is made and then scored.
     """
-    quantized = [cell for cell in suite.cells() if cell.method != FULL_PRECISION]
-    patterns: dict[str, None] = {}
+    stages: dict[str, None] = {}
     for task in suite.tasks:
-        rows = (_stages(suite, cell)[0].removeprefix("generate") for cell in quantized if cell.task == task)
-        patterns |= dict.fromkeys([f"*@{task}", *(f"*{row}" for row in rows)])
-    return [*patterns, "tables"]
+        cells = [cell for cell in suite.cells() if cell.task == task]  # full precision is the first
+        rows = (name for cell in cells for name in _stages(suite, cell))
+        stages |= dict.fromkeys([f"calibrate@{task}", f"reference@{task}", *rows])
+    return [*stages, "tables"]
 
 
 def _stages(suite: Suite, cell: Cell) -> tuple[str, str]:
@@ -180,7 +180,7 @@ def _follow(suite: Suite, clock: Clock, screen: Screen) -> int:
                     screen.show(cell, clock.left())
         printed.clear()
 
-    dvc = _Dvc([*REPRO, "--keep-going", "--single-item", "--glob", *in_order(suite)])
+    dvc = _Dvc([*REPRO, "--keep-going", "--single-item", *in_order(suite)])
     try:
         for line in dvc.lines():
             if found := RUNNING.match(line):

@@ -49,7 +49,9 @@ def make_record() -> Callable[..., Record]:
             status="measured",
             reason="",
             metrics=metrics,
-            cost=Cost("cpu", {"calibrate": 5.0, "weights": 20.0, "sample": 100.0}, 300.0, 1280, 0, 1.5, 9.75),
+            cost=Cost(
+                "cpu", {"calibrate": 5.0, "block reconstruction": 20.0, "sample": 100.0}, 300.0, 1280, 0, 1.5, 9.75
+            ),
             coverage={},
             details={},
             inputs={"data/emoji-ldm4": "ab" * 32},

@@ -59,7 +59,7 @@ def test_a_row_is_reproduced_and_only_what_changed_again(suite, tmp_path):
         ran, _ = repro(suite)
     of_task = ("convert", "calibrate", "reference", "full_precision", "score_full_precision")
     fetched = {f"fetch@{name}" for name in SOURCES}
-    row = {f"generate_published@{TASK}-tfmq", ROW}
+    row = {f"generate_published_tfmq@{TASK}", ROW}
     assert ran == fetched | {"weights@inception"} | {f"{stage}@{TASK}" for stage in of_task} | row
     assert len(server.asked) == len(SOURCES) + 1
     record = suite / "results" / "records" / TASK / "tfmq-published" / "w4a8.json"

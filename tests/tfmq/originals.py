@@ -48,7 +48,7 @@ def tiny(family: str, seed: int = 0) -> UNet:
 
 
 def arguments(unet: UNet, images: int = 2) -> tuple[torch.Tensor, ...]:
-    """Latents of 16x16, time steps that differ, and a context of 5 tokens where the UNet takes one."""
+    """Latents of 16x16, time steps that differ, and a context of 5 tokens where the network takes one."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(images, unet.config.in_channels, 16, 16, generator=generator)
     timesteps = torch.tensor([501, 1, 951, 301])[:images]

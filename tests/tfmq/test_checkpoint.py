@@ -128,7 +128,7 @@ def test_tensors_that_do_not_match_the_description_are_named(saved):
 
 def test_what_is_not_wholly_quantised_is_not_saved(quantized, tmp_path):
     path = tmp_path / "q.safetensors"
-    with pytest.raises(ValueError, match="the UNet is not quantised: call quantize_ first"):
+    with pytest.raises(ValueError, match="the network is not quantised: call quantize_ first"):
         save_quantized(networks.unconditional(), path, {})
     quantizer = quantized.conv_in.input_quantizer
     quantizer.enabled = False

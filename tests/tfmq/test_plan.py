@@ -39,7 +39,7 @@ def test_what_a_protocol_leaves_out_is_in_the_coverage_with_its_reason():
 
 
 def test_coverage_needs_a_quantised_network():
-    with pytest.raises(ValueError, match="the UNet is not quantised: call quantize_ first"):
+    with pytest.raises(ValueError, match="the network is not quantised: call quantize_ first"):
         coverage(networks.unconditional())
 
 

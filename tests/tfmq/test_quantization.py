@@ -165,7 +165,7 @@ def test_after_a_failure_the_network_is_what_it_was(build, recipe, error, monkey
     assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in unet.state_dict().items())
     assert torch.equal(unet(rows.latents, rows.timesteps).sample, before(rows.latents, rows.timesteps).sample)
     assert not quantized_layers(unet) and not unet._forward_pre_hooks and not hasattr(unet, "step_tracker")
-    with pytest.raises(ValueError, match="the UNet is not quantised"):
+    with pytest.raises(ValueError, match="the network is not quantised"):
         save_quantized(unet, tmp_path / "q.safetensors", {})
     monkeypatch.undo()
     quantize_(unet, Precision.parse("w4a32"), networks.recipe(), pool, networks.generator())
@@ -193,7 +193,7 @@ def test_rows_that_are_not_the_network_s_inputs_are_refused():
         (
             unet,
             CalibrationRows(latents[:, :2], timesteps),
-            r"the pool's latents are of shape \(20, 2, 8, 8\): the UNet takes 3 channels",
+            r"the pool's latents are of shape \(20, 2, 8, 8\): the network takes 3 channels",
         ),
         (unet, CalibrationRows(latents[0], timesteps[:3]), r"the pool's latents are of shape \(3, 8, 8\)"),
         (

@@ -120,7 +120,7 @@ def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.filterwarnings("ignore:this UNet carries a noise correction")
+@pytest.mark.filterwarnings("ignore:this network carries a noise correction")
 def test_a_stopped_run_goes_on_to_the_same_network(name, monkeypatch):
     recipe = RECIPES[name]
     expected = run(recipe)
@@ -294,7 +294,7 @@ def with_memory(given: Recipe, most: int) -> Recipe:
 
 
 @pytest.mark.parametrize("name", ["blocks", "mixed"])
-@pytest.mark.filterwarnings("ignore:this UNet carries a noise correction")
+@pytest.mark.filterwarnings("ignore:this network carries a noise correction")
 def test_memory_for_rows_does_not_matter(name, monkeypatch):
     kept = Memory()
     expected = run(RECIPES[name], kept=kept)

@@ -1,4 +1,4 @@
-"""Quantised attention products: a processor for the attention modules of a diffusers UNet."""
+"""Quantised attention products: a processor for the attention modules of diffusers."""
 
 from __future__ import annotations
 

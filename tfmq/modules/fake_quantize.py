@@ -16,10 +16,10 @@ ActivationRange = Literal["minmax", "search", "thresholds"]
 
 
 class StepTracker:
-    """Tells the quantisers of a UNet which of the finite set of time steps is being evaluated.
+    """Tells the quantisers of a network which of the finite set of time steps is being evaluated.
 
-    A forward pre-hook on the UNet (``watch``) feeds it, so that the UNet works inside any pipeline. Steps are looked up
-    by value, never counted: a stock scheduler may repeat or skip steps.
+    A forward pre-hook on the network (``watch``) feeds it, so that the network works inside any pipeline. Steps are
+    looked up by value, never counted: a stock scheduler may repeat or skip steps.
 
     Attributes:
         steps: int64 (S,), the finite set, in ascending order; empty where no quantiser has a table.
@@ -32,8 +32,8 @@ class StepTracker:
         self.index: int | Tensor = 0
         self.current: int | None = None
 
-    def watch(self, unet: nn.Module) -> None:
-        unet.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+    def watch(self, network: nn.Module) -> None:
+        network.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.set(kwargs["timestep"] if "timestep" in kwargs else args[1])
@@ -48,7 +48,7 @@ class StepTracker:
         unknown = values[self.steps[index] != values]
         if len(unknown):
             raise ValueError(
-                f"no activation range for time step {int(unknown[0])}: this UNet was calibrated for the "
+                f"no activation range for time step {int(unknown[0])}: this network was calibrated for the "
                 f"{len(self.steps)} steps {self.steps.tolist()}; sample with that schedule, or calibrate for yours"
             )
         self.index = int(index[0]) if (index == index[0]).all() else index
@@ -77,12 +77,12 @@ class FakeQuantize(nn.Module):
 
     Args:
         bits: width of the codes.
-        tracker: the UNet's step tracker.
+        tracker: the network's step tracker.
         symmetric: signed grid with zero point 0 instead of an affine one.
         positive: for inputs in [0, inf): the range and the zero point start at 0 (softmax output).
 
     Attributes:
-        path: where it stands in the UNet, for error messages.
+        path: where it stands in the network, for error messages.
 
     Buffers:
         scale, zero_point: float32, (1,) or (S,) with one entry for each of ``tracker.steps``.

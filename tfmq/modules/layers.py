@@ -1,4 +1,4 @@
-"""Quantised Conv2d and Linear: drop-in modules for a diffusers UNet."""
+"""Quantised Conv2d and Linear: drop-in modules for a network of diffusers."""
 
 from __future__ import annotations
 

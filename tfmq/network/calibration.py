@@ -1,4 +1,4 @@
-"""The calibration pool: what a full-precision sampling pass feeds the UNet, from which every method draws its rows."""
+"""The calibration pool: what full-precision sampling feeds the network, from which every method draws its rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfmq.settings import check_counts, check_numbers
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """UNet inputs drawn from a pool.
+    """Inputs of the network, drawn from a pool.
 
     Attributes:
         latents: float32 (N, C, H, W).
@@ -122,7 +122,7 @@ class CalibrationSet:
         return self.rows(self.steps - 1 - counted, torch.arange(count) % self.images)
 
     def rows(self, steps: Tensor, images: Tensor) -> CalibrationRows:
-        """UNet inputs at positions ``steps`` (N,) of the schedule for ``images`` (N,); under guidance both halves."""
+        """Inputs at positions ``steps`` (N,) of the schedule for ``images`` (N,); under guidance both halves."""
         latents, timesteps = self.latents[steps, images], self.timesteps[steps]
         if self.context is None:
             return CalibrationRows(latents, timesteps)
@@ -209,7 +209,7 @@ def cut_to_steps(numbers: Tensor, steps: int) -> Tensor:
 
 
 def collect_calibration(
-    unet: Network,
+    network: Network,
     scheduler: SchedulerMixin,
     noise: Tensor,
     settings: SamplingSettings,
@@ -218,7 +218,7 @@ def collect_calibration(
     conditioning: Conditioning | None = None,
     step_noise: Tensor | None = None,
 ) -> CalibrationSet:
-    """Record the pool in one sampling pass over ``noise`` (N, C, H, W): T UNet evaluations an image for T steps.
+    """Record the pool in one sampling pass over ``noise`` (N, C, H, W): T evaluations an image for T steps.
 
     Raises ValueError for no noise, a batch below 1, and what ``sample`` refuses.
     """
@@ -236,7 +236,7 @@ def collect_calibration(
             part = Conditioning(conditioning.context[rows], None if unconditional is None else unconditional[rows])
         recorded: list[Step] = []
         final = sample(
-            unet,
+            network,
             scheduler,
             noise[rows],
             settings,

@@ -1,4 +1,4 @@
-"""Feeding the blocks of a UNet: all calibration rows wait between two blocks, and each block is evaluated once.
+"""Feeding the blocks of a network: all calibration rows wait between two blocks, and each block is evaluated once.
 
 So one pass over the network serves all blocks, where restarting from the input for every block costs a number of
 evaluations quadratic in depth. Full precision and quantised stream side by side. Where rows wait changes nothing of
@@ -43,7 +43,7 @@ class Place:
 
 @dataclass
 class BlockStream:
-    """All calibration rows, waiting between two blocks of one UNet.
+    """All calibration rows, waiting between two blocks of one network.
 
     Attributes:
         batch: rows evaluated at once.
@@ -54,7 +54,7 @@ class BlockStream:
         step: (N,), each row's position in ``timesteps``.
     """
 
-    unet: Network
+    network: Network
     backbone: Backbone
     rows: CalibrationRows
     batch: int
@@ -67,21 +67,21 @@ class BlockStream:
     def __post_init__(self) -> None:
         self.hidden = self.rows.latents.to(self.place.device)
         timesteps, self.step = self.rows.timesteps.unique(return_inverse=True)
-        announce_step(self.unet, timesteps)
+        announce_step(self.network, timesteps)
         with torch.no_grad():
-            self.time = self.backbone.time_input(self.unet, timesteps.to(self.unet.device))
+            self.time = self.backbone.time_input(self.network, timesteps.to(self.network.device))
 
     def inputs(self, block: Block) -> Inputs:
         """The block's input for all rows: tensors that are concatenated along the channels, a batch at a time."""
         return (self.hidden, self.skips[-1]) if block.pop else (self.hidden,)
 
-    def evaluate(self, unet: Network, block: Block, inputs: Inputs, rows: Tensor | slice) -> Tensor:
-        """Output of ``block`` of ``unet`` for some rows of ``inputs``."""
-        announce_step(unet, self.rows.timesteps[rows])
+    def evaluate(self, network: Network, block: Block, inputs: Inputs, rows: Tensor | slice) -> Tensor:
+        """Output of ``block`` of ``network`` for some rows of ``inputs``."""
+        announce_step(network, self.rows.timesteps[rows])
         context = None if self.rows.context is None else self.rows.context[rows]
-        parts = [part[rows].to(unet.device) for part in inputs]
+        parts = [part[rows].to(network.device) for part in inputs]
         hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        return self.backbone.run_block(unet, block, hidden, self.time[self.step[rows]], context)
+        return self.backbone.run_block(network, block, hidden, self.time[self.step[rows]], context)
 
     @torch.no_grad()
     def outputs(self, block: Block, inputs: Inputs) -> Tensor:
@@ -89,7 +89,7 @@ class BlockStream:
         outputs = None
         for start in range(0, len(self.rows), self.batch):
             rows = slice(start, start + self.batch)
-            part = self.evaluate(self.unet, block, inputs, rows)
+            part = self.evaluate(self.network, block, inputs, rows)
             if not part.is_meta and not torch.isfinite(part).all():
                 raise ValueError(f"{block.path} puts out NaN or infinity on the calibration set")
             if outputs is None:
@@ -106,12 +106,12 @@ class BlockStream:
         self.hidden = outputs
 
 
-def stream_bytes(unet: Network, backbone: Backbone, row: CalibrationRows) -> int:
+def stream_bytes(network: Network, backbone: Backbone, row: CalibrationRows) -> int:
     """Peak bytes that one calibration row keeps in one stream, its current block's input and output included.
 
     A network and a row on the meta device will do.
     """
-    stream = BlockStream(unet, backbone, row, 1, Place(unet.device))
+    stream = BlockStream(network, backbone, row, 1, Place(network.device))
     peak = 0
     for block in backbone.blocks:
         outputs = stream.outputs(block, stream.inputs(block))
@@ -123,18 +123,18 @@ def stream_bytes(unet: Network, backbone: Backbone, row: CalibrationRows) -> int
 
 
 def place_for(
-    unet: Network,
+    network: Network,
     backbone: Backbone,
     rows: CalibrationRows,
     streams: int,
     memory_bytes: int,
     allocate: Allocate | None,
 ) -> Place:
-    """Where ``rows`` wait: with the UNet; in the host's memory where they would take half of a GPU's.
+    """Where ``rows`` wait: with the network; in the host's memory where they would take half of a GPU's.
 
     More than ``memory_bytes`` wait in what ``allocate`` gives; without it, raises ValueError, saying how many rows fit.
     """
-    per_row = streams * stream_bytes(unet, backbone, rows[:1])
+    per_row = streams * stream_bytes(network, backbone, rows[:1])
     needed, fitting = per_row * len(rows), memory_bytes // per_row
     host = torch.device("cpu")
     if needed > memory_bytes:
@@ -146,6 +146,6 @@ def place_for(
             f"{per_row:,}, and memory_bytes allows {memory_bytes:,}: {fewer}raise memory_bytes, or give a workspace "
             "that lets rows wait on a disk"
         )
-    if unet.device.type == "cuda" and needed > torch.cuda.mem_get_info(unet.device)[0] // 2:
+    if network.device.type == "cuda" and needed > torch.cuda.mem_get_info(network.device)[0] // 2:
         return Place(host)
-    return Place(unet.device)
+    return Place(network.device)

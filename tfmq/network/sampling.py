@@ -63,7 +63,7 @@ Correction = Callable[[int, Tensor, float], tuple[Tensor, float]]
 
 
 class CarriedCorrection(Protocol):
-    """A correction that a UNet carries as ``noise_correction``: it holds for the schedule that it was measured on."""
+    """A correction that a network carries as ``noise_correction``; it holds for the schedule it was measured on."""
 
     def __call__(self, timestep: int, noise: Tensor, eta: float) -> tuple[Tensor, float]:
         """The noise and the eta of the scheduler step."""
@@ -73,18 +73,18 @@ class CarriedCorrection(Protocol):
 
 
 def predict_noise(
-    unet: Network, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None, guidance_scale: float
+    network: Network, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None, guidance_scale: float
 ) -> Tensor:
     """Predicted noise at ``timestep``; under guidance e = e_u + s (e_c - e_u), halves ordered [uncond, cond].
 
-    A correction that ``unet`` carries is not in it. Raises ValueError for a guidance scale other than 1 without both
+    A correction that ``network`` carries is not in it. Raises ValueError for a guidance scale other than 1 without both
     halves of the conditioning.
     """
     check_guidance(conditioning, guidance_scale)
     if conditioning is None or guidance_scale == 1.0:
-        return evaluate(unet, latents, timestep, None if conditioning is None else conditioning.context)
+        return evaluate(network, latents, timestep, None if conditioning is None else conditioning.context)
     context = torch.cat([conditioning.unconditional, conditioning.context])
-    unconditional, conditional = evaluate(unet, torch.cat([latents, latents]), timestep, context).chunk(2)
+    unconditional, conditional = evaluate(network, torch.cat([latents, latents]), timestep, context).chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -105,7 +105,7 @@ class CorrectedScheduler(SchedulerMixin):
 
 @torch.no_grad()
 def sample(
-    unet: Network,
+    network: Network,
     scheduler: SchedulerMixin,
     noise: Tensor,
     settings: SamplingSettings,
@@ -121,19 +121,19 @@ def sample(
         step_noise: (steps, B, C, H, W), the noise that eta > 0 adds at each step.
         correction: maps (time step, noise after guidance, eta) to the noise and the eta of that scheduler step.
             DDIM's sigma is proportional to eta, also in its direction term, so eta sigma'/sigma reduces it to sigma'.
-            None takes the one that ``unet`` carries, if any.
+            None takes the one that ``network`` carries, if any.
 
     Raises:
-        ValueError: the UNet predicted NaN or infinity, with the step and the first layer; eta is above 0 and the
+        ValueError: the network predicted NaN or infinity, with the step and the first layer; eta is above 0 and the
             scheduler takes none; there is guidance without both halves of the conditioning; or the correction that
-            ``unet`` carries was measured on another schedule, or is applied by the scheduler already.
+            ``network`` carries was measured on another schedule, or is applied by the scheduler already.
     """
     check_guidance(conditioning, settings.guidance_scale)
     if isinstance(scheduler, CorrectedScheduler):
         raise ValueError("the scheduler corrects the noise already, and sample does: give the plain scheduler")
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(settings.steps, device=noise.device)
-    carried: CarriedCorrection | None = getattr(unet, "noise_correction", None)
+    carried: CarriedCorrection | None = getattr(network, "noise_correction", None)
     correction = carried if correction is None else correction
     if carried is not None and correction is carried:
         carried.check_schedule(scheduler.timesteps)
@@ -143,9 +143,9 @@ def sample(
     latents = noise * scheduler.init_noise_sigma
     for index, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
-        predicted = predict_noise(unet, scaled, timestep, conditioning, settings.guidance_scale)
+        predicted = predict_noise(network, scaled, timestep, conditioning, settings.guidance_scale)
         if not torch.isfinite(predicted).all():
-            layer = _first_nonfinite_layer(unet, scaled, timestep, conditioning)
+            layer = _first_nonfinite_layer(network, scaled, timestep, conditioning)
             raise ValueError(f"sampling: {layer} put out NaN or infinity at step {index} (time step {int(timestep)})")
         eta = settings.eta
         if correction is not None:
@@ -163,7 +163,9 @@ def sample(
     return latents
 
 
-def _first_nonfinite_layer(unet: Network, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None) -> str:
+def _first_nonfinite_layer(
+    network: Network, latents: Tensor, timestep: Tensor, conditioning: Conditioning | None
+) -> str:
     found: list[str] = []
 
     def watch(path: str) -> Callable:
@@ -173,10 +175,10 @@ def _first_nonfinite_layer(unet: Network, latents: Tensor, timestep: Tensor, con
 
         return hook
 
-    hooks = [m.register_forward_hook(watch(p)) for p, m in unet.named_modules() if not any(m.children())]
+    hooks = [m.register_forward_hook(watch(p)) for p, m in network.named_modules() if not any(m.children())]
     try:
-        predict_noise(unet, latents, timestep, conditioning, 1.0)
+        predict_noise(network, latents, timestep, conditioning, 1.0)
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else "the UNet"
+    return found[0] if found else "the network"

@@ -81,8 +81,8 @@ class Pass(ABC):
         """Its class in words, such as ``block reconstruction``."""
         return re.sub(r"(?<!^)(?=[A-Z])", " ", type(self).__name__).lower()
 
-    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
-        """The plan with what this pass changes of it; ``unet`` is still in full precision."""
+    def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
+        """The plan with what this pass changes of it; ``network`` is still in full precision."""
         return plan
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows | None:
@@ -91,7 +91,7 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, session: Session, rows: CalibrationRows | None) -> None:
-        """Do it to ``session.unet``, with the rows that were drawn, which are on its device."""
+        """Do it to ``session.network``, with the rows that were drawn, which are on its device."""
 
     def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
         """What ``run`` spends, or spends at most where data decide. Notes in ``shapes`` what it leaves behind."""

@@ -53,31 +53,34 @@ class ActivationRanges(Pass):
     @torch.no_grad()
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`. Raises ValueError for an activation that is constant, NaN or infinite."""
-        unet = session.unet
-        quantizers = [q for q in activation_quantizers(unet).values() if not q.enabled]
+        network = session.network
+        quantizers = [q for q in activation_quantizers(network).values() if not q.enabled]
         if not quantizers:
             return
         if self.per_step:
-            unet.step_tracker.steps = session.finite_set
+            network.step_tracker.steps = session.finite_set
         for quantizer in quantizers:
             quantizer.observe(self.momentum, self.per_step, self.range)
         batches = (rows.batches_of_steps if self.per_step else rows.batches)(self.batch)
         counts = rows.timesteps.unique(return_counts=True)[1].tolist() if self.per_step else [len(rows)]
         total = sum(math.ceil(count / self.batch) for count in counts)
         for batch in tqdm(batches, desc=self.name, total=total, disable=None):
-            evaluate(unet, batch.latents, batch.timesteps.to(unet.device), batch.context)
+            evaluate(network, batch.latents, batch.timesteps.to(network.device), batch.context)
         for quantizer in quantizers:
             quantizer.freeze()
         session.count_evaluations(len(rows))
 
     def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
         """See `Pass`."""
-        if not shapes.calibrates:
+        if not shapes.calibrates or shapes.calibrated:
             return Cost()
+        shapes.calibrated = True
         if self.per_step:
             shapes.tabulated |= {*shapes.plan.layers, *shapes.plan.attentions}
         return Cost(len(rows))
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
-        return Memory(shapes.largest(rows, self.batch, evaluation_bytes)) if shapes.calibrates else Memory()
+        if not shapes.calibrates or shapes.calibrated:
+            return Memory()
+        return Memory(shapes.largest(rows, self.batch, evaluation_bytes))

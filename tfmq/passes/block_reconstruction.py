@@ -56,25 +56,25 @@ class BlockReconstruction(Pass):
 
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`. Raises ValueError for rows that do not fit, a block's NaN or infinity, and a loss of these."""
-        unet, full, backbone = session.unet, session.full, session.backbone
+        network, full, backbone = session.network, session.full, session.backbone
         place = place_for(full, backbone, rows, 2, self.memory_bytes, session.workspace.allocate)
         for path in backbone.time_embedding:
-            layers = _unrounded(unet, Block(path))
+            layers = _unrounded(network, Block(path))
             if layers:
-                inputs, targets = time_layer_data(backbone, unet, full, path, rows.timesteps.unique())
+                inputs, targets = time_layer_data(backbone, network, full, path, rows.timesteps.unique())
                 loss = loss_against(
                     targets, lambda index, layer=layers[path], x=inputs: layer(x[index]), self.rounding.norm
                 )
                 learn_roundings(session, path, layers, loss, len(inputs), self.rounding)
-        reference, stream = (BlockStream(network, backbone, rows, self.batch, place) for network in (full, unet))
+        reference, stream = (BlockStream(each, backbone, rows, self.batch, place) for each in (full, network))
         for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             targets = reference.outputs(block, reference.inputs(block))
             reference.advance(block, targets)
             inputs = stream.inputs(block)
-            layers = _unrounded(unet, block)
+            layers = _unrounded(network, block)
             if layers:
                 loss = loss_against(
-                    targets, lambda index, b=block, x=inputs: stream.evaluate(unet, b, x, index), self.rounding.norm
+                    targets, lambda index, b=block, x=inputs: stream.evaluate(network, b, x, index), self.rounding.norm
                 )
                 learn_roundings(session, block.path, layers, loss, len(rows), self.rounding)
             stream.advance(block, stream.outputs(block, inputs))
@@ -93,6 +93,6 @@ class BlockReconstruction(Pass):
         return Memory.of(working, 2 * shapes.waiting(rows), self.memory_bytes)
 
 
-def _unrounded(unet: Network, block: Block) -> dict[str, QuantizedLayer]:
-    """The quantised layers of a block whose weights are not rounded yet, by path in ``unet``."""
-    return {p: layer for p, layer in quantized_layers(unet).items() if block.holds(p) and layer.codes is None}
+def _unrounded(network: Network, block: Block) -> dict[str, QuantizedLayer]:
+    """The quantised layers of a block whose weights are not rounded yet, by path in ``network``."""
+    return {p: layer for p, layer in quantized_layers(network).items() if block.holds(p) and layer.codes is None}

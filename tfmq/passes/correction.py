@@ -2,10 +2,10 @@
 
 The error of the prediction is read as a part that follows the prediction and a rest, eps_hat - eps = k eps + delta. At
 each time step the sampler subtracts the mean of the error, divides 1 + k out, and lets the remaining deviation take the
-place of some of the noise that the step would add. A corrected UNet carries the statistics of its schedule; sampling
+place of some of the noise that the step would add. A corrected network carries the statistics of its schedule; sampling
 costs no evaluation more.
 
-The correction acts after guidance, so it is no part of the UNet's forward pass: `tfmq.sample` applies it, a
+The correction acts after guidance, so it is no part of the network's forward pass: `tfmq.sample` applies it, a
 stock pipeline only with a scheduler of `corrected_scheduler`.
 """
 
@@ -22,14 +22,14 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
+from tfmq.cost import Shapes, evaluation_bytes
 from tfmq.network.backbone import Network
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
-from tfmq.passes import Cost, Pass
+from tfmq.passes import Cost, Memory, Pass
 from tfmq.settings import check_counts
 
 if TYPE_CHECKING:
-    from tfmq.cost import Shapes
     from tfmq.session import Session
 
 
@@ -74,7 +74,7 @@ class NoiseCorrection(nn.Module):
     """The corrections of all time steps, as a correction hook of `tfmq.network.sampling.sample`.
 
     It applies to the prediction after guidance. With eta = 0 there is no noise to reduce and only slope and bias act.
-    A UNet carries it as ``noise_correction`` (see ``attach_correction``).
+    A network carries it as ``noise_correction`` (see ``attach_correction``).
 
     Buffers, one entry for each of S time steps:
         timesteps: int64 (S,), ascending.
@@ -142,12 +142,17 @@ class MeasureCorrection(Pass):
 
     def run(self, session: Session, rows: CalibrationRows | None) -> None:
         """See `Pass`."""
-        attach_correction(session.unet, measure_correction(session.unet, session.pool, self.images, self.batch))
+        attach_correction(session.network, measure_correction(session.network, session.pool, self.images, self.batch))
         session.count_evaluations(trajectory_evaluations(session.pool, self.images))
 
     def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
         """See `Pass`."""
         return Cost(trajectory_evaluations(shapes.pool, self.images))
+
+    def memory(self, shapes: Shapes, rows: CalibrationRows | None) -> Memory:
+        """See `Pass`."""
+        batch = shapes.pool.spaced(1, self.batch)
+        return Memory(shapes.largest(batch, len(batch), evaluation_bytes))
 
 
 def trajectory_evaluations(pool: CalibrationSet, images: int) -> int:
@@ -156,22 +161,22 @@ def trajectory_evaluations(pool: CalibrationSet, images: int) -> int:
     return halves * pool.steps * min(images, pool.images)
 
 
-def attach_correction(unet: Network, correction: NoiseCorrection) -> None:
-    """Let ``unet`` carry its correction, in its checkpoint too, and warn that stock pipelines do not apply it."""
-    unet.noise_correction = correction
+def attach_correction(network: Network, correction: NoiseCorrection) -> None:
+    """Let ``network`` carry its correction, in its checkpoint too, and warn that stock pipelines do not apply it."""
+    network.noise_correction = correction
     warnings.warn(
-        "this UNet carries a noise correction, which acts after guidance: tfmq.sample applies it, a stock diffusers "
+        "this network carries a noise correction, which acts after guidance: tfmq.sample applies it, a stock diffusers "
         "pipeline only with pipeline.scheduler = tfmq.corrected_scheduler(pipeline.scheduler, pipeline.unet)",
         stacklevel=3,
     )
 
 
 @torch.no_grad()
-def measure_correction(unet: Network, pool: CalibrationSet, images: int, batch: int) -> NoiseCorrection:
-    """Statistics of a quantised UNet's error on the full-precision trajectory of a pool.
+def measure_correction(network: Network, pool: CalibrationSet, images: int, batch: int) -> NoiseCorrection:
+    """Statistics of a quantised network's error on the full-precision trajectory of a pool.
 
     Takes steps x ``images`` evaluations (two each under guidance), at most as many images as the pool holds. The
-    correction is of no effect until the UNet carries it (``attach_correction``).
+    correction is of no effect until the network carries it (``attach_correction``).
     """
     images = min(images, pool.images)
     timesteps = pool.timesteps.unique()
@@ -179,7 +184,7 @@ def measure_correction(unet: Network, pool: CalibrationSet, images: int, batch: 
     correction.timesteps = timesteps
     for index, timestep in enumerate(timesteps):
         visits = (pool.timesteps == timestep).nonzero().flatten()
-        predicted = torch.cat([quantized_noise(unet, pool, visit, images, batch) for visit in visits.tolist()])
+        predicted = torch.cat([quantized_noise(network, pool, visit, images, batch) for visit in visits.tolist()])
         noise = pool.noise[visits, :images].flatten(0, 1).to(predicted.device)
         error = predicted - noise
         slope = error_slope(noise, error).clamp_min(0)
@@ -188,40 +193,40 @@ def measure_correction(unet: Network, pool: CalibrationSet, images: int, batch: 
         correction.deviations[index] = residual_deviation(noise, error, slope)
         correction.alphas[index] = pool.alphas[visits[-1]]
         correction.previous_alphas[index] = pool.alphas[visits[-1] + 1]
-    return correction.to(unet.device)
+    return correction.to(network.device)
 
 
 @torch.no_grad()
-def quantized_noise(unet: Network, pool: CalibrationSet, step: int, images: int, batch: int) -> Tensor:
-    """What ``unet`` predicts, after guidance, at a step of the pool's trajectory: (images, C, H, W)."""
+def quantized_noise(network: Network, pool: CalibrationSet, step: int, images: int, batch: int) -> Tensor:
+    """What ``network`` predicts, after guidance, at a step of the pool's trajectory: (images, C, H, W)."""
     parts = []
     for start in range(0, images, batch):
         rows = slice(start, min(start + batch, images))
         conditioning = None
         if pool.context is not None:
-            off = None if pool.unconditional is None else pool.unconditional[rows].to(unet.device)
-            conditioning = Conditioning(pool.context[rows].to(unet.device), off)
-        latents, scale = pool.latents[step, rows].to(unet.device), pool.settings.guidance_scale
-        parts.append(predict_noise(unet, latents, pool.timesteps[step].to(unet.device), conditioning, scale))
+            off = None if pool.unconditional is None else pool.unconditional[rows].to(network.device)
+            conditioning = Conditioning(pool.context[rows].to(network.device), off)
+        latents, scale = pool.latents[step, rows].to(network.device), pool.settings.guidance_scale
+        parts.append(predict_noise(network, latents, pool.timesteps[step].to(network.device), conditioning, scale))
     return torch.cat(parts)
 
 
-def correction_of(unet: Network) -> NoiseCorrection | None:
-    """The correction of the predicted noise that a UNet carries, or None."""
-    return getattr(unet, "noise_correction", None)
+def correction_of(network: Network) -> NoiseCorrection | None:
+    """The correction of the predicted noise that a network carries, or None."""
+    return getattr(network, "noise_correction", None)
 
 
-def corrected_scheduler(scheduler: SchedulerMixin, unet: Network) -> CorrectedScheduler:
-    """A copy of ``scheduler`` for stock pipelines, which applies the correction that ``unet`` carries.
+def corrected_scheduler(scheduler: SchedulerMixin, network: Network) -> CorrectedScheduler:
+    """A copy of ``scheduler`` for stock pipelines, which applies the correction that ``network`` carries.
 
     A pipeline gives the noise to its scheduler after guidance, which is where the correction acts. Set it as
     ``pipeline.scheduler``; ``sample`` corrects by itself and takes the plain one.
 
-    Raises ValueError if ``unet`` carries no correction; the scheduler does for a schedule that is not the correction's.
+    Raises ValueError if ``network`` carries no correction; the scheduler does for a schedule that is not its own.
     """
-    correction = correction_of(unet)
+    correction = correction_of(network)
     if correction is None:
-        raise ValueError("the UNet carries no noise correction: use the scheduler as it is")
+        raise ValueError("the network carries no noise correction: use the scheduler as it is")
     if isinstance(scheduler, CorrectedScheduler):
         raise ValueError("the scheduler corrects the noise already: give the plain one")
     plain = type(scheduler)

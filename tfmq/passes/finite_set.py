@@ -26,14 +26,14 @@ class FiniteSetCalibration(Pass):
         """See `Pass`."""
         if not session.precision.quantizes_activations:
             return
-        unet, tracker = session.unet, session.unet.step_tracker
+        network, tracker = session.network, session.network.step_tracker
         tracker.steps = session.finite_set
         layers = temporal_layers(session).values()
         quantizers = [quantizer for layer in layers for quantizer in activation_quantizers(layer).values()]
         for quantizer in quantizers:
             quantizer.observe(per_step=True)
         tracker.set(tracker.steps)
-        session.backbone.temporal_features(unet, tracker.steps.to(unet.device))
+        session.backbone.temporal_features(network, tracker.steps.to(network.device))
         for quantizer in quantizers:
             quantizer.freeze()
 

@@ -37,14 +37,15 @@ class Grids(Pass):
             if not self.dynamic_activations:
                 raise ValueError("groups of input channels go with dynamic activations: set both")
 
-    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
-        own = {"symmetric": self.symmetric_activations, "dynamic": self.dynamic_activations}
+        own = {"symmetric": True} if self.symmetric_activations else {}
+        own |= {"dynamic": True} if self.dynamic_activations else {}
         layers = {}
         for path, layer in plan.layers.items():
-            splits = backbone.shortcut_splits.get(path, ()) if self.split_shortcuts else ()
+            splits = backbone.shortcut_splits.get(path, ()) if self.split_shortcuts else layer.splits
             if self.weight_group is not None:
-                splits = group_sizes(unet.get_submodule(path).weight.shape[1], self.weight_group)
+                splits = group_sizes(network.get_submodule(path).weight.shape[1], self.weight_group)
             layers[path] = replace(layer, splits=splits, **own)
         attentions = {path: replace(attention, **own) for path, attention in plan.attentions.items()}
         return replace(plan, layers=layers, attentions=attentions)

@@ -20,7 +20,7 @@ class LeaveOut(Pass):
 
     sees_activations = False
 
-    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`. Raises ValueError for a role that there is not."""
         reasons = {}
         for role in self.roles:

@@ -54,10 +54,10 @@ class LowRankBranches(Pass):
         check_choices(self)
         check_counts(self, "rank", "candidates", "search_rows", "batch")
 
-    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
         layers = {
-            path: replace(layer, rank=self.rank if has_branch(unet.get_submodule(path), self.rank) else 0)
+            path: replace(layer, rank=self.rank if has_branch(network.get_submodule(path), self.rank) else 0)
             for path, layer in plan.layers.items()
         }
         return replace(plan, layers=layers)
@@ -68,7 +68,7 @@ class LowRankBranches(Pass):
 
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`; ``migration_strengths`` among the report's details are by layer, None for no smoothing."""
-        layers = {path: layer for path, layer in quantized_layers(session.unet).items() if layer.rank}
+        layers = {path: layer for path, layer in quantized_layers(session.network).items() if layer.rank}
         strengths = add_branches(session.full, layers, rows, self)
         session.report.details |= {"migration_strengths": strengths}
         session.count_evaluations(self._evaluations(rows))
@@ -181,7 +181,7 @@ def add_branches(
 
 
 def _run_hooked(
-    unet: Network,
+    network: Network,
     paths: Iterable[str],
     rows: CalibrationRows,
     batch: int,
@@ -190,14 +190,14 @@ def _run_hooked(
     """Evaluate ``rows`` with ``hook(path, layer, input, output)`` called after each layer at ``paths``."""
 
     def attach(path: str) -> RemovableHandle:
-        layer = unet.get_submodule(path)
+        layer = network.get_submodule(path)
         return layer.register_forward_hook(lambda module, args, output: hook(path, module, args[0], output))
 
     handles = [attach(path) for path in paths]
     try:
         for start in tqdm(range(0, len(rows), batch), desc="low-rank branches", disable=None):
             part = rows[slice(start, start + batch)]
-            evaluate(unet, part.latents, part.timesteps.to(unet.device), part.context)
+            evaluate(network, part.latents, part.timesteps.to(network.device), part.context)
     finally:
         for handle in handles:
             handle.remove()

@@ -46,9 +46,9 @@ class PredictedStepSizes(Pass):
     def __post_init__(self) -> None:
         check_counts(self, "values", "batch")
 
-    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
-        return with_silu_grids(plan, unet, backbone)
+        return with_silu_grids(plan, network, backbone)
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""
@@ -60,12 +60,12 @@ class PredictedStepSizes(Pass):
 
     def fitted(self, session: Session, rows: CalibrationRows) -> StepNetworks:
         """The network of each quantiser, fitted to its input on ``rows``."""
-        unet, generator = session.unet, session.generator
-        encode = partial(session.backbone.encoding, unet)
-        unet.step_tracker.steps = session.finite_set
-        quantizers = activation_quantizers(unet)
-        samples = sample_activations(unet, rows, self.values, self.batch, generator)
-        channels = encode(session.finite_set.to(unet.device)).shape[1]
+        network, generator = session.network, session.generator
+        encode = partial(session.backbone.encoding, network)
+        network.step_tracker.steps = session.finite_set
+        quantizers = activation_quantizers(network)
+        samples = sample_activations(network, rows, self.values, self.batch, generator)
+        channels = encode(session.finite_set.to(network.device)).shape[1]
         networks = StepNetworks(samples.initial_steps(quantizers), channels, generator)
         trace = fit_networks(networks, quantizers, samples, encode, self.fit, generator)
         session.count_evaluations(len(rows))
@@ -74,15 +74,16 @@ class PredictedStepSizes(Pass):
 
     def tabulate(self, session: Session, networks: StepNetworks) -> None:
         """Replace the networks by their values at the steps of the schedule."""
-        encodings = session.backbone.encoding(session.unet, session.finite_set.to(session.unet.device))
-        tabulate(networks, activation_quantizers(session.unet), encodings)
+        encodings = session.backbone.encoding(session.network, session.finite_set.to(session.network.device))
+        tabulate(networks, activation_quantizers(session.network), encodings)
 
     def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
         """See `Pass`."""
         shapes.tabulated |= {*shapes.plan.layers, *shapes.plan.attentions}
+        shapes.calibrated = True
         return Cost(len(rows), self.fit.iterations)
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
-        sampled = len(activation_quantizers(shapes.unet)) * self.values * len(rows) * 4
+        sampled = len(activation_quantizers(shapes.network)) * self.values * len(rows) * 4
         return Memory(sampled + shapes.largest(rows, self.batch, evaluation_bytes))

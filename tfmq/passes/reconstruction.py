@@ -181,17 +181,17 @@ def learn_scales(
 
 @torch.no_grad()
 def time_layer_data(
-    backbone: Backbone, unet: Network, full: Network, path: str, timesteps: Tensor
+    backbone: Backbone, network: Network, full: Network, path: str, timesteps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Inputs (S, D_in) of a time-embedding layer in ``unet`` and its outputs (S, D_out) in ``full``, step by step."""
+    """Inputs (S, D_in) of a time-embedding layer in ``network``, and outputs (S, D_out) in ``full``, step by step."""
     seen: dict[str, Tensor] = {}
     hooks = [
-        unet.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0])),
+        network.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0])),
         full.get_submodule(path).register_forward_hook(lambda module, args, output: seen.update(targets=output)),
     ]
     try:
-        for network in (unet, full):
-            backbone.temporal_features(network, timesteps.to(network.device))
+        for each in (network, full):
+            backbone.temporal_features(each, timesteps.to(each.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -200,16 +200,16 @@ def time_layer_data(
 
 def learning_bytes(stream: BlockStream, block: Block) -> int:
     """What learning the roundings of a block takes: their state, and what the backward pass needs."""
-    layers = quantized_layers(stream.unet.get_submodule(block.path)).values()
+    layers = quantized_layers(stream.network.get_submodule(block.path)).values()
     state = sum(ROUNDING_TENSORS * layer.weight.nbytes for layer in layers)
     own = [tensor for layer in layers for tensor in _tensors(layer.learn_rounding())]
     inputs = stream.inputs(block)
 
     def loss() -> Tensor:
-        output = stream.evaluate(stream.unet, block, inputs, slice(None))
+        output = stream.evaluate(stream.network, block, inputs, slice(None))
         return reconstruction_loss(output, torch.empty_like(output), 2.0)
 
-    found = state + backward_bytes(stream.unet, loss, own)
+    found = state + backward_bytes(stream.network, loss, own)
     for layer in layers:
         layer.rounding = None
     return found

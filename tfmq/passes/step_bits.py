@@ -47,25 +47,25 @@ def smallest_bits(snr: Mapping[int, Tensor], needed: Tensor, largest: int) -> Te
     return chosen
 
 
-def set_bits(unet: Network, plan: QuantizationPlan) -> None:
+def set_bits(network: Network, plan: QuantizationPlan) -> None:
     """Give every activation quantiser the width that ``plan`` gives its layer or attention module."""
     for path, layer in plan.layers.items():
-        for quantizer in activation_quantizers(unet.get_submodule(path)).values():
+        for quantizer in activation_quantizers(network.get_submodule(path)).values():
             quantizer.bits = layer.activation_bits
     for path, attention in plan.attentions.items():
-        processor = unet.get_submodule(path).processor
+        processor = network.get_submodule(path).processor
         for quantizer in (processor.query, processor.key, processor.value):
             quantizer.bits = attention.activation_bits
         processor.probabilities.bits = attention.softmax_bits
 
 
-def ranges_of(unet: Network) -> Ranges:
+def ranges_of(network: Network) -> Ranges:
     """Width, scale and zero point of every activation quantiser, by path."""
-    return {path: (q.bits, q.scale, q.zero_point) for path, q in activation_quantizers(unet).items()}
+    return {path: (q.bits, q.scale, q.zero_point) for path, q in activation_quantizers(network).items()}
 
 
-def mix_ranges(unet: Network, at_bits: Mapping[int, Ranges], chosen: Tensor) -> None:
-    """Give every quantiser, at each of ``unet.step_tracker.steps``, its range at the ``chosen`` width (steps,)."""
-    for path, quantizer in activation_quantizers(unet).items():
+def mix_ranges(network: Network, at_bits: Mapping[int, Ranges], chosen: Tensor) -> None:
+    """Give every quantiser, at each of ``network.step_tracker.steps``, its range at the ``chosen`` width (steps,)."""
+    for path, quantizer in activation_quantizers(network).items():
         widths, scales, zero_points = zip(*(at_bits[bits][path] for bits in chosen.tolist()), strict=True)
         quantizer.mix_bits(torch.tensor(widths), torch.cat(scales), torch.cat(zero_points))

@@ -1,6 +1,6 @@
 """TDQ: networks that predict activation step sizes from the time step (So et al., NeurIPS 2023, arXiv 2306.02316).
 
-Each activation quantiser has a network of its own, from the UNet's sinusoidal encoding of the time step to one positive
+Each activation quantiser has a small network of its own, from the sinusoidal encoding of the time step to one positive
 number, the step size (scale) of its grid. A schedule has finitely many steps, so in the end the networks are evaluated
 at each of them and dropped: what stays is a table in every quantiser.
 
@@ -30,9 +30,9 @@ SILU_LOWER = 0.2785
 WIDTH = 64
 
 
-def with_silu_grids(plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
+def with_silu_grids(plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
     """``plan`` with unsigned grids for outputs of SiLU and signed ones for all other inputs."""
-    unsigned = backbone.silu_inputs(unet)
+    unsigned = backbone.silu_inputs(network)
     layers = {path: dataclasses.replace(layer, symmetric=path not in unsigned) for path, layer in plan.layers.items()}
     attentions = {path: dataclasses.replace(attention, symmetric=True) for path, attention in plan.attentions.items()}
     return dataclasses.replace(plan, layers=layers, attentions=attentions)
@@ -124,13 +124,13 @@ class ActivationSamples:
 
 @torch.no_grad()
 def sample_activations(
-    unet: Network, rows: CalibrationRows, values: int, batch: int, generator: torch.Generator
+    network: Network, rows: CalibrationRows, values: int, batch: int, generator: torch.Generator
 ) -> ActivationSamples:
     """Draw ``values`` entries of every quantiser's unquantised input from each of ``rows``.
 
     Raises ValueError, with the path, if an input holds NaN or infinity.
     """
-    quantizers = activation_quantizers(unet)
+    quantizers = activation_quantizers(network)
     samples = torch.empty(len(rows), len(quantizers), values, device=rows.latents.device)
     present = slice(0)
 
@@ -153,7 +153,7 @@ def sample_activations(
         for start in tqdm(range(0, len(rows), batch), desc="activation samples", disable=None):
             present = slice(start, min(start + batch, len(rows)))
             part = rows[present]
-            evaluate(unet, part.latents, part.timesteps.to(unet.device), part.context)
+            evaluate(network, part.latents, part.timesteps.to(network.device), part.context)
     finally:
         for hook in hooks:
             hook.remove()

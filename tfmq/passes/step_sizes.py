@@ -23,7 +23,7 @@ class StepSizes(Pass):
     """Learn the step sizes of activations that have one for all time steps: time-embedding layers, then block by block.
 
     Inputs and targets both come from full precision, as in Q-Diffusion's released activation pass. Does nothing where
-    activations are not quantised.
+    there is no such step size.
 
     Attributes:
         learning: how step sizes are learned.
@@ -44,25 +44,29 @@ class StepSizes(Pass):
 
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`. Raises ValueError for rows that do not fit, a block's NaN or infinity, and a loss of these."""
-        if not session.precision.quantizes_activations:
+        network, full, backbone = session.network, session.full, session.backbone
+        if not any(
+            _learnable(network, block, ()) for block in (*map(Block, backbone.time_embedding), *backbone.blocks)
+        ):
             return
-        unet, full, backbone = session.unet, session.full, session.backbone
         place = place_for(full, backbone, rows, 1, self.memory_bytes, session.workspace.allocate)
         for path in backbone.time_embedding:
-            quantizers = _learnable(unet, Block(path), ())
+            quantizers = _learnable(network, Block(path), ())
             if quantizers:
                 inputs, targets = time_layer_data(backbone, full, full, path, rows.timesteps.unique())
-                layer = unet.get_submodule(path)
+                layer = network.get_submodule(path)
                 loss = loss_against(targets, lambda index, layer=layer, x=inputs: layer(x[index]), self.learning.norm)
                 learn_scales(session, path, quantizers, loss, len(inputs), self.learning)
         reference = BlockStream(full, backbone, rows, self.batch, place)
         for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             inputs = reference.inputs(block)
             targets = reference.outputs(block, inputs)
-            quantizers = _learnable(unet, block, backbone.time_embedding)
+            quantizers = _learnable(network, block, backbone.time_embedding)
             if quantizers:
                 loss = loss_against(
-                    targets, lambda index, b=block, x=inputs: reference.evaluate(unet, b, x, index), self.learning.norm
+                    targets,
+                    lambda index, b=block, x=inputs: reference.evaluate(network, b, x, index),
+                    self.learning.norm,
                 )
                 learn_scales(session, block.path, quantizers, loss, len(rows), self.learning)
             reference.advance(block, targets)
@@ -70,22 +74,28 @@ class StepSizes(Pass):
 
     def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
         """See `Pass`."""
-        if not shapes.precision.quantizes_activations:
+        units = self._units(shapes)
+        if not units:
             return Cost()
-        units = units_of(shapes.backbone, {*shapes.plan.layers, *shapes.plan.attentions} - shapes.tabulated)
         iterations = self.learning.iterations
-        return Cost(len(rows), iterations * units, iterations * min(self.learning.batch, len(rows)) * bool(units))
+        return Cost(len(rows), iterations * units, iterations * min(self.learning.batch, len(rows)))
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
-        if not shapes.precision.quantizes_activations:
+        if not self._units(shapes):
             return Memory()
         working = shapes.largest(rows, self.batch, evaluation_bytes)
         return Memory.of(working, shapes.waiting(rows), self.memory_bytes)
 
+    def _units(self, shapes: Shapes) -> int:
+        """How many units have a step size to learn."""
+        if not shapes.calibrates:
+            return 0
+        return units_of(shapes.backbone, {*shapes.plan.layers, *shapes.plan.attentions} - shapes.tabulated)
 
-def _learnable(unet: Network, block: Block, learned: tuple[str, ...]) -> dict[str, FakeQuantize]:
+
+def _learnable(network: Network, block: Block, learned: tuple[str, ...]) -> dict[str, FakeQuantize]:
     """The quantisers of a block that have one scale for all steps, but for those of the layers ``learned`` before."""
-    found = {path: q for path, q in activation_quantizers(unet).items() if q.enabled and not q.per_step}
+    found = {path: q for path, q in activation_quantizers(network).items() if q.enabled and not q.per_step}
     before = tuple(f"{path}." for path in learned)
     return {path: q for path, q in found.items() if block.holds(path) and not path.startswith(before)}

@@ -40,7 +40,7 @@ class TemporalCache(Pass):
     def __post_init__(self) -> None:
         check_choices(self)
 
-    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
         if self.where != "all":
             return plan
@@ -55,23 +55,23 @@ class TemporalCache(Pass):
         up or not), and the two errors of each projection, mean over steps (``error_computed`` is missing under
         ``all``).
         """
-        unet, full, backbone = session.unet, session.full, session.backbone
-        bits, tracker = session.precision.activation_bits, unet.step_tracker
+        network, full, backbone = session.network, session.full, session.backbone
+        bits, tracker = session.precision.activation_bits, network.step_tracker
         tracker.steps = session.finite_set
-        steps = tracker.steps.to(unet.device)
-        announce_step(unet, steps)
+        steps = tracker.steps.to(network.device)
+        announce_step(network, steps)
         targets = backbone.temporal_features(full, steps)
         tables = []
         for path, target in zip(backbone.time_projections, targets, strict=True):
             table = CachedProjection(full.get_submodule(path), CachePlan(bits, keeps_layer=False), tracker)
-            table.to(unet.device).store(target)
+            table.to(network.device).store(target)
             tables.append(table)
         error = _feature_errors([table.features(tracker.index) for table in tables], targets)
         details = {"projections": list(backbone.time_projections), "timesteps": steps.tolist()}
         details["error_cached"] = error.mean(0).tolist()
         chosen = torch.ones_like(error, dtype=torch.bool)
         if self.where != "all":
-            computed = temporal_feature_error(unet, full, backbone, steps)
+            computed = temporal_feature_error(network, full, backbone, steps)
             details["error_computed"] = computed.mean(0).tolist()
             by_projection = (error.mean(0) <= computed.mean(0)).expand_as(error)
             chosen = by_projection if self.where == "projection" else error <= computed
@@ -80,22 +80,22 @@ class TemporalCache(Pass):
             for path, steps_chosen in zip(backbone.time_projections, chosen.T, strict=True)
             if steps_chosen.any()
         }
-        insert_cache(unet, plans, backbone)
+        insert_cache(network, plans, backbone)
         columns = dict(zip(backbone.time_projections, range(len(targets)), strict=True))
-        for path, projection in cached_projections(unet).items():
+        for path, projection in cached_projections(network).items():
             projection.store(targets[columns[path]])
             projection.looked_up = chosen[:, columns[path]].clone()
         session.report.details |= details | {"cached": chosen.T.tolist()}
 
 
 @torch.no_grad()
-def temporal_feature_error(unet: Network, full: Network, backbone: Backbone, timesteps: Tensor) -> Tensor:
+def temporal_feature_error(network: Network, full: Network, backbone: Backbone, timesteps: Tensor) -> Tensor:
     """1 - cosine between quantised and full-precision temporal features: (S, projections) for time steps (S,).
 
     The papers' own diagnosis of what quantisation does to the time step.
     """
-    announce_step(unet, timesteps)
-    features = backbone.temporal_features(unet, timesteps)
+    announce_step(network, timesteps)
+    features = backbone.temporal_features(network, timesteps)
     return _feature_errors(features, backbone.temporal_features(full, timesteps))
 
 

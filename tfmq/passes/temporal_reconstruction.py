@@ -39,13 +39,13 @@ class TemporalReconstruction(Pass):
         layers = temporal_layers(session)
         if not layers:
             return
-        unet, backbone, norm = session.unet, session.backbone, self.rounding.norm
-        timesteps = session.finite_set.to(unet.device)
+        network, backbone, norm = session.network, session.backbone, self.rounding.norm
+        timesteps = session.finite_set.to(network.device)
         with torch.no_grad():
             targets = backbone.temporal_features(session.full, timesteps)
 
         def loss(index: Tensor) -> Tensor:
-            features = backbone.temporal_features(unet, timesteps[index])
+            features = backbone.temporal_features(network, timesteps[index])
             losses = [reconstruction_loss(f, t[index], norm) for f, t in zip(features, targets, strict=True)]
             return torch.stack(losses).sum()
 
@@ -78,5 +78,5 @@ class FreezeTemporal(Pass):
 
 def temporal_layers(session: Session) -> dict[str, QuantizedLayer]:
     """The quantised layers of the temporal information block, by path."""
-    quantized = quantized_layers(session.unet)
+    quantized = quantized_layers(session.network)
     return {path: quantized[path] for path in session.backbone.temporal if path in quantized}

@@ -102,9 +102,9 @@ class QuantizationAwareTraining(Pass):
     training: TrainingConfig = TrainingConfig()
     step_sizes: PredictedStepSizes = PredictedStepSizes()
 
-    def amend(self, plan: QuantizationPlan, unet: Network, backbone: Backbone) -> QuantizationPlan:
+    def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
-        return self.step_sizes.amend(plan, unet, backbone)
+        return self.step_sizes.amend(plan, network, backbone)
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""
@@ -113,8 +113,8 @@ class QuantizationAwareTraining(Pass):
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`. One training row counts as one evaluation, though its backward pass costs two more."""
         networks = self.step_sizes.fitted(session, rows)
-        encode = partial(session.backbone.encoding, session.unet)
-        trace = train(session.unet, networks, encode, session.pool, self.training, session.generator)
+        encode = partial(session.backbone.encoding, session.network)
+        trace = train(session.network, networks, encode, session.pool, self.training, session.generator)
         self.step_sizes.tabulate(session, networks)
         session.count_evaluations(len(trace) * self.training.batch)
         session.count_steps(len(trace))
@@ -132,23 +132,23 @@ class QuantizationAwareTraining(Pass):
 
 
 def train(
-    unet: Network,
+    network: Network,
     networks: StepNetworks,
     encode: Callable[[Tensor], Tensor],
     pool: CalibrationSet,
     config: TrainingConfig,
     generator: torch.Generator,
 ) -> list[float]:
-    """Train ``unet``, its quantisers in place, to predict the noise added to ``pool.samples``; returns the losses.
+    """Train ``network``, its quantisers in place, to predict the noise added to ``pool.samples``; returns the losses.
 
     Time steps are drawn uniformly from the schedule, a repeated one as often. All parameters learn, those of layers
     in full precision too. At the end weights are folded; the networks are left to the caller to tabulate.
 
     Raises ValueError if the loss becomes NaN or infinite.
     """
-    unet.requires_grad_(True)
-    layers, quantizers = quantized_layers(unet), activation_quantizers(unet)
-    parameters = list(unet.parameters())
+    network.requires_grad_(True)
+    layers, quantizers = quantized_layers(network), activation_quantizers(network)
+    parameters = list(network.parameters())
     learned = {}
     for path, layer in layers.items():
         learned[path] = layer.rounding = LearnedStepWeight(layer.weight, layer.weight_bits)
@@ -159,14 +159,14 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: _rate(iteration, config))
-    encodings = encode(unet.step_tracker.steps.to(unet.device))
+    encodings = encode(network.step_tracker.steps.to(network.device))
     trace = []
     with torch.enable_grad():
         for iteration in tqdm(range(config.iterations), desc="training", disable=None):
             rows, noise = noised(pool, config.batch, generator)
-            rows, noise = rows.to(unet.device), noise.to(unet.device)
+            rows, noise = rows.to(network.device), noise.to(network.device)
             set_tables(quantizers, networks(encodings))
-            predicted = evaluate(unet, rows.latents, rows.timesteps.to(unet.device), rows.context)
+            predicted = evaluate(network, rows.latents, rows.timesteps.to(network.device), rows.context)
             loss = F.mse_loss(predicted, noise)
             trace.append(loss.item())
             if not math.isfinite(trace[-1]):
@@ -176,7 +176,7 @@ def train(
             optimizer.step()
             schedule.step()
     optimizer.zero_grad()
-    unet.requires_grad_(False)
+    network.requires_grad_(False)
     for path, layer in layers.items():
         learned[path].finish(layer)
     return trace

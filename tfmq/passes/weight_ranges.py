@@ -34,7 +34,7 @@ class WeightRanges(Pass):
 
     def run(self, session: Session, rows: CalibrationRows | None) -> None:
         """See `Pass`."""
-        for layer in tqdm(quantized_layers(session.unet).values(), desc=self.name, disable=None):
+        for layer in tqdm(quantized_layers(session.network).values(), desc=self.name, disable=None):
             layer.find_weight_range(self.range)
 
 
@@ -46,6 +46,6 @@ class RoundToNearest(Pass):
 
     def run(self, session: Session, rows: CalibrationRows | None) -> None:
         """See `Pass`."""
-        for layer in quantized_layers(session.unet).values():
+        for layer in quantized_layers(session.network).values():
             if layer.codes is None:
                 layer.fold()

@@ -13,12 +13,14 @@ from timm.models import create_model
 import baselines.nearest
 from benchmarks.features.efficientnet_lite0 import EfficientNetLite0
 from benchmarks.planning import page, planner
-from benchmarks.planning.planner import Item, Network, Planner, Rate
+from benchmarks.planning.planner import Item, KnownNetwork, Planner, Rate
 from benchmarks.suite import params
 from tests.tfmq import networks
 from tfmq.checkpoint import save_quantized
+from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.plan import SHARED
 from tfmq.precision import Precision
+from tfmq.quantization import quantize_
 
 RATE = Rate("a test", rows=2, seconds=0.5, memory=1000.0, operations=10**12)
 TASK = {
@@ -51,7 +53,7 @@ def planned_for(kind="unconditional", precisions=("w4a8",), seeds=1, protocol="s
     scheduler = networks.KINDS[kind].scheduler()
     scheduler.set_timesteps(settings.steps)
     unet = networks.KINDS[kind].build().to("meta")
-    network = Network(unet, scheduler.timesteps, tokens=5)
+    network = KnownNetwork(unet, scheduler.timesteps, tokens=5)
     return Planner(suite, suite.tasks["toy"], network, RATE)
 
 
@@ -59,8 +61,14 @@ def items(*args, **changes):
     return {item.name: item for item in planned_for(*args, **changes).items()}
 
 
+def evaluations_of(planned, row):
+    """What each pass of a row evaluates, by the plan of its memory, after its items were planned."""
+    return {name: cost.unet_evaluations for name, cost in planned.held[row, True].costs}
+
+
 def test_steps_are_counted_as_by_hand():
-    found = items(seeds=2)
+    planned = planned_for(seeds=2)
+    found = {item.name: item for item in planned.items()}
     assert list(found) == [
         "calibrate",
         "reference",
@@ -74,10 +82,14 @@ def test_steps_are_counted_as_by_hand():
     assert found["reference"].reference == 5 * 10
     assert found["full_precision"].sampling == 5 * 7 and found["full_precision"].images == 7
     nearest, prev = found["nearest/w4a8"], found["prev/w4a8"]
-    assert (nearest.weights, nearest.activations, nearest.optimizer_steps) == (0, 2 * 3, 0)
+    assert (nearest.quantising, nearest.optimizer_steps) == (2 * 3, 0)
     # 6 rows wait in two streams; activation ranges are those of all 5 steps of 4 images. 12 blocks and 2 time layers.
-    assert (prev.weights, prev.activations) == (2 * 6, 5 * 4)
-    blocks = len(planner.UNetLayout.of(networks.unconditional()).blocks)
+    assert prev.quantising == 2 * 6 + 5 * 4
+    passes = {"weight ranges": 0, "block reconstruction": 2 * 6, "activation ranges": 5 * 4}
+    assert evaluations_of(planned, "prev") == passes
+    passes = {"weight ranges": 0, "round to nearest": 0, "activation ranges": 2 * 3}
+    assert evaluations_of(planned, "nearest") == passes
+    blocks = len(planner.backbone_of(networks.unconditional()).blocks)
     assert prev.optimizer_steps == 9 * (blocks + 2)
     assert nearest.sampling == prev.sampling == 5 * 7 + 5 * 3, "images, and errors on the first batch"
     assert nearest.seconds == pytest.approx(0.5 * (6 + planner.QUANTIZED * 50))
@@ -85,13 +97,14 @@ def test_steps_are_counted_as_by_hand():
 
 
 def test_guidance_doubles_and_pndm_visits_a_step_twice():
-    found = items("text")
+    planned = planned_for("text")
+    found = {item.name: item for item in planned.items()}
     assert found["calibrate"].calibration == 2 * 6 * 4 and found["full_precision"].sampling == 2 * 6 * 7
-    assert found["prev/w4a8"].activations == 2 * 6 * 4
+    assert evaluations_of(planned, "prev")["activation ranges"] == 2 * 6 * 4
 
 
 def test_weights_alone_need_no_ranges():
-    assert items(precisions=["w4a32"])["nearest/w4a32"].activations == 0
+    assert items(precisions=["w4a32"])["nearest/w4a32"].quantising == 0
 
 
 def test_what_does_not_apply_costs_nothing():
@@ -106,9 +119,10 @@ def test_disk_is_what_the_files_take(kind, tmp_path):
     pool = networks.KINDS[kind].pool(unet)
     assert at_hand.pool_bytes == sum(tensor.nbytes for tensor in pool.tensors.values())
     method, precision = baselines.nearest.METHOD, Precision.parse("w4a8")
-    method.quantize(unet, pool, precision, method.config(steps=2, images=3), networks.generator(), SHARED)
+    recipe = method.config(**METHODS["nearest"]).recipe()
+    quantize_(unet, precision, recipe, pool, networks.generator())
     save_quantized(unet, tmp_path / "quantized.safetensors", {})
-    size = planner.checkpoint_bytes(at_hand.network.unet, precision, SHARED)
+    size = planner.checkpoint_bytes(at_hand.network.unet, precision, recipe, SHARED)
     written = sum(tensor.nbytes for tensor in load_file(tmp_path / "quantized.safetensors").values())
     assert size == pytest.approx(written, rel=0.02)
     assert at_hand.cell(at_hand.suite.cells()[1]).disk == 7 * 32 * 32 * 3 + size
@@ -137,16 +151,25 @@ def test_memory_grows_with_the_batch_and_with_what_waits():
     assert found["prev/w4a8"].memory > found["nearest/w4a8"].memory > found["full_precision"].memory
 
 
-def test_a_method_that_does_not_say_what_it_takes_is_shown(monkeypatch):
+def test_a_pass_that_does_not_say_what_it_holds_is_shown(monkeypatch):
     @dataclass(frozen=True)
-    class Config:
-        steps: int = 2
-        images: int = 3
+    class Odd(ActivationRanges):
+        def memory(self, shapes, rows):
+            return None
 
-    odd = baselines.Method("Odd", "a test", Config, lambda *arguments: None, baselines.applies_always)
-    monkeypatch.setattr(baselines.nearest, "METHOD", odd)
-    found = items()["nearest/w4a8"]
-    assert found.disk is None and "do not say" in found.note
+    @dataclass(frozen=True)
+    class Config(baselines.nearest.Config):
+        def recipe(self):
+            *others, ranges = super().recipe()
+            return *others, Odd(ranges.data)
+
+    usual = items()["nearest/w4a8"]
+    monkeypatch.setattr(baselines.nearest, "METHOD", replace(baselines.nearest.METHOD, config=Config))
+    planned = planned_for().items()
+    (found,) = (item for item in planned if item.name == "nearest/w4a8")
+    assert found == replace(usual, memory=None)
+    text = page.plan({"toy": planned}, {"toy": RATE})
+    assert re.search(r"\| nearest/w4a8 .*\| +\? \|", text) and re.search(r"\| total .*at least", text)
 
 
 def test_the_text_has_a_line_a_step_and_sums_up():
@@ -156,7 +179,7 @@ def test_the_text_has_a_line_a_step_and_sums_up():
     top, *tables = text.split("\n## ")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[1].splitlines() if line[:1] == "|"]
     rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines}
-    assert rows["prev/w4a8"]["Weights"] == "12" and rows["prev/w4a8"]["Reference"] == "–"
+    assert rows["prev/w4a8"]["Quantising"] == "32" and rows["prev/w4a8"]["Reference"] == "–"
     assert re.search(r"\| fetch it .*\| +\? \|", tables[0]) and re.search(r"\| total .* 3.00 .*at least", tables[0])
     whole = planner.total("total", planned["toy"])
     assert rows["total"]["Sampling"] == f"{whole.sampling:,}" == str(35 + 2 * 50)

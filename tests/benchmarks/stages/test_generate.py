@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
+import fcntl
 import os
 import shutil
 import signal
@@ -16,16 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from benchmarks.runtime.journal import FolderJournal
 from safetensors.torch import load_file, save_file
 
 import baselines.nearest
-from benchmarks.runtime import files, journal, manifest
+from benchmarks.runtime import files, manifest, workspace
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.images import Images, batch_name
+from benchmarks.runtime.workspace import MeasuredWorkspace
+from benchmarks.stages import _units
 from benchmarks.stages import generate as stage
 from benchmarks.stages._setup import draw_noise
 from benchmarks.suite import params
+from benchmarks.suite.fields import read
+from benchmarks.suite.outcome import Outcome
 from benchmarks.suite.record import Cell
 from tests.benchmarks.tiny_suite import arguments
 from tfmq.checkpoint import load_quantized
@@ -45,10 +48,24 @@ def contents(folder: Path) -> dict[str, object]:
         elif path.name == files.QUANTIZED:
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
         elif path.is_file():
-            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k in ("settings", "inputs")}
-            effort = json.loads(path.read_text()).get("effort", {})
-            found[name]["effort"] = [effort.get(key) for key in ("unet_evaluations", "optimizer_steps")]
+            outcome = outcome_of(path)
+            found[name] = [outcome.settings, outcome.inputs, spent(path)]
     return found
+
+
+def outcome_of(path: Path = CELL / files.OUTCOME) -> Outcome:
+    return read(Outcome, files.read_json(path), path.name)
+
+
+def spent(path: Path = CELL / files.OUTCOME) -> list[tuple[str, int, int]]:
+    """Of each pass: its name, evaluations and optimiser steps."""
+    passes = outcome_of(path).made.quantized.passes
+    return [(each.name, each.unet_evaluations, each.optimizer_steps) for each in passes]
+
+
+def learned() -> list[Path]:
+    """The files of units of learning, for all cells that begin alike."""
+    return sorted(files.LEARNED.rglob("*.safetensors"))
 
 
 def leftovers() -> list[Path]:
@@ -68,8 +85,10 @@ def test_one_process_and_two_give_identical_bytes(suite, generate, root):
     assert generate("tfmq") == (0, [])
     alone = contents(ROW)
     assert {name.split("/")[0] for name in alone} == {"w4a8", "w4a32"}
+    units = learned()
+    shutil.rmtree(files.LEARNED)
     assert start(root, *arguments("generate", "tfmq", shards=2)).wait() == 0
-    assert contents(ROW) == alone
+    assert contents(ROW) == alone and learned() == units
     assert not unfinished() and not leftovers()
 
 
@@ -82,12 +101,17 @@ def test_a_cell_has_its_images_errors_checkpoint_and_outcome(suite, generate):
     assert images.shape == (6, 3, 32, 32) and images.first(6).dtype == torch.uint8
     errors = load_file(CELL / files.ERRORS)
     assert errors["trajectory"].shape == (2, 3) and errors["temporal"].shape[0] == 3
-    outcome = json.loads((CELL / files.OUTCOME).read_text())
-    assert outcome["effort"]["optimizer_steps"] > 0
-    assert set(outcome["seconds"]) == {"weights", "activations"}
-    assert outcome["peak_memory_mib"] > 100 and outcome["environment"]["threads"] == 1
-    assert 0 < outcome["size_mib"] < 0.5 * outcome["full_precision_size_mib"]
-    assert outcome["settings"]["iterations"] == 2 and len(outcome["inputs"]) == 3
+    outcome = outcome_of()
+    made, quantized = outcome.made, outcome.made.quantized
+    assert sum(each.optimizer_steps for each in quantized.passes) > 0
+    names = ["weight ranges", "temporal reconstruction", "block reconstruction"]
+    names += ["finite set calibration", "activation ranges"]
+    assert [each.name for each in quantized.passes] == names
+    assert all(each.seconds > 0 for each in quantized.passes)
+    assert quantized.peak_memory_mib > 100 and made.environment["threads"] == 1
+    assert 0 < quantized.size_mib < 0.5 * quantized.full_precision_size_mib
+    assert outcome.settings["iterations"] == 2 and len(outcome.inputs) == 3
+    assert made.images == files.sha256_folder(CELL / files.IMAGES)
     assert load_quantized(CELL / files.QUANTIZED).step_tracker.steps.tolist() == [1, 334, 667]
 
 
@@ -101,90 +125,99 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(suite, generate, root
         time.sleep(0.001)
     process.kill()
     process.wait()
-    time.sleep(1)  # so that the workers have seen it
+    for path in Path(".resume").rglob("*.lock"):
+        with path.open() as lock:  # its workers hold it too, until they have seen that it is dead
+            fcntl.flock(lock, fcntl.LOCK_EX)
     kept = {path for path in unfinished() if not path.name.startswith(".")}
     done = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "_do", lambda unit, do=stage._do: (done.append(unit[0].folder / unit[1]), do(unit)))
+        patch.setattr(stage, "do", lambda unit, do=stage.do: (done.append(unit[0].folder / unit[1]), do(unit)))
         assert generate("tfmq") == (0, [])
     resumed = contents(ROW)
     assert kept or ROW.exists()
     assert not kept & set(done)
+    shutil.rmtree(files.LEARNED)
     assert generate("tfmq") == (0, [])
     assert contents(ROW) == resumed and not unfinished()
 
 
-# The command line in a process that kills itself with the fifth unit of learning in its journal.
+# The command line in a process that kills itself with the fifth unit of learning in its workspace.
 KILLED = """
 import os, signal, sys
 from benchmarks.__main__ import main
-from benchmarks.runtime.journal import FolderJournal
+from benchmarks.runtime.workspace import MeasuredWorkspace
 
-def put(self, key, tensors, put=FolderJournal.put):
-    put(self, key, tensors)
+def put(self, address, tensors, put=MeasuredWorkspace.put):
+    put(self, address, tensors)
     if len(list(self.folder.iterdir())) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-FolderJournal.put = put
+MeasuredWorkspace.put = put
 main(sys.argv[1:])
 """
 
 
-def test_a_quantisation_that_is_killed_goes_on_at_the_block(suite, generate, root, monkeypatch):
-    assert generate("tfmq", "w4a8") == (0, [])
-    whole = contents(ROW)
-    shutil.rmtree(ROW)
-    command = [sys.executable, "-c", KILLED, *arguments("generate", "tfmq", "w4a8")]
-    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}).returncode == -signal.SIGKILL
-    kept = learned()
-    assert len(kept) == 5 and not ROW.exists()
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Path], list[Path]]:
+    """The units that are taken from the workspace, and those that are put there, in their order."""
     taken, put = [], []
 
-    class Noting(FolderJournal):
-        def get(self, key: str) -> dict[str, torch.Tensor] | None:
-            tensors = super().get(key)
+    class Noting(MeasuredWorkspace):
+        def get(self, address: str) -> dict[str, torch.Tensor] | None:
+            tensors = super().get(address)
             if tensors is not None:
-                taken.append(self._path(key))
+                taken.append(self._path(address))
             return tensors
 
-        def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
-            put.append(self._path(key))
-            super().put(key, tensors)
+        def put(self, address: str, tensors: dict[str, torch.Tensor]) -> None:
+            put.append(self._path(address))
+            super().put(address, tensors)
 
-    monkeypatch.setattr(stage, "FolderJournal", Noting)
+    monkeypatch.setattr(_units, "MeasuredWorkspace", Noting)
+    return taken, put
+
+
+def test_a_quantisation_that_is_killed_goes_on_at_the_block(suite, generate, root, noted):
+    taken, put = noted
     assert generate("tfmq", "w4a8") == (0, [])
-    assert taken == kept and put and not set(put) & set(kept)
-    assert contents(ROW) == whole and not unfinished()
-
-
-def learned() -> list[Path]:
-    """The files of units of learning that wait for the run that goes on."""
-    return sorted(path for path in unfinished() if path.parent.name == stage.LEARNED)
+    whole, units = contents(ROW), list(put)
+    assert sorted(units) == learned() and len(units) > 5 and not taken
+    shutil.rmtree(ROW)
+    shutil.rmtree(files.LEARNED)
+    command = [sys.executable, "-c", KILLED, *arguments("generate", "tfmq", "w4a8")]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}).returncode == -signal.SIGKILL
+    assert learned() == sorted(units[:5]) and not ROW.exists()
+    put.clear()
+    assert generate("tfmq", "w4a8") == (0, [])
+    assert (taken, put) == (units[:5], units[5:])
+    assert contents(ROW) == whole and not unfinished() and not leftovers()
 
 
 def test_a_quantisation_that_went_on_has_the_cost_of_a_whole_one(suite, generate, monkeypatch):
     assert generate("tfmq", "w4a8") == (0, [])
-    whole = json.loads((CELL / files.OUTCOME).read_text())
+    whole = spent()
+    shutil.rmtree(files.LEARNED)
     puts = []
 
-    class Stopping(FolderJournal):
-        def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
-            super().put(key, tensors | {"seconds": torch.tensor(1000.0)})
-            puts.append(key)
+    class Stopping(MeasuredWorkspace):
+        def put(self, address: str, tensors: dict[str, torch.Tensor]) -> None:
+            super().put(address, tensors | {"seconds": torch.tensor(1000.0)})
+            puts.append(address)
             if len(puts) == 5:
                 raise OSError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "FolderJournal", Stopping)
-        patch.setattr(journal, "peak_memory", lambda device: 1e6)
+        patch.setattr(_units, "MeasuredWorkspace", Stopping)
+        patch.setattr(workspace, "peak_memory", lambda device: 1e6)
         assert generate("tfmq", "w4a8") == (1, ["error: toy/tfmq/w4a8: stopped"])
     assert len(learned()) == 5
     assert generate("tfmq", "w4a8") == (0, [])
-    outcome = json.loads((CELL / files.OUTCOME).read_text())
-    counts = ("unet_evaluations", "optimizer_steps")
-    assert [outcome["effort"][key] for key in counts] == [whole["effort"][key] for key in counts]
-    assert outcome["seconds"]["weights"] > 5000 and outcome["seconds"]["activations"] < 5000
-    assert outcome["peak_memory_mib"] == 1e6
+    assert spent() == whole
+    quantized = outcome_of().made.quantized
+    seconds = {each.name: each.seconds for each in quantized.passes}
+    assert seconds.pop("temporal reconstruction") > 1000 and seconds.pop("block reconstruction") > 4000
+    assert sum(seconds.values()) < 1000
+    assert quantized.peak_memory_mib == 1e6
 
 
 def test_damage_to_what_was_learned_is_one_line(suite, generate, monkeypatch):
@@ -192,17 +225,95 @@ def test_damage_to_what_was_learned_is_one_line(suite, generate, monkeypatch):
         raise OSError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "save_quantized", stop)
+        patch.setattr(_units, "save_quantized", stop)
         assert generate("tfmq", "w4a8")[0] == 1
     damaged = learned()[1]
     damaged.write_bytes(damaged.read_bytes()[:50])
     code, lines = generate("tfmq", "w4a8")
-    assert code == 1 and len(lines) == 1 and "is damaged or truncated" in lines[0] and damaged.name in lines[0]
+    assert code == 1 and len(lines) == 1 and f"{damaged} is damaged" in lines[0]
+    assert "delete it, and it is learned again" in lines[0] and not ROW.exists()
     damaged.unlink()
     assert generate("tfmq", "w4a8") == (0, [])
+    assert damaged.exists()
 
 
-def test_unfinished_work_of_other_settings_is_dropped(suite, generate, monkeypatch):
+def test_what_other_code_has_learned_is_not_taken(suite, generate, monkeypatch, noted):
+    taken, put = noted
+    with monkeypatch.context() as patch:
+        patch.setattr("tfmq.session.code_hash", lambda *entries: "other code")
+        assert generate("tfmq", "w4a8") == (0, [])
+    others, cell = learned(), contents(ROW)
+    put.clear()
+    assert generate("tfmq", "w4a8") == (0, [])
+    assert contents(ROW) == cell
+    assert not taken and len(put) == len(others) and not set(put) & set(others)
+
+
+def test_cells_that_begin_alike_learn_that_once(suite, generate, noted, monkeypatch):
+    """Roundings do not depend on the width of activations; step sizes do."""
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["methods"]["tfmq"]["activation_iterations"] = 3
+    document["tables"]["leaderboard"]["precisions"] = ["w4a8", "w4a4"]
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    alone = suite.with_name("alone")
+    shutil.copytree(suite, alone)
+    taken, put = noted
+    assert generate("tfmq", "w4a8") == (0, [])
+    units = {name: steps // (3 if name == "step sizes" else 2) for name, _, steps in spent()}
+    shared = units["temporal reconstruction"] + units["block reconstruction"]
+    assert units["temporal reconstruction"] == 1 < units["step sizes"] < shared
+    assert len(learned()) == shared + units["step sizes"]
+    first = put[:shared]
+    put.clear()
+    assert generate("tfmq", "w4a4") == (0, [])
+    assert taken == first and len(learned()) == shared + 2 * units["step sizes"]
+    assert len(put) == units["step sizes"]
+    both = contents(ROW)
+    monkeypatch.chdir(alone)
+    assert generate("tfmq", "w4a4") == (0, [])
+    own = contents(ROW)
+    assert own == {name: content for name, content in both.items() if name.startswith("w4a4/")}
+    assert sum(name.startswith(f"w4a4/{files.IMAGES}/") for name in own) == 3
+
+
+def test_cells_that_begin_like_another_one_come_last(suite):
+    task = params.load(Path("params.yaml")).tasks["toy"]
+
+    def works(*names: str) -> list[stage.Work]:
+        cells = []
+        for name in names:
+            row, precision = name.split("/")
+            method, _, protocol = row.partition("-")
+            precision, _, seed = precision.partition("-s")
+            cells.append(Cell("toy", method, precision, int(seed or 0), protocol or "shared"))
+        return [stage.Work(task, cell, "cpu", Path(), {}, {}, {}) for cell in cells]
+
+    def order(*names: str) -> list[str]:
+        return [work.cell.name.removeprefix("toy/") for work in stage._shared_last(works(*names))]
+
+    assert order() == []
+    # Nothing is shared with other widths of weights, seeds and layers, without quantised activations and by other rows.
+    apart = ["full_precision/w32a32", "nearest/w4a8", "tfmq/w4a32", "tfmq/w8a8", "tfmq/w4a8", "tfmq/w4a8-s1"]
+    apart += ["tfmq-published/w4a8", "freeze/w4a8"]
+    assert order(*apart) == apart and order(*reversed(apart)) == apart[::-1]
+    assert order("tfmq/w4a8", "tfmq/w4a6", "tfmq/w4a4", "nearest/w4a8", "tfmq/w4a32", "tfmq/w8a8") == [
+        "tfmq/w4a8",
+        "nearest/w4a8",
+        "tfmq/w4a32",
+        "tfmq/w8a8",
+        "tfmq/w4a6",
+        "tfmq/w4a4",
+    ]
+    # Rows that differ in activations alone begin alike.
+    assert order("temporal_feature_matters/w4a8", "tfmq/w4a8", "nearest/w4a8") == [
+        "temporal_feature_matters/w4a8",
+        "nearest/w4a8",
+        "tfmq/w4a8",
+    ]
+
+
+@pytest.mark.parametrize("of", ["settings", "code"])
+def test_unfinished_work_of_other_settings_or_code_is_superseded(suite, generate, monkeypatch, of):
     def stop(work: stage.Work) -> None:
         raise OSError("stopped")
 
@@ -210,22 +321,25 @@ def test_unfinished_work_of_other_settings_is_dropped(suite, generate, monkeypat
         patch.setattr(stage, "_finish", stop)
         assert generate("tfmq", "w4a8")[0] == 1
     (old,) = Path(".resume/toy/tfmq").iterdir()
-    text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("temporal_iterations: 2", "temporal_iterations: 3"))
+    if of == "settings":
+        text = Path("params.yaml").read_text()
+        Path("params.yaml").write_text(text.replace("temporal_iterations: 2", "temporal_iterations: 3"))
+    else:
+        monkeypatch.setattr(stage, "code_hash", lambda *entries: "other code")
     assert generate("tfmq", "w4a8") == (0, [])
-    assert not old.exists()
-    assert json.loads((CELL / files.OUTCOME).read_text())["settings"]["temporal_iterations"] == 3
+    assert not old.exists() and not unfinished()
+    assert outcome_of().settings["temporal_iterations"] == (3 if of == "settings" else 2)
 
 
 def test_a_cell_that_fails_stops_no_other_one(suite, generate, monkeypatch):
-    def fail(unet, pool, precision, *rest):
+    def fail(unet, precision, *rest):
         if precision.quantizes_activations:
             raise ValueError("activations are too much")
-        return quantize(unet, pool, precision, *rest)
+        return quantize(unet, precision, *rest)
 
-    quantize = baselines.nearest.METHOD.quantize
+    quantize = _units.quantize_
     with monkeypatch.context() as patch:
-        patch.setattr(baselines.nearest, "METHOD", dataclasses.replace(baselines.nearest.METHOD, quantize=fail))
+        patch.setattr(_units, "quantize_", fail)
         assert generate("nearest") == (1, ["error: toy/nearest/w4a8: activations are too much"])
     row = Path("work/cells/toy/nearest")
     assert [path.name for path in row.iterdir()] == ["w4a32"]
@@ -233,7 +347,7 @@ def test_a_cell_that_fails_stops_no_other_one(suite, generate, monkeypatch):
     kept = {path: path.stat().st_mtime_ns for path in unfinished()}
     assert kept
     done = []
-    monkeypatch.setattr(stage, "_do", lambda unit, do=stage._do: (done.append(unit[0].cell.precision), do(unit)))
+    monkeypatch.setattr(stage, "do", lambda unit, do=stage.do: (done.append(unit[0].cell.precision), do(unit)))
     assert generate("nearest") == (0, [])
     assert set(done) == {"w4a8"} and not unfinished()
     assert before.items() <= contents(row).items()
@@ -443,7 +557,8 @@ def test_tensors_can_lie_on_the_disk_and_leave_no_file(tmp_path, monkeypatch):
 
 def test_rows_that_do_not_fit_in_memory_wait_on_the_disk(suite, generate, monkeypatch):
     assert generate("tfmq", "w4a8") == (0, [])
-    before = contents(ROW)
+    before, units = contents(ROW), learned()
+    shutil.rmtree(files.LEARNED)
     allocated = []
     monkeypatch.setattr(files, "mapped", lambda *given, make=files.mapped: (allocated.append(given), make(*given))[1])
     document = yaml.safe_load(Path("params.yaml").read_text())
@@ -454,6 +569,7 @@ def test_rows_that_do_not_fit_in_memory_wait_on_the_disk(suite, generate, monkey
     for name in before:
         assert before[name] == after[name] or name.endswith(files.OUTCOME)
     assert allocated and not unfinished()
+    assert learned() == units, "where rows wait decides nothing of what is learned"
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -17,6 +17,7 @@ from benchmarks.metrics import Evidence, References, reference_statistics
 from benchmarks.runtime import files
 from benchmarks.runtime.images import batch_name
 from benchmarks.stages import _look, reference, score
+from benchmarks.suite.outcome import Made, Outcome, Quantized
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import Cell, Record
 
@@ -44,7 +45,7 @@ TASK = Task(
     prompts="prompts",
     clip=("data/first", "data/second"),
 )
-COST = {"device": "cpu", "sample_seconds": 1.0, "peak_memory_mib": 1.0, "size_mib": 1.0, "full_precision_size_mib": 4.0}
+SIZES = Quantized(size_mib=1.0, full_precision_size_mib=4.0, peak_memory_mib=1.0)
 
 
 class Colour(nn.Module):
@@ -84,7 +85,8 @@ def save_cell(cell, images):
         (folder / files.IMAGES).mkdir(parents=True, exist_ok=True)
         save_file({"images": part.contiguous()}, folder / files.IMAGES / batch_name(index))
     hashed = files.sha256_folder(folder / files.IMAGES)
-    files.write_json(folder / files.OUTCOME, {"status": "measured", "reason": "", "images": hashed} | COST)
+    outcome = Outcome("measured", made=Made("cpu", {}, sample_seconds=1.0, images=hashed, quantized=SIZES))
+    files.write_json(folder / files.OUTCOME, outcome.to_json())
     errors = {"trajectory": torch.rand(4, 2), "temporal": torch.rand(2, 3)}
     save_file(errors, folder / files.ERRORS)
 

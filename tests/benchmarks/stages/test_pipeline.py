@@ -18,26 +18,54 @@ from benchmarks.metrics import metrics
 from benchmarks.runtime import files
 
 DUMMY = '''
-"""A method in one file: round to nearest with per-step ranges."""
+"""A method in one file, with a pass of its own: round to nearest in narrower ranges, with per-step ranges."""
 
 from dataclasses import dataclass
 
-from baselines import Method, applies_always
-from tfmq.quantization import QuantizationConfig, quantize_
+from baselines import Method, Settings, applies_always
+from tfmq.network.calibration import Spaced
+from tfmq.passes import Cost, Pass
+from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
+from tfmq.plan import quantized_layers
 
 
 @dataclass(frozen=True)
-class Config:
+class NarrowerRanges(Pass):
+    share: float
+
+    sees_activations = False
+
+    def run(self, session, rows):
+        for path, layer in quantized_layers(session.unet).items():
+
+            def learn(layer=layer):
+                layer.weight_scale = self.share * layer.weight_scale
+                return [0.0]
+
+            def learned(layer=layer):
+                return {"scale": layer.weight_scale}
+
+            def restore(tensors, layer=layer):
+                layer.weight_scale = tensors["scale"]
+
+            session.learn(path, learn, learned, restore)
+
+    def cost(self, shapes, rows):
+        return Cost(optimizer_steps=len(shapes.plan.layers))
+
+
+@dataclass(frozen=True)
+class Config(Settings):
     images: int = 2
+    share: float = 0.9
+
+    def recipe(self):
+        ranges = ActivationRanges(Spaced(None, self.images), per_step=True)
+        return WeightRanges("minmax"), NarrowerRanges(self.share), RoundToNearest(), ranges
 
 
-def quantize(unet, pool, precision, config, generator, protocol):
-    rows = pool.spaced(pool.steps, config.images)
-    setting = QuantizationConfig(activation_scales="per_step")
-    return quantize_(unet, precision, setting, rows, rows, pool.timesteps, generator, protocol)
-
-
-METHOD = Method("Dummy", "a test", Config, quantize, applies_always)
+METHOD = Method("Dummy", "a test", Config, applies_always)
 '''
 PAGES = ("README.md", "METHODS.md", "COVERAGE.md", "FINDINGS.md", "cells.csv")
 
@@ -53,6 +81,9 @@ def test_records_and_tables_come_from_the_cells(suite, run, generate, score):
         for precision, record in records.items():
             assert record.status == "measured" and record.metrics["psnr"].n == 6
             assert record.cost.unet_evaluations >= 12 and record.cost.seconds["calibrate"] > 0
+            phases = list(record.cost.seconds)
+            assert phases[:2] == ["calibrate", "weight ranges"] and phases[-1] == "sample"
+            assert ("block reconstruction" in phases) == (method != "nearest")
             assert record.coverage["layers"]["conv2d w8a8" if precision == "w4a8" else "conv2d w8a32"] == 2
             assert ("cached" in record.details) == (table == "ablation")
     for method in ("tfmq", "nearest"):
@@ -137,7 +168,7 @@ def test_tasks_and_seeds_are_summarised(suite, run, generate, score):
     assert (cells["seed"] == 1).sum() == 4
 
 
-def test_a_new_method_takes_one_file(suite, run, generate, score, monkeypatch):
+def test_a_new_method_and_its_pass_take_one_file(suite, run, generate, score, monkeypatch):
     folder = suite / "extra"
     folder.mkdir()
     (folder / "dummy.py").write_text(DUMMY)
@@ -148,10 +179,19 @@ def test_a_new_method_takes_one_file(suite, run, generate, score, monkeypatch):
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     try:
         assert generate("dummy", "w4a8") == (0, [])
-        assert score("dummy", "w4a8")["w4a8"].metrics["temporal_error"].value >= 0
+        record = score("dummy", "w4a8")["w4a8"]
+        assert record.metrics["temporal_error"].value >= 0 and record.settings["method"] == {"images": 2, "share": 0.9}
+        names = ["weight ranges", "narrower ranges", "round to nearest", "activation ranges"]
+        assert list(record.cost.seconds) == ["calibrate", *names, "sample"]
+        assert record.cost.optimizer_steps == len(list(files.LEARNED.rglob("*.safetensors"))) > 10
         assert run("tables") == (0, [])
         assert "Dummy" in Path("README.md").read_text()
-        assert "round to nearest with per-step ranges" in Path("results/METHODS.md").read_text()
+        page = Path("results/README.md").read_text()
+        assert "Dummy" in page.split("## Leaderboard")[1].split("\n## ")[0]
+        assert "round to nearest in narrower ranges, with per-step ranges" in Path("results/METHODS.md").read_text()
+        cells = pd.read_csv("results/cells.csv").set_index(["method", "precision"])
+        (row,) = cells.loc[[("dummy", "w4a8")]].to_dict("records")
+        assert row["table"] == "leaderboard" and row["seconds_narrower_ranges"] > 0
     finally:
         sys.modules.pop("baselines.dummy", None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,22 @@ from benchmarks.stages import rehearse
 ROW = ("rehearse", "--task", "toy", "--table", "leaderboard", "--method", "tfmq", "--precision", "w4a8")
 
 
-def test_effort_size_and_coverage_are_those_of_the_cell(suite, run, generate):
+def test_what_it_takes_and_covers_is_that_of_the_cell(suite, run, generate):
     assert generate("tfmq", "w4a8") == (0, [])
-    outcome = json.loads(Path("work/cells/toy/tfmq/w4a8/outcome.json").read_text(encoding="utf-8"))
+    outcome = files.read_json(Path("work/cells/toy/tfmq/w4a8/outcome.json"))["made"]["quantized"]
     assert run(*ROW) == (0, [])
     found = files.read_json(rehearse.FOLDER / "toy-tfmq-w4a8.json")
-    for key in ("effort", "coverage", "size_mib", "full_precision_size_mib"):
+    for key in ("coverage", "size_mib", "full_precision_size_mib"):
         assert found[key] == outcome[key], key
+    assert list(found["seconds"]) == [each["name"] for each in outcome["passes"]]
+    counts = ("unet_evaluations", "optimizer_steps")
+    assert found["effort"] == {key: sum(each[key] for each in outcome["passes"]) for key in counts}
     assert found["stored_mib"] >= found["size_mib"]
     assert 0 < found["relative_error"] < 1
     assert found["peak_memory_mib"] >= found["idle_memory_mib"] > 0
     page = rehearse.PAGE.read_text(encoding="utf-8")
     assert "| toy, TFMQ-DM, w4a8, shared layers | CPU, " in page and "Settings: the suite's, " in page
+    assert f" {sum(found['seconds'].values()) / 60:.1f} |" in page
     for kind in ("conv2d", "linear"):
         rows = [row for row in found["coverage"] if (row["kind"], row["weight_bits"]) == (kind, 4)]
         assert f"- {len(rows)} {kind} w4a8" in page

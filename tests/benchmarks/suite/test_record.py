@@ -73,7 +73,7 @@ def test_status_reason_and_metrics_agree(make_record, change, message):
 
 
 def test_quantization_time_is_all_but_sampling():
-    cost = Cost("cpu", {"weights": 2.0, "activations": 1.0, "sample": 50.0}, 1.0, 0, 0, 1.0, 1.0)
+    cost = Cost("cpu", {"block reconstruction": 2.0, "activation ranges": 1.0, "sample": 50.0}, 1.0, 0, 0, 1.0, 1.0)
     assert cost.quantization_seconds == 3.0
     with pytest.raises(ValueError, match="did you mean 'simulated'"):
         dataclasses.replace(cost, execution="simulate")

@@ -36,7 +36,7 @@ class ClipWeights(Pass):
 
     def run(self, session: Session, rows: CalibrationRows | None) -> None:
         clipped = {}
-        for path, layer in quantized_layers(session.unet).items():
+        for path, layer in quantized_layers(session.network).items():
             most = self.deviations * layer.weight.std().item()
             clipped[path] = (layer.weight.abs() > most).sum().item()
             layer.weight = nn.Parameter(layer.weight.clamp(-most, most), requires_grad=False)
@@ -54,7 +54,7 @@ class MeasureError(Pass):
 
     @torch.no_grad()
     def run(self, session: Session, rows: CalibrationRows) -> None:
-        found, target = (unet(rows.latents, rows.timesteps).sample for unet in (session.unet, session.full))
+        found, target = (unet(rows.latents, rows.timesteps).sample for unet in (session.network, session.full))
         session.report.details |= {"error": ((found - target).norm() / target.norm()).item()}
         session.count_evaluations(2 * len(rows))
 

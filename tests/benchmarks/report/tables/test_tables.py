@@ -48,6 +48,7 @@ def test_a_frame_has_a_row_a_cell_in_reading_order(records):
     assert pd.isna(table.loc[0, "kid_fp"])
     assert table.loc[1, "quantization_seconds"] == 25.0
     assert table.loc[1, "seconds_sample"] == 100.0
+    assert table.loc[1, "seconds_block_reconstruction"] == 20.0
 
 
 def test_no_metric_has_the_name_of_another_column():
@@ -119,7 +120,7 @@ def test_the_leaderboard_shows_intervals_and_names_its_settings(records):
 @pytest.mark.parametrize("status", ["not applicable", "failed", "unverified"])
 def test_what_was_not_measured_stays_visible(records, make_record, status):
     unverified = status == "unverified"
-    cost = Cost("cpu", {"weights": 7200.0}, 1.0, 0, 0, 1.5, 9.75) if unverified else None
+    cost = Cost("cpu", {"block reconstruction": 7200.0}, 1.0, 0, 0, 1.5, 9.75) if unverified else None
     changes = {} if unverified else {"metrics": {}}
     odd = make_record(method="odd", status=status, reason="a | b", cost=cost, **changes)
     text = tables.leaderboard([*records, odd], COLUMNS)
