@@ -1,8 +1,8 @@
-"""score: evaluators look at the images of each of a row's cells, and the metrics of what they saw give its record.
+"""score: evaluators extract features of the images of each of a row's cells, and its metrics are written as a record.
 
-The work is a queue of units, for one process or many: parts of the cells' images (`look`), and, when all parts of a
-cell are seen, its record. The values of images that a metric is the mean of are kept beside, for comparing two cells
-image by image.
+The work is a queue of units, for one process or many: parts of a cell's images, and, when features of all parts are
+there, its record. The per-image values behind a metric that is a mean are kept beside it, for comparing two cells image
+by image.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from benchmarks.metrics import Evidence, metrics
 from benchmarks.runtime import files
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workers import run_units
-from benchmarks.stages import _look, reference
+from benchmarks.stages import _evidence, reference
 from benchmarks.stages._setup import seed_of, task_of
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Layer, Made, Outcome
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell, Cost, Record, Value
 
-# In the folder of what was seen of full precision: who saw it.
+# In the folder of the features of full precision: the evaluators and CLIPs that they come from.
 SEEN_BY = "seen_by.json"
 # A part of a cell's images, or None for the cell's record.
 Unit = tuple[Cell, range | None]
@@ -35,8 +35,8 @@ Unit = tuple[Cell, range | None]
 def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> None:
     """Write the records and the values of images of some cells, ``shards`` processes sharing them.
 
-    A cell that its method does not apply to gets a record that says so. The full-precision cell leaves what was seen of
-    it for the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, when the others are done.
+    A cell that its method does not apply to gets a record that says so. The full-precision cell leaves its features for
+    the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, when the others are done.
     """
     device = device_of(device_name)
     if device.type == "cpu":  # beside a GPU, one process has all cores for its metrics
@@ -45,8 +45,8 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     left: dict[Cell, int] = {}
     for cell in cells:
         task = task_of(suite, cell.task)
-        _look.evaluators(task, device)  # before there are workers, which then have them too
-        parts = _look.parts(task) if (files.cell_folder(cell) / files.IMAGES).exists() else []
+        _evidence.evaluators(task, device)  # before there are workers, which then have them too
+        parts = _evidence.parts(task) if (files.cell_folder(cell) / files.IMAGES).exists() else []
         left[cell] = len(parts)
         units += [(cell, part) for part in parts or [None]]
 
@@ -58,7 +58,7 @@ def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> N
     files.WORK.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix=".score-", dir=files.WORK) as folder:
         failures = run_units(units, partial(_do, suite, device, Path(folder)), shards, device, then)
-    _look.forget()
+    _evidence.release()
     failed = {cell: error for (cell, _), error in reversed(failures)}
     for cell, error in failed.items():
         error.add_note(cell.name)
@@ -72,16 +72,16 @@ def _do(suite: Suite, device: torch.device, folder: Path, unit: Unit) -> None:
     if part is None:
         _score(task, cell, device, folder / cell.name)
     else:
-        _look.look(task, cell, device, folder / cell.name, part)
+        _evidence.extract_part(task, cell, device, folder / cell.name, part)
 
 
-def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
-    """Write the record of a cell, with the metrics of what was seen of its images."""
+def _score(task: Task, cell: Cell, device: torch.device, extracted: Path) -> None:
+    """Write the record of a cell, with the metrics of its images."""
     folder = files.cell_folder(cell)
     outcome = read(Outcome, files.read_json(folder / files.OUTCOME), str(folder / files.OUTCOME))
     made, found = outcome.made, {} if outcome.made is None else {"images": outcome.made.images}
     made_with = files.read_json(files.reference(task.name) / reference.EVALUATOR)
-    values, per_image = ({}, {}) if made is None else _measure(task, cell, device, looked)
+    values, per_image = ({}, {}) if made is None else _measure(task, cell, device, extracted)
     record = Record(
         task=task.name,
         task_version=task.version,
@@ -92,7 +92,7 @@ def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
         settings={
             "task": asdict(task),
             "method": outcome.settings,
-            **_look.seen_by(task, device),
+            **_evidence.identities(task, device),
             "reference": {key: made_with[key] for key in ("data", "features", "clip") if key in made_with},
         },
         status=outcome.status,
@@ -109,25 +109,25 @@ def _score(task: Task, cell: Cell, device: torch.device, looked: Path) -> None:
 
 
 def _measure(
-    task: Task, cell: Cell, device: torch.device, looked: Path
+    task: Task, cell: Cell, device: torch.device, extracted: Path
 ) -> tuple[dict[str, Value], dict[str, torch.Tensor]]:
     """All metrics, and the values of images [N] of those that are a mean over images."""
-    features, seen = _look.seen(looked)
-    if "clip_cosines" in seen:
-        seen["clip_cosines"] = seen["clip_cosines"].T
+    features, found = _evidence.read_parts(extracted)
+    if "clip_cosines" in found:
+        found["clip_cosines"] = found["clip_cosines"].T
     paired = {}
     if cell.method == FULL_PRECISION:
         with files.new_folder(files.paired(task.name)) as folder:
-            for path in looked.iterdir():
+            for path in extracted.iterdir():
                 path.rename(folder / path.name)
             # A change of evaluators or CLIPs shows here, in what all other cells of the task are compared with.
-            files.write_json(folder / SEEN_BY, _look.seen_by(task, device))
+            files.write_json(folder / SEEN_BY, _evidence.identities(task, device))
     else:
         errors = files.read_tensors(files.cell_folder(cell) / files.ERRORS)
-        paired["paired_features"] = _look.seen(files.paired(task.name))[0]
+        paired["paired_features"] = _evidence.read_parts(files.paired(task.name))[0]
         paired |= {"trajectory_error": errors["trajectory"], "temporal_error": errors["temporal"]}
-    references = reference.read(task, *_look.evaluators(task, device))
-    evidence = Evidence(features=features, references=references, **seen, **paired)
+    references = reference.read(task, *_evidence.evaluators(task, device))
+    evidence = Evidence(features=features, references=references, **found, **paired)
     values, per_image = {}, {}
     for name, metric in metrics().items():
         generator = torch.Generator().manual_seed(seed_of("score", name))

@@ -1,7 +1,7 @@
-"""What evaluators and CLIPs see of a cell's images: features, and what pairs of images and of image and prompt give.
+"""What metrics are computed from: features of images, and distances of pairs of images and of image and prompt.
 
-Images are read a few at a time, and a part of them is a unit of work of its own, whose file the next stage of scoring
-puts together. Only these few numbers an image are ever in memory for all images.
+Images are read in chunks, and a part of them is a unit of work, whose file `read_parts` puts together with the others.
+Only these few numbers an image are ever in memory for all images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.suite.record import FULL_PRECISION, Cell
 PART = 1024
 CHUNK = 64
 
-# Files of what was seen of a part, one row an image, and of the feature maps of a chunk; each named by its first image.
+# Files of the features of a part, one row an image, and of the feature maps of a chunk, each named by its first image.
 SEEN, MAPS = "seen", "maps"
 
 
@@ -45,7 +45,7 @@ def scorers(task: Task, device: torch.device) -> list[Scorer]:
     return [_scorer(Path(folder), device) for folder in task.clip]
 
 
-def seen_by(task: Task, device: torch.device) -> dict[str, object]:
+def identities(task: Task, device: torch.device) -> dict[str, object]:
     """The identities of the task's evaluators and CLIPs."""
     evaluator, second = evaluators(task, device)
     return {
@@ -55,24 +55,24 @@ def seen_by(task: Task, device: torch.device) -> dict[str, object]:
     }
 
 
-def forget() -> None:
-    """Let go of evaluators and CLIPs."""
+def release() -> None:
+    """Give back the memory of evaluators and CLIPs."""
     for cached in (evaluator_of, second_evaluator_of, _scorer):
         cached.cache_clear()
 
 
-def look(task: Task, cell: Cell, device: torch.device, folder: Path, part: range) -> None:
-    """Write to ``folder`` what is seen of a part of a cell's images.
+def extract_part(task: Task, cell: Cell, device: torch.device, folder: Path, part: range) -> None:
+    """Write to ``folder`` the features of a part of a cell's images.
 
-    Of full precision that are features, and the feature maps that the evaluator keeps; of all other cells, comparisons
-    with it too. Raises ValueError for images that are missing, or of another count or size than the task's.
+    With those of full precision go the feature maps that the evaluator keeps; with those of all other cells, their
+    distances to full precision. Raises ValueError for images that are missing, or not of the task's count or size.
     """
     evaluator, second = evaluators(task, device)
     clips = scorers(task, device)
     prompts = prompts_of(task, "sample", part) if clips else []
     vectors = [prompt_vectors(clip, prompts) for clip in clips]
     images, paired = _images(task, cell), _images(task, files.full_precision_cell(cell))
-    seen: list[dict[str, Tensor]] = []
+    extracted: list[dict[str, Tensor]] = []
     for start in range(0, len(part), CHUNK):
         chunk = part[start : start + CHUNK]
         pixels = images.read(chunk)
@@ -92,13 +92,13 @@ def look(task: Task, cell: Cell, device: torch.device, folder: Path, part: range
         if clips:
             own = [rows[start : start + CHUNK] for rows in vectors]
             found["clip_cosines"] = torch.stack([cosines(*each, pixels) for each in zip(clips, own, strict=True)], 1)
-        seen.append(found)
-    together = {name: torch.cat([found[name] for found in seen]) for name in seen[0]}
+        extracted.append(found)
+    together = {name: torch.cat([found[name] for found in extracted]) for name in extracted[0]}
     files.write_tensors(folder / _name(SEEN, part), together)
 
 
-def seen(folder: Path) -> tuple[Features, dict[str, Tensor]]:
-    """What `look` wrote of all parts of a cell's images: the features, and all else by name, one row an image.
+def read_parts(folder: Path) -> tuple[Features, dict[str, Tensor]]:
+    """What `extract_part` wrote of all parts of a cell: features, and all else by name, one row an image.
 
     Raises ValueError where there is nothing.
     """

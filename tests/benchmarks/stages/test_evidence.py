@@ -16,7 +16,7 @@ from benchmarks.features import Evaluator, Extractor, Features, compare, extract
 from benchmarks.metrics import Evidence, References, reference_statistics
 from benchmarks.runtime import files
 from benchmarks.runtime.images import batch_name
-from benchmarks.stages import _look, reference, score
+from benchmarks.stages import _evidence, reference, score
 from benchmarks.suite.outcome import Made, Outcome, Quantized
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import Cell, Record
@@ -95,11 +95,13 @@ def save_cell(cell, images):
 def suite(request, tmp_path, monkeypatch):
     """Two cells whose images lie on disk; parts of eight images, read four at a time, seen two at a time."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_look, "PART", 8)
-    monkeypatch.setattr(_look, "CHUNK", 4)
-    monkeypatch.setattr(_look, "evaluator_of", lru_cache(lambda task, device: evaluator(request.param)))
-    monkeypatch.setattr(_look, "second_evaluator_of", lru_cache(lambda task, device: evaluator(False, "brightness")))
-    monkeypatch.setattr(_look, "load_clip", lambda folder, device: Clip(folder))
+    monkeypatch.setattr(_evidence, "PART", 8)
+    monkeypatch.setattr(_evidence, "CHUNK", 4)
+    monkeypatch.setattr(_evidence, "evaluator_of", lru_cache(lambda task, device: evaluator(request.param)))
+    monkeypatch.setattr(
+        _evidence, "second_evaluator_of", lru_cache(lambda task, device: evaluator(False, "brightness"))
+    )
+    monkeypatch.setattr(_evidence, "load_clip", lambda folder, device: Clip(folder))
     data = Features(*(torch.rand(30, width) for width in (3, 4, 3)))
     statistics = reference_statistics(data)
     found = References(statistics, data_pooled=data.pooled, second_data=statistics.pooled)
