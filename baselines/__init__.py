@@ -16,6 +16,7 @@ from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
 
 
+@dataclass(frozen=True)
 class Settings(ABC):
     """What the settings of every method can say: a frozen dataclass extends this."""
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from baselines import Method, _ptqd
 from tfmq.cost import Shapes
-from tfmq.network.calibration import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass, Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.correction import quantized_noise, trajectory_evaluations
@@ -69,7 +68,7 @@ class MixedWidths(Pass):
     batch: int
     snr_power: float
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """See `Pass`; the report's details have the width and both ratios at each step."""
         network, pool = session.network, session.pool
         plans = {
@@ -112,7 +111,7 @@ class MixedWidths(Pass):
             "forward_snr": _by_step(timesteps, needed),
         }
 
-    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+    def cost(self, shapes: Shapes, rows: None) -> Cost:
         """See `Pass`. The most that is spent: which widths are learned, and on how many steps, a measurement decides.
 
         The small width is calibrated for judging it, then each width, if both are chosen.
@@ -126,7 +125,7 @@ class MixedWidths(Pass):
                 found += step.cost(shapes, step.draw(shapes.pool, generator))
         return found
 
-    def memory(self, shapes: Shapes, rows: CalibrationRows | None) -> Memory:
+    def memory(self, shapes: Shapes, rows: None) -> Memory:
         """See `Pass`."""
         generator = torch.Generator()
         shapes.calibrated = False

@@ -84,7 +84,7 @@ def save_quantized(network: Network, path: str | Path, metadata: dict[str, objec
     if path.is_dir() or not path.parent.is_dir():
         problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise ValueError(f"cannot write {path}: {problem}; give the path of a file in a folder that exists")
-    tensors = _checked_tensors(network)
+    tensors, correction = _checked_tensors(network), correction_of(network)
     described = {
         "format": FORMAT,
         "unet_class": type(network).__name__,
@@ -95,7 +95,7 @@ def save_quantized(network: Network, path: str | Path, metadata: dict[str, objec
         "step_bits": json.dumps(
             [n for n, part in activation_quantizers(network).items() if part.step_bits is not None]
         ),
-        "correction": json.dumps(None if correction_of(network) is None else correction_of(network).biases.shape),
+        "correction": json.dumps(None if correction is None else correction.biases.shape),
         "metadata": json.dumps(metadata),
     }
     _write(path, tensors, described)
@@ -121,7 +121,7 @@ def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -231,7 +231,7 @@ def _tensors(network: Network) -> dict[str, Tensor]:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     for path, layer in quantized_layers(network).items():
         del tensors[f"{path}.weight"]
-        tensors[f"{path}.codes"] = pack(layer.codes.cpu(), layer.weight_bits)
+        tensors[f"{path}.codes"] = pack(tensors[f"{path}.codes"], layer.weight_bits)
     return tensors
 
 

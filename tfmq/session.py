@@ -175,7 +175,7 @@ class Session:
             [_decided(step) for step in steps],
             [self._rows_hash(index) for index in range(len(steps))],
             code_hash(*_files(steps)),
-            hashlib.sha256(self.generator.get_state().numpy()).hexdigest(),
+            hashlib.sha256(self.generator.get_state().numpy().data).hexdigest(),
         ]
         return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -231,5 +231,5 @@ def _tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from baselines import Method
@@ -67,9 +67,9 @@ def text(package: str, name: str) -> str:
 
 def method(name: str) -> Method:
     """The quantisation method of `baselines/<name>.py`."""
-    return find(METHODS, "method", name)
+    return cast("Method", find(METHODS, "method", name))
 
 
 def family(name: str) -> Family:
     """The model family of `benchmarks/models/<name>.py`."""
-    return find(FAMILIES, "family", name)
+    return cast("Family", find(FAMILIES, "family", name))

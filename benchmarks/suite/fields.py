@@ -9,13 +9,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from benchmarks.suite.discover import unknown
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-_WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", dict: "a mapping"}
+T = TypeVar("T", bound="DataclassInstance")
+
+_WORDS: dict[object, str] = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    bool: "true or false",
+    dict: "a mapping",
+}
 
 
 def read(cls: type[T], mapping: object, where: str) -> T:
@@ -43,7 +52,7 @@ def read(cls: type[T], mapping: object, where: str) -> T:
 def _value(value: object, hint: object, where: str) -> object:
     if hint is object:
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read(hint, value, where)
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
@@ -63,9 +72,9 @@ def _value(value: object, hint: object, where: str) -> object:
     return _scalar(value, hint, where)
 
 
-def _scalar(value: object, hint: type, where: str) -> object:
+def _scalar(value: object, hint: object, where: str) -> object:
     if hint is float and type(value) is int:
         value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+    if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{where} is {value!r}: it must be {_WORDS[hint]}")
     return value

@@ -184,10 +184,10 @@ class Suite:
                 if method not in self.methods:
                     advice = f"Add `{method}: {{}}` under methods, or the settings that differ from its defaults."
                     raise discover.unknown(f"method in tables.{name}", method, self.methods, advice)
-        for task in self.tasks.values():
-            for method in task.methods:
+        for own in self.tasks.values():
+            for method in own.methods:
                 if method not in self.methods:
-                    where = f"method in tasks.{task.name}.methods"
+                    where = f"method in tasks.{own.name}.methods"
                     raise discover.unknown(where, method, self.methods, "Methods stand below.")
         cells = self.cells()
         if len(set(cells)) < len(cells):

@@ -13,6 +13,8 @@ from tfmq.modules.dynamic import DynamicQuantize
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.numerics.observer import RangeObserver
 
+Quantizer = FakeQuantize | DynamicQuantize
+
 
 class QuantizedAttention(nn.Module):
     """Attention processor with quantised operands of both matrix products: query, key, value and probabilities.
@@ -40,8 +42,8 @@ class QuantizedAttention(nn.Module):
         self.symmetric = symmetric
         self.dynamic = dynamic
         if dynamic:
-            operands = [DynamicQuantize(activation_bits, -1, symmetric) for _ in range(3)]
-            self.probabilities: nn.Module = DynamicQuantize(softmax_bits, -1, positive=True)
+            operands: list[Quantizer] = [DynamicQuantize(activation_bits, -1, symmetric) for _ in range(3)]
+            self.probabilities: Quantizer = DynamicQuantize(softmax_bits, -1, positive=True)
         else:
             operands = [FakeQuantize(activation_bits, tracker, symmetric) for _ in range(3)]
             self.probabilities = FakeQuantize(softmax_bits, tracker, positive=True)
@@ -109,8 +111,9 @@ class QuantizedAttention(nn.Module):
                 extremes += probabilities.unflatten(0, (-1, attn.heads)).flatten(1).aminmax(dim=1)
                 parts.append(torch.bmm(probabilities, part[2]))
             elif torch.is_grad_enabled():
-                again = {"use_reentrant": False, "preserve_rng_state": False}
-                parts.append(checkpoint(self._of_images, attn, *part, chosen, **again))
+                parts.append(
+                    checkpoint(self._of_images, attn, *part, chosen, use_reentrant=False, preserve_rng_state=False)
+                )
             else:
                 parts.append(self._of_images(attn, *part, chosen))
         if observer is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.modules.fake_quantize import StepTracker
-from tfmq.network.backbone import Backbone
+from tfmq.network.backbone import Backbone, Network
 from tfmq.numerics.affine import Grid, dequantize, quantize
 from tfmq.numerics.observer import minmax
 from tfmq.precision import FULL
@@ -36,6 +36,11 @@ class CachedProjection(nn.Module):
         scale, zero_point: (S,).
         looked_up: bool (S,), the steps at which the table answers; at the others ``layer`` does.
     """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    looked_up: Tensor
 
     def __init__(self, layer: nn.Linear, plan: CachePlan, tracker: StepTracker) -> None:
         super().__init__()
@@ -78,7 +83,7 @@ class CachedProjection(nn.Module):
         return torch.where(looked_up[:, None], self.features(index), self.layer(x))
 
 
-def insert_cache(network: nn.Module, plans: Mapping[str, CachePlan], backbone: Backbone) -> None:
+def insert_cache(network: Network, plans: Mapping[str, CachePlan], backbone: Backbone) -> None:
     """Put tables in the place of time projections, in place; they are empty until ``store`` or a checkpoint fills them.
 
     Where no projection is left to compute, the time-embedding network goes too.

@@ -89,6 +89,10 @@ class FakeQuantize(nn.Module):
         step_bits: uint8 (S,), the width of the codes at each of them, or None where it is ``bits`` at all.
     """
 
+    scale: Tensor
+    zero_point: Tensor
+    step_bits: Tensor | None
+
     def __init__(self, bits: int, tracker: StepTracker, symmetric: bool = False, positive: bool = False) -> None:
         super().__init__()
         self.bits = bits
@@ -167,7 +171,7 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
-            self._record(x)
+            self._record(self.observer, x)
             if not isinstance(self.observer, ThresholdObserver):
                 return x
             scale, zero_point = self.observer.affine(self.bits, self.symmetric, self.positive)
@@ -184,17 +188,17 @@ class FakeQuantize(nn.Module):
             grid = _grid(self.step_bits[index].view(rows))
         return fake_quantize(x, scale.view(rows), zero_point.view(rows), grid)
 
-    def _record(self, x: Tensor) -> None:
+    def _record(self, observer: RangeObserver, x: Tensor) -> None:
         index = self.tracker.index
         if not torch.isfinite(x).all():
             raise ValueError(f"the activation at {self.path} holds NaN or infinity{self.tracker.where()}")
-        if len(self.observer.low) == 1:
-            self.observer.update(x)
+        if len(observer.low) == 1:
+            observer.update(x)
         elif isinstance(index, int):
-            self.observer.update(x, index)
+            observer.update(x, index)
         else:
             for step in index.unique():
-                self.observer.update(x[index == step], int(step))
+                observer.update(x[index == step], int(step))
 
     def extra_repr(self) -> str:
         table = f", {len(self.scale)} steps" if self.per_step else ""

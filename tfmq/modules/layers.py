@@ -28,6 +28,7 @@ class QuantizedLayer(nn.Module):
     Attributes:
         weight_bits, activation_bits: 32 where not quantised.
         splits: sizes of consecutive groups of input channels that have ranges of their own; one entry where unsplit.
+        rounding: what gives the weight while its rounding is learned.
         codes: uint8, shape of the weight, once folded.
         weight_scale, weight_zero_point: (output channels, groups).
         input_quantizer: FakeQuantize, SplitFakeQuantize, DynamicQuantize or Identity.
@@ -41,6 +42,17 @@ class QuantizedLayer(nn.Module):
     weight_bits: int
     activation_bits: int
     splits: tuple[int, ...]
+    symmetric: bool
+    dynamic: bool
+    rank: int
+    rounding: nn.Module | None
+    weight: Tensor  # a parameter; declared as in torch's own layers
+    codes: Tensor | None
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    smoothing: Tensor
+    down: Tensor
+    up: Tensor
 
     def set_up(
         self,
@@ -58,7 +70,7 @@ class QuantizedLayer(nn.Module):
         self.symmetric = symmetric
         self.dynamic = dynamic
         self.rank = rank
-        self.rounding: AdaRound | None = None
+        self.rounding = None
         self.register_buffer("codes", None)
         self.register_buffer("weight_scale", torch.ones(self.weight.shape[0], len(splits)))
         self.register_buffer("weight_zero_point", torch.zeros(self.weight.shape[0], len(splits)))
@@ -103,14 +115,14 @@ class QuantizedLayer(nn.Module):
     def learn_rounding(self) -> AdaRound:
         """Start AdaRound from the present ranges; ``effective_weight`` uses it until ``fold``."""
         scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
-        self.rounding = AdaRound(self.weight.detach(), scale, zero_point, self.grid)
-        return self.rounding
+        rounding = self.rounding = AdaRound(self.weight.detach(), scale, zero_point, self.grid)
+        return rounding
 
     @torch.no_grad()
     def fold(self) -> None:
         """Round for good (learned rounding if any, else to nearest) and replace the weight by its dequantised codes."""
         scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
-        if self.rounding is not None:
+        if isinstance(self.rounding, AdaRound):
             codes, self.rounding = self.rounding.codes(), None
         else:
             codes = quantize(self.weight, scale, zero_point, self.grid)
@@ -170,18 +182,9 @@ def quantized_layer(
 ) -> QuantizedConv2d | QuantizedLinear:
     """The quantised twin of ``layer``, sharing its parameters (weights not yet quantised)."""
     if isinstance(layer, nn.Conv2d):
-        twin = QuantizedConv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            layer.bias is not None,
-            layer.padding_mode,
-            device="meta",
-        )
+        same = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        options = {name: getattr(layer, name) for name in same}
+        twin: QuantizedConv2d | QuantizedLinear = QuantizedConv2d(**options, bias=layer.bias is not None, device="meta")
     else:
         twin = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     twin.weight, twin.bias = layer.weight, layer.bias

@@ -9,12 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
-Network = UNet2DModel | UNet2DConditionModel | DiTTransformer2DModel
+Network: TypeAlias = UNet2DModel | UNet2DConditionModel | DiTTransformer2DModel
 
 # Class of diffusers -> the module and the backbone that know it.
 KINDS = {

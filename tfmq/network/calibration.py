@@ -254,8 +254,10 @@ def collect_calibration(
         samples=torch.cat(samples),
         alphas=cumulative_alphas(scheduler, timesteps),
         settings=settings,
-        context=_on_cpu(conditioning and conditioning.context),
-        unconditional=_on_cpu(conditioning and conditioning.unconditional) if settings.guidance_scale != 1.0 else None,
+        context=None if conditioning is None else _on_cpu(conditioning.context),
+        unconditional=(
+            None if conditioning is None or settings.guidance_scale == 1.0 else _on_cpu(conditioning.unconditional)
+        ),
     )
 
 

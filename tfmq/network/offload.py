@@ -86,13 +86,13 @@ class BlockStream:
     @torch.no_grad()
     def outputs(self, block: Block, inputs: Inputs) -> Tensor:
         """Output of the block for all rows. Raises ValueError if it holds NaN or infinity."""
-        outputs = None
+        outputs = torch.empty(0)
         for start in range(0, len(self.rows), self.batch):
             rows = slice(start, start + self.batch)
             part = self.evaluate(self.network, block, inputs, rows)
             if not part.is_meta and not torch.isfinite(part).all():
                 raise ValueError(f"{block.path} puts out NaN or infinity on the calibration set")
-            if outputs is None:
+            if start == 0:
                 outputs = self.place.empty(len(self.rows), part)
             outputs[rows] = part
         return outputs

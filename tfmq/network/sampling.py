@@ -81,7 +81,7 @@ def predict_noise(
     halves of the conditioning.
     """
     check_guidance(conditioning, guidance_scale)
-    if conditioning is None or guidance_scale == 1.0:
+    if conditioning is None or conditioning.unconditional is None or guidance_scale == 1.0:
         return evaluate(network, latents, timestep, None if conditioning is None else conditioning.context)
     context = torch.cat([conditioning.unconditional, conditioning.context])
     unconditional, conditional = evaluate(network, torch.cat([latents, latents]), timestep, context).chunk(2)
@@ -152,7 +152,7 @@ def sample(
             predicted, eta = correction(int(timestep), predicted, eta)
         if callback is not None:
             callback(Step(index, int(timestep), scaled, predicted))
-        extra = {}
+        extra: dict[str, float | Tensor] = {}
         if accepts_eta:
             extra["eta"] = eta
             if settings.eta > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from tfmq.network.backbone import Backbone, Block
 
-UNet = UNet2DModel | UNet2DConditionModel
+UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 
 
 class NoTimeEmbedding(nn.Module):
@@ -43,7 +44,7 @@ class UNetBackbone(Backbone):
         stack = [unet.conv_in.out_channels]
         blocks.append(Block("conv_in", push=True))
         for i, down in enumerate(unet.down_blocks):
-            for j, (resnet, attention) in enumerate(_pairs(down)):
+            for j, (resnet, attention) in enumerate(_pairs(down.resnets, getattr(down, "attentions", None))):
                 blocks.append(Block(f"down_blocks.{i}.resnets.{j}", push=attention is None))
                 if attention is not None:
                     blocks.append(Block(f"down_blocks.{i}.attentions.{j}", push=True))
@@ -59,7 +60,7 @@ class UNetBackbone(Backbone):
                     blocks.append(Block(f"mid_block.attentions.{j}"))
                 blocks.append(Block(f"mid_block.resnets.{j + 1}"))
         for i, up in enumerate(unet.up_blocks):
-            for j, (resnet, attention) in enumerate(_pairs(up)):
+            for j, (resnet, attention) in enumerate(_pairs(up.resnets, getattr(up, "attentions", None))):
                 path = f"up_blocks.{i}.resnets.{j}"
                 blocks.append(Block(path, pop=True))
                 if resnet.conv_shortcut is not None:
@@ -193,6 +194,7 @@ def restore_attention_heads(unet: UNet) -> None:
         set_attention_heads(unet, heads)
 
 
-def _pairs(stage: nn.Module) -> Iterator[tuple[ResnetBlock2D, nn.Module | None]]:
-    attentions = getattr(stage, "attentions", None) or [None] * len(stage.resnets)
-    return zip(stage.resnets, attentions, strict=True)
+def _pairs(
+    resnets: nn.ModuleList, attentions: nn.ModuleList | None
+) -> Iterator[tuple[ResnetBlock2D, nn.Module | None]]:
+    return zip(resnets, attentions or [None] * len(resnets), strict=True)

@@ -8,7 +8,7 @@ the published codes, may lie outside the grid. Rounding is half to even.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,20 +16,22 @@ from torch.autograd.function import FunctionCtx
 
 SMALLEST_SCALE = 1e-8
 
+End = TypeVar("End", int, Tensor)
 
-class Grid(NamedTuple):
-    """The integers a code may take, both ends included."""
 
-    qmin: int
-    qmax: int
+class Grid(NamedTuple, Generic[End]):
+    """The integers a code may take, both ends included; tensors of these where elements have grids of their own."""
 
-    @classmethod
-    def unsigned(cls, bits: int) -> Grid:
-        return cls(0, 2**bits - 1)
+    qmin: End
+    qmax: End
 
-    @classmethod
-    def signed(cls, bits: int) -> Grid:
-        return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    @staticmethod
+    def unsigned(bits: int) -> Grid[int]:
+        return Grid(0, 2**bits - 1)
+
+    @staticmethod
+    def signed(bits: int) -> Grid[int]:
+        return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def affine_from_range(low: Tensor, high: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ def affine_from_range(low: Tensor, high: Tensor, bits: int, symmetric: bool = Fa
     return scale, torch.round(-low / scale)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, grid: Grid) -> Tensor:
     """Integer codes of ``x``, as floats."""
     return torch.round(x / scale).add_(zero_point).clamp_(grid.qmin, grid.qmax)
 
@@ -76,6 +78,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
     return codes.sub_(zero_point).mul_(scale)
 
 
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
 class _FakeQuantize(torch.autograd.Function):
     """The gradient rule of LSQ (arXiv 1902.08153, eq. 3-5) without its gradient scale:
 
@@ -83,7 +90,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         rounded = torch.div(x, scale).round_().add_(zero_point)
         codes = rounded.clamp(grid.qmin, grid.qmax)
         inside = codes == rounded
@@ -92,7 +99,7 @@ class _FakeQuantize(torch.autograd.Function):
         return centred * scale
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scale, centred, inside = ctx.saved_tensors
         passed = grad * inside
         grad_scale = None

@@ -206,7 +206,7 @@ class ThresholdObserver(RangeObserver):
         largest = x.detach().abs().max().float().reshape(1)
         threshold, _, _ = _best_threshold(values, counts, largest, self.bits, side)
         ends = torch.cat(side.ends(threshold))
-        for _ in range(1 + torch.isnan(self.low[step]).item()):
+        for _ in range(1 + int(torch.isnan(self.low[step]))):
             super().update(ends, step)
 
     def affine(self, bits: int, symmetric: bool, positive: bool) -> tuple[Tensor, Tensor]:

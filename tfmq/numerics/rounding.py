@@ -47,6 +47,11 @@ class AdaRound(nn.Module):
         slope: d h / d alpha of the latest backward pass.
     """
 
+    floor: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    free_scale: Tensor
+
     def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
@@ -68,8 +73,11 @@ class AdaRound(nn.Module):
     def add_penalty_gradient(self, weight: float, beta: float) -> None:
         """Add to ``alpha.grad`` that of weight * sum(1 - |2h - 1|^beta), after a backward pass.
 
-        The regulariser (eq. 24) draws each h to 0 or 1; its value is not needed to learn.
+        The regulariser (eq. 24) draws each h to 0 or 1; its value is not needed to learn. Raises ValueError where no
+        backward pass has left a gradient.
         """
+        if self.alpha.grad is None:
+            raise ValueError("alpha has no gradient to add to: call backward first")
         centred = self.h.mul(2).sub_(1)
         power = centred.abs().pow_(beta - 1).copysign_(centred)
         self.alpha.grad.addcmul_(power, self.slope, value=-2 * weight * beta)
@@ -80,6 +88,11 @@ class AdaRound(nn.Module):
         return torch.clamp(self.floor + (self.alpha >= 0), *self.grid)
 
 
+class _Context(FunctionCtx):
+    rounding: AdaRound
+    stretched: Tensor
+
+
 class _SoftRounding(torch.autograd.Function):
     """The softly rounded weight, with its gradient in closed form: a third of the passes over memory of autograd's.
 
@@ -87,7 +100,7 @@ class _SoftRounding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, alpha: Tensor, rounding: AdaRound) -> Tensor:
+    def forward(ctx: _Context, alpha: Tensor, rounding: AdaRound) -> Tensor:
         ctx.rounding = rounding
         ctx.stretched = torch.sigmoid(alpha).mul_(ZETA - GAMMA).add_(GAMMA)
         rounding.h = ctx.stretched.clamp(0, 1)
@@ -95,7 +108,7 @@ class _SoftRounding(torch.autograd.Function):
         return codes.clamp_(*rounding.grid).sub_(rounding.zero_point).mul_(rounding.scale)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
         rounding, stretched = ctx.rounding, ctx.stretched
         slope = (ZETA - stretched).mul_(stretched - GAMMA).mul_(1 / (ZETA - GAMMA))
         rounding.slope = slope.mul_(stretched == rounding.h)

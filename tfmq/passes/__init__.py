@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -59,8 +59,13 @@ class Memory:
         return cls(working + waiting) if waiting <= most_waiting else cls(working, waiting)
 
 
-class Pass(ABC):
+Rows = TypeVar("Rows", bound="CalibrationRows | None")
+
+
+class Pass(ABC, Generic[Rows]):
     """One thing that is done to a network. Its fields are its settings.
+
+    A pass that draws calibration rows extends ``Pass[CalibrationRows]``, any other ``Pass``; its rows are None.
 
     ``quantize_`` calls, each for all passes of the recipe in order: ``amend``, before the quantised layers are put in
     place; ``draw``, before the first pass runs, so that what a pass learns does not move what a later one draws; and
@@ -85,19 +90,19 @@ class Pass(ABC):
         """The plan with what this pass changes of it; ``network`` is still in full precision."""
         return plan
 
-    def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows | None:
+    def draw(self, pool: CalibrationSet, generator: torch.Generator) -> Rows | None:
         """The calibration rows that it works on, or None. Pool and rows may be on the meta device."""
         return None
 
     @abstractmethod
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: Rows) -> None:
         """Do it to ``session.network``, with the rows that were drawn, which are on its device."""
 
-    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+    def cost(self, shapes: Shapes, rows: Rows) -> Cost:
         """What ``run`` spends, or spends at most where data decide. Notes in ``shapes`` what it leaves behind."""
         return Cost()
 
-    def memory(self, shapes: Shapes, rows: CalibrationRows | None) -> Memory | None:
+    def memory(self, shapes: Shapes, rows: Rows) -> Memory | None:
         """About what ``run`` holds; None where that is not known."""
         return Memory()
 

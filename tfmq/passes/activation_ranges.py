@@ -19,7 +19,7 @@ from tfmq.settings import check_choices, check_counts, check_numbers
 
 
 @dataclass(frozen=True)
-class ActivationRanges(Pass):
+class ActivationRanges(Pass[CalibrationRows]):
     """Observe calibration rows in batches, and quantise every activation that no earlier pass does.
 
     Inputs pass the observers unquantised. Does nothing where activations are not quantised, or dynamically.

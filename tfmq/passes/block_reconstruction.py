@@ -7,7 +7,9 @@ weight pass of BRECQ as Q-Diffusion and TFMQ-DM run it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes, evaluation_bytes, units_of
@@ -21,6 +23,7 @@ from tfmq.passes.reconstruction import (
     learn_roundings,
     learning_bytes,
     loss_against,
+    on_rows,
     time_layer_data,
 )
 from tfmq.plan import quantized_layers
@@ -29,7 +32,7 @@ from tfmq.settings import check_counts
 
 
 @dataclass(frozen=True)
-class BlockReconstruction(Pass):
+class BlockReconstruction(Pass[CalibrationRows]):
     """Learn the roundings of all layers that no earlier pass has rounded: time-embedding layers, then block by block.
 
     Attributes:
@@ -50,7 +53,7 @@ class BlockReconstruction(Pass):
     def __post_init__(self) -> None:
         check_counts(self, "batch", "memory_bytes")
 
-    def draw(self, pool: CalibrationSet, generator: object) -> CalibrationRows:
+    def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""
         return self.data(pool, generator)
 
@@ -61,11 +64,9 @@ class BlockReconstruction(Pass):
         for path in backbone.time_embedding:
             layers = _unrounded(network, Block(path))
             if layers:
-                inputs, targets = time_layer_data(backbone, network, full, path, rows.timesteps.unique())
-                loss = loss_against(
-                    targets, lambda index, layer=layers[path], x=inputs: layer(x[index]), self.rounding.norm
-                )
-                learn_roundings(session, path, layers, loss, len(inputs), self.rounding)
+                x, targets = time_layer_data(backbone, network, full, path, rows.timesteps.unique())
+                loss = loss_against(targets, on_rows(layers[path], x), self.rounding.norm)
+                learn_roundings(session, path, layers, loss, len(x), self.rounding)
         reference, stream = (BlockStream(each, backbone, rows, self.batch, place) for each in (full, network))
         for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             targets = reference.outputs(block, reference.inputs(block))
@@ -73,9 +74,8 @@ class BlockReconstruction(Pass):
             inputs = stream.inputs(block)
             layers = _unrounded(network, block)
             if layers:
-                loss = loss_against(
-                    targets, lambda index, b=block, x=inputs: stream.evaluate(network, b, x, index), self.rounding.norm
-                )
+                predict = partial(stream.evaluate, network, block, inputs)
+                loss = loss_against(targets, predict, self.rounding.norm)
                 learn_roundings(session, block.path, layers, loss, len(rows), self.rounding)
             stream.advance(block, stream.outputs(block, inputs))
         session.count_evaluations(2 * len(rows))

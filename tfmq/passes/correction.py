@@ -16,7 +16,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tfmq.cost import Shapes, evaluation_bytes
 from tfmq.network.backbone import Network
-from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.settings import check_counts
@@ -84,6 +84,13 @@ class NoiseCorrection(nn.Module):
         alphas, previous_alphas: float64 (S,), cumulative alpha at the step and after it.
     """
 
+    timesteps: Tensor
+    slopes: Tensor
+    biases: Tensor
+    deviations: Tensor
+    alphas: Tensor
+    previous_alphas: Tensor
+
     def __init__(self, steps: int, channels: int) -> None:
         super().__init__()
         self.register_buffer("timesteps", torch.zeros(steps, dtype=torch.int64))
@@ -140,16 +147,16 @@ class MeasureCorrection(Pass):
     def __post_init__(self) -> None:
         check_counts(self, "images", "batch")
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """See `Pass`."""
         attach_correction(session.network, measure_correction(session.network, session.pool, self.images, self.batch))
         session.count_evaluations(trajectory_evaluations(session.pool, self.images))
 
-    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+    def cost(self, shapes: Shapes, rows: None) -> Cost:
         """See `Pass`."""
         return Cost(trajectory_evaluations(shapes.pool, self.images))
 
-    def memory(self, shapes: Shapes, rows: CalibrationRows | None) -> Memory:
+    def memory(self, shapes: Shapes, rows: None) -> Memory:
         """See `Pass`."""
         batch = shapes.pool.spaced(1, self.batch)
         return Memory(shapes.largest(batch, len(batch), evaluation_bytes))
@@ -224,12 +231,13 @@ def corrected_scheduler(scheduler: SchedulerMixin, network: Network) -> Correcte
 
     Raises ValueError if ``network`` carries no correction; the scheduler does for a schedule that is not its own.
     """
-    correction = correction_of(network)
-    if correction is None:
+    carried = correction_of(network)
+    if carried is None:
         raise ValueError("the network carries no noise correction: use the scheduler as it is")
     if isinstance(scheduler, CorrectedScheduler):
         raise ValueError("the scheduler corrects the noise already: give the plain one")
-    plain = type(scheduler)
+    correction: NoiseCorrection = carried
+    plain: Any = type(scheduler)  # a class made here has bases that no type checker knows
 
     class Corrected(CorrectedScheduler, plain):
         @wraps(plain.set_timesteps)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from tfmq.cost import Shapes
-from tfmq.network.calibration import CalibrationRows
 from tfmq.passes import Cost, Pass
 from tfmq.passes.temporal_reconstruction import temporal_layers
 from tfmq.plan import activation_quantizers
@@ -22,7 +21,7 @@ class FiniteSetCalibration(Pass):
     """
 
     @torch.no_grad()
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """See `Pass`."""
         if not session.precision.quantizes_activations:
             return
@@ -37,7 +36,7 @@ class FiniteSetCalibration(Pass):
         for quantizer in quantizers:
             quantizer.freeze()
 
-    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+    def cost(self, shapes: Shapes, rows: None) -> Cost:
         """See `Pass`."""
         shapes.tabulated |= set(shapes.backbone.temporal)
         return Cost()

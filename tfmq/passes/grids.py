@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tfmq.network.backbone import Backbone, Network
-from tfmq.network.calibration import CalibrationRows
 from tfmq.passes import Pass
 from tfmq.plan import QuantizationPlan
 from tfmq.session import Session
@@ -50,7 +49,7 @@ class Grids(Pass):
         attentions = {path: replace(attention, **own) for path, attention in plan.attentions.items()}
         return replace(plan, layers=layers, attentions=attentions)
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """Nothing: the layers were put in place with these grids."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tfmq.network.backbone import Backbone, Network
-from tfmq.network.calibration import CalibrationRows
 from tfmq.passes import Pass
 from tfmq.plan import QuantizationPlan
 from tfmq.session import Session
@@ -33,5 +32,5 @@ class LeaveOut(Pass):
         attentions = {path: attention for path, attention in plan.attentions.items() if path not in reasons}
         return replace(plan, layers=layers, attentions=attentions, reasons={**plan.reasons, **reasons})
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """Nothing: the layers were left as they are."""

@@ -31,7 +31,7 @@ HALF = torch.float16
 
 
 @dataclass(frozen=True)
-class LowRankBranches(Pass):
+class LowRankBranches(Pass[CalibrationRows]):
     """Smooth each layer and give it a low-rank branch; the residual is left for a later pass to round.
 
     Attributes:
@@ -151,16 +151,16 @@ def add_branches(
     largest: dict[str, Tensor] = {}
     chosen: dict[str, float | None] = {}
 
-    def record(path: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+    def record(path: str, layer: nn.Conv2d | nn.Linear, x: Tensor, output: Tensor) -> None:
         found = x.transpose(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).abs().amax(1)
         if not torch.isfinite(found).all():
             raise ValueError(f"the activation at {path} holds NaN or infinity on the calibration set")
         largest[path] = torch.maximum(largest.get(path, found), found)
 
-    def choose(path: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+    def choose(path: str, layer: nn.Conv2d | nn.Linear, x: Tensor, output: Tensor) -> None:
         twin, weight = layers[path], layer.weight
         weight_largest = weight.transpose(0, 1).flatten(1).abs().amax(1)
-        smoothings = {None: torch.ones_like(weight_largest)}
+        smoothings: dict[float | None, Tensor] = {None: torch.ones_like(weight_largest)}
         for i in range(config.candidates):
             strength = i / (config.candidates - 1) if config.candidates > 1 else 0.5
             smoothings[strength] = smoothing_factors(largest[path], weight_largest, strength)
@@ -185,7 +185,7 @@ def _run_hooked(
     paths: Iterable[str],
     rows: CalibrationRows,
     batch: int,
-    hook: Callable[[str, nn.Module, Tensor, Tensor], None],
+    hook: Callable[[str, nn.Conv2d | nn.Linear, Tensor, Tensor], None],
 ) -> None:
     """Evaluate ``rows`` with ``hook(path, layer, input, output)`` called after each layer at ``paths``."""
 

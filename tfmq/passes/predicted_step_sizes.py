@@ -28,7 +28,7 @@ from tfmq.settings import check_counts
 
 
 @dataclass(frozen=True)
-class PredictedStepSizes(Pass):
+class PredictedStepSizes(Pass[CalibrationRows]):
     """Fit a network to each activation's quantisation error, and give the activation its values as a table over steps.
 
     Attributes:

@@ -85,6 +85,11 @@ def loss_against(targets: Tensor, predict: Callable[[Tensor], Tensor], norm: flo
     return loss
 
 
+def on_rows(layer: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """What ``layer`` puts out for the rows of ``inputs`` at given indices."""
+    return lambda index: layer(inputs[index])
+
+
 def random_batches(rows: int, batch: int, iterations: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Row indices of each iteration's batch, drawn without repetition within a batch."""
     for _ in range(iterations):
@@ -151,7 +156,7 @@ def learn_roundings(
         return learn_rounding(list(layers.values()), loss, batches, config)
 
     def learned() -> dict[str, Tensor]:
-        return {path: layer.codes for path, layer in layers.items()}
+        return {path: layer.codes for path, layer in layers.items() if layer.codes is not None}
 
     def restore(codes: dict[str, Tensor]) -> None:
         for path, layer in layers.items():

@@ -204,7 +204,8 @@ def fit_networks(
         for _ in tqdm(range(config.iterations), desc="step networks", disable=None):
             rows = torch.randint(len(step), (config.batch,), generator=generator)
             scales = networks(encodings).T[step[rows]]
-            loss = sum(group.error(scales, rows) for group in groups)
+            first, *others = (group.error(scales, rows) for group in groups)
+            loss = sum(others, first)
             trace.append(loss.item())
             optimizer.zero_grad()
             loss.backward()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes, evaluation_bytes, units_of
@@ -12,14 +14,14 @@ from tfmq.network.backbone import Block, Network
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
 from tfmq.network.offload import BlockStream, place_for
 from tfmq.passes import Cost, Memory, Pass
-from tfmq.passes.reconstruction import StepSizeConfig, learn_scales, loss_against, time_layer_data
+from tfmq.passes.reconstruction import StepSizeConfig, learn_scales, loss_against, on_rows, time_layer_data
 from tfmq.plan import activation_quantizers
 from tfmq.session import Session
 from tfmq.settings import check_counts
 
 
 @dataclass(frozen=True)
-class StepSizes(Pass):
+class StepSizes(Pass[CalibrationRows]):
     """Learn the step sizes of activations that have one for all time steps: time-embedding layers, then block by block.
 
     Inputs and targets both come from full precision, as in Q-Diffusion's released activation pass. Does nothing where
@@ -38,7 +40,7 @@ class StepSizes(Pass):
     def __post_init__(self) -> None:
         check_counts(self, "batch", "memory_bytes")
 
-    def draw(self, pool: CalibrationSet, generator: object) -> CalibrationRows:
+    def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""
         return self.data(pool, generator)
 
@@ -53,21 +55,17 @@ class StepSizes(Pass):
         for path in backbone.time_embedding:
             quantizers = _learnable(network, Block(path), ())
             if quantizers:
-                inputs, targets = time_layer_data(backbone, full, full, path, rows.timesteps.unique())
-                layer = network.get_submodule(path)
-                loss = loss_against(targets, lambda index, layer=layer, x=inputs: layer(x[index]), self.learning.norm)
-                learn_scales(session, path, quantizers, loss, len(inputs), self.learning)
+                x, targets = time_layer_data(backbone, full, full, path, rows.timesteps.unique())
+                loss = loss_against(targets, on_rows(network.get_submodule(path), x), self.learning.norm)
+                learn_scales(session, path, quantizers, loss, len(x), self.learning)
         reference = BlockStream(full, backbone, rows, self.batch, place)
         for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             inputs = reference.inputs(block)
             targets = reference.outputs(block, inputs)
             quantizers = _learnable(network, block, backbone.time_embedding)
             if quantizers:
-                loss = loss_against(
-                    targets,
-                    lambda index, b=block, x=inputs: reference.evaluate(network, b, x, index),
-                    self.learning.norm,
-                )
+                predict = partial(reference.evaluate, network, block, inputs)
+                loss = loss_against(targets, predict, self.learning.norm)
                 learn_scales(session, block.path, quantizers, loss, len(rows), self.learning)
             reference.advance(block, targets)
         session.count_evaluations(len(rows))

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from tfmq.modules.cache import CachedProjection, CachePlan, cached_projections, insert_cache
 from tfmq.network.backbone import Backbone, Network
-from tfmq.network.calibration import CalibrationRows
 from tfmq.passes import Pass
 from tfmq.plan import QuantizationPlan, announce_step
 from tfmq.session import Session
@@ -48,7 +47,7 @@ class TemporalCache(Pass):
         return replace(plan, layers=kept)
 
     @torch.no_grad()
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """See `Pass`.
 
         Details of the report: ``projections`` (P paths), ``timesteps`` (S), ``cached`` (P lists of S booleans: looked

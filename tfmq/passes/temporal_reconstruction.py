@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tfmq.cost import Shapes
 from tfmq.modules.layers import QuantizedLayer
-from tfmq.network.calibration import CalibrationRows
 from tfmq.passes import Cost, Pass
 from tfmq.passes.reconstruction import RoundingConfig, learn_roundings, reconstruction_loss
 from tfmq.plan import quantized_layers
@@ -34,7 +33,7 @@ class TemporalReconstruction(Pass):
 
     sees_activations = False
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """See `Pass`."""
         layers = temporal_layers(session)
         if not layers:
@@ -51,7 +50,7 @@ class TemporalReconstruction(Pass):
 
         learn_roundings(session, "temporal information block", layers, loss, len(timesteps), self.rounding)
 
-    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+    def cost(self, shapes: Shapes, rows: None) -> Cost:
         """See `Pass`."""
         layers = shapes.unrounded & set(shapes.backbone.temporal)
         shapes.rounded |= layers
@@ -64,13 +63,13 @@ class FreezeTemporal(Pass):
 
     sees_activations = False
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """See `Pass`."""
         for layer in temporal_layers(session).values():
             layer.find_weight_range("minmax")
             layer.fold()
 
-    def cost(self, shapes: Shapes, rows: CalibrationRows | None) -> Cost:
+    def cost(self, shapes: Shapes, rows: None) -> Cost:
         """See `Pass`."""
         shapes.rounded |= set(shapes.backbone.temporal) & set(shapes.plan.layers)
         return Cost()

@@ -42,7 +42,7 @@ class LearnedStepWeight(nn.Module):
         scale: step sizes, of a shape that broadcasts against the weight.
     """
 
-    def __init__(self, weight: nn.Parameter, bits: int) -> None:
+    def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__()
         self.weight = weight
         self.grid = Grid.signed(bits)
@@ -91,7 +91,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class QuantizationAwareTraining(Pass):
+class QuantizationAwareTraining(Pass[CalibrationRows]):
     """Train weights, their step sizes and the networks that predict those of activations, jointly.
 
     Attributes:
@@ -201,7 +201,7 @@ def noised(pool: CalibrationSet, batch: int, generator: torch.Generator) -> tupl
     alpha = pool.alphas[step].to(clean).view(-1, *[1] * (clean.dim() - 1))
     latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     context = None if pool.context is None else pool.context[image]
-    if pool.unconditional is not None:
+    if context is not None and pool.unconditional is not None:
         dropped = torch.rand(batch, generator=generator) < GUIDANCE_DROPOUT
         context = torch.where(_beside(dropped, context), pool.unconditional[image], context)
     return CalibrationRows(latents, pool.timesteps[step], context), noise

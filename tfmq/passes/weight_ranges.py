@@ -7,7 +7,6 @@ from typing import Literal
 
 from tqdm.auto import tqdm
 
-from tfmq.network.calibration import CalibrationRows
 from tfmq.passes import Pass
 from tfmq.plan import quantized_layers
 from tfmq.session import Session
@@ -32,7 +31,7 @@ class WeightRanges(Pass):
     def __post_init__(self) -> None:
         check_choices(self)
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """See `Pass`."""
         for layer in tqdm(quantized_layers(session.network).values(), desc=self.name, disable=None):
             layer.find_weight_range(self.range)
@@ -44,7 +43,7 @@ class RoundToNearest(Pass):
 
     sees_activations = False
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         """See `Pass`."""
         for layer in quantized_layers(session.network).values():
             if layer.codes is None:

@@ -37,7 +37,7 @@ class NarrowerRanges(Pass):
     sees_activations = False
 
     def run(self, session, rows):
-        for path, layer in quantized_layers(session.unet).items():
+        for path, layer in quantized_layers(session.network).items():
 
             def learn(layer=layer):
                 layer.weight_scale = self.share * layer.weight_scale

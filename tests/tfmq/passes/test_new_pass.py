@@ -34,7 +34,7 @@ class ClipWeights(Pass):
     def __post_init__(self) -> None:
         check_positive(self, "deviations")
 
-    def run(self, session: Session, rows: CalibrationRows | None) -> None:
+    def run(self, session: Session, rows: None) -> None:
         clipped = {}
         for path, layer in quantized_layers(session.network).items():
             most = self.deviations * layer.weight.std().item()
@@ -44,7 +44,7 @@ class ClipWeights(Pass):
 
 
 @dataclass(frozen=True)
-class MeasureError(Pass):
+class MeasureError(Pass[CalibrationRows]):
     """Tell how far the quantised network is from full precision on some rows."""
 
     data: Draw = Spaced(2, 3)
