@@ -1,7 +1,7 @@
 """The recipe that the block-wise methods share: AdaRound within BRECQ (arXiv 2102.05426), then activation ranges.
 
 Weight ranges are searched, roundings learned block by block from streamed inputs, activation ranges averaged over
-batches. What the rows that build on it add or leave out are settings here.
+batches. Settings select what each row adds or leaves out.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from tfmq.plan import (
 FORMAT = "tfmq-quantized-3"
 FAMILY = FORMAT.rpartition("-")[0]
 DAMAGED = "damaged or truncated: delete it and quantise again"
-NETWORKS = {kind.__name__: kind for kind in (DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel)}
+NETWORKS = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)}
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

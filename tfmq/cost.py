@@ -1,4 +1,4 @@
-"""What a quantisation will cost, said before it is done: evaluations, optimiser steps and memory, pass by pass.
+"""Estimate the cost of a quantisation before running it: evaluations, optimiser steps and memory, pass by pass.
 
 Passes say it themselves, from shapes alone: the network is on the meta device. Memory is an estimate, since what
 kernels and the allocator use is only guessed: counted are the networks, the rows that wait between two blocks, and what
@@ -21,11 +21,11 @@ from tfmq.network.backbone import Backbone, Block, Network, backbone_of, full_pr
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.network.offload import BlockStream, Place, stream_bytes
 from tfmq.passes import Cost, Memory, Recipe
-from tfmq.plan import SHARED, Protocol, QuantizationPlan, insert_quantizers, plan_for, quantized_layers
+from tfmq.plan import SHARED, Protocol, QuantizationPlan, amended_plan, insert_quantizers, quantized_layers
 from tfmq.precision import Precision
 
 Measure = Callable[[BlockStream, Block], int]
-# Tensors of the largest size that are there at once besides: gradients on their way, or what kernels work on.
+# Tensors of the largest size that coexist with these: gradients, and the workspace of kernels.
 WORKING_TENSORS = 3
 
 
@@ -138,6 +138,8 @@ def plan_cost(
     plan = amended_plan(network, backbone, precision, recipe, protocol)
     twin = copy.deepcopy(network)
     insert_quantizers(twin, plan)
+    for layer in quantized_layers(twin).values():
+        layer.ranged = True  # as each will be when it is learned
     shapes = Shapes(twin, backbone, plan, precision, pool)
     generator = torch.Generator()
     drawn = [step.draw(pool, generator) for step in recipe]
@@ -150,16 +152,6 @@ def plan_cost(
     return Planned(tuple(costs), 2 * full_precision_bytes(network) + codes, tuple(memories))
 
 
-def amended_plan(
-    network: Network, backbone: Backbone, precision: Precision, recipe: Recipe, protocol: Protocol
-) -> QuantizationPlan:
-    """The protocol's plan at a precision, as the passes of a recipe amend it."""
-    plan = plan_for(network, backbone, precision, protocol)
-    for step in recipe:
-        plan = step.amend(plan, network, backbone)
-    return plan
-
-
 def units_of(backbone: Backbone, paths: Iterable[str]) -> int:
     """How many of the time-embedding layers, and of the blocks, are or hold any of ``paths``."""
     embedding = set(backbone.time_embedding) & set(paths)
@@ -168,7 +160,7 @@ def units_of(backbone: Backbone, paths: Iterable[str]) -> int:
 
 
 def evaluation_bytes(stream: BlockStream, block: Block) -> int:
-    """What evaluating a block takes: the batch, and so many times the largest tensor that a layer puts out."""
+    """What evaluating a block takes: the batch, and WORKING_TENSORS times the largest output of a layer."""
     sizes = [0]
     inputs = stream.inputs(block)
     with torch.no_grad(), _watched(stream.network.get_submodule(block.path), sizes):

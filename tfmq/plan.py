@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.layers import QuantizedLayer, quantized_layer
 from tfmq.network.backbone import Backbone, Network
 from tfmq.precision import FULL, Precision
+
+if TYPE_CHECKING:
+    from tfmq.passes import Recipe
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,21 @@ class Protocol:
         bits: role (see ``Backbone.roles``) -> bits that weights and inputs get at least; 32 leaves the role in full
             precision. Layers of no such role get the bits of the precision.
         inputs: the same for inputs alone.
-        softmax_bits: that attention probabilities get at least.
+        softmax_bits: least bits of attention probabilities.
     """
 
     name: str
     bits: Mapping[str, int]
     inputs: Mapping[str, int] = field(default_factory=dict)
     softmax_bits: int = 0
+
+    def __post_init__(self) -> None:
+        for role, bits in self.bits.items():
+            if bits != FULL and not 2 <= bits <= 8:
+                raise ValueError(f"protocol {self.name} gives {role} {bits} bits: choose 2 to 8, or {FULL} for none")
+        for role, bits in self.inputs.items():
+            if bits != FULL and not 2 <= bits <= 16:
+                raise ValueError(f"protocol {self.name} gives inputs of {role} {bits} bits: choose 2 to 16, or {FULL}")
 
 
 SHARED = Protocol("shared", {"boundary": 8})
@@ -129,6 +141,16 @@ def plan_for(
         else:
             reasons[path] = "the precision leaves activations in full precision"
     return QuantizationPlan(layers, attentions, reasons)
+
+
+def amended_plan(
+    network: Network, backbone: Backbone, precision: Precision, recipe: Recipe, protocol: Protocol
+) -> QuantizationPlan:
+    """The protocol's plan at a precision, as the passes of a recipe amend it."""
+    plan = plan_for(network, backbone, precision, protocol)
+    for step in recipe:
+        plan = step.amend(plan, network, backbone)
+    return plan
 
 
 def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:

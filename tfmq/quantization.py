@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from tfmq.cost import amended_plan
 from tfmq.network.backbone import Backbone, Network, backbone_of
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.passes import Recipe
@@ -16,6 +16,7 @@ from tfmq.plan import (
     SHARED,
     Protocol,
     activation_quantizers,
+    amended_plan,
     check_unquantized,
     coverage,
     insert_quantizers,
@@ -56,17 +57,15 @@ def quantize_(
         workspace: keeps what is learned, so that a run that was stopped goes on; None keeps nothing.
 
     Raises:
-        ValueError: weights or activations hold NaN or infinity, activations are constant, the calibration rows are none
-            or not the network's inputs or do not fit in memory, the recipe leaves a layer unquantised, or the network
-            is quantised already or of a structure that is not supported. After this or any other error the network
-            computes what it did before.
+        ValueError: weights or activations hold NaN or infinity, activations are constant, there are no calibration
+            rows, or they do not match the network's inputs or do not fit in memory, the recipe leaves a layer
+            unquantised, or the network is quantised already or of a structure that is not supported. After this or any
+            other error the network computes what it did before, and the generator is where it was.
     """
-    if precision.weight_bits == FULL:
-        raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
-    check_unquantized(network)
-    check_weights(network)
+    check_arguments(network, precision, workspace)
     backbone = backbone_of(network)
     plan = amended_plan(network, backbone, precision, recipe, protocol)
+    state = generator.get_state()
     drawn = [step.draw(pool, generator) for step in recipe]
     for step, rows in zip(recipe, drawn, strict=True):
         if rows is not None:
@@ -74,7 +73,7 @@ def quantize_(
     network.eval().requires_grad_(False)
     full = copy.deepcopy(network)
     session = Session(network, full, backbone, plan, precision, protocol, pool, generator, workspace or Workspace())
-    with restored_on_failure(network, full):
+    with restored_on_failure(network, full, generator, state):
         insert_quantizers(network, plan)
         for step, rows in zip(recipe, drawn, strict=True):
             with session.running(step, rows):
@@ -84,8 +83,13 @@ def quantize_(
     return session.report
 
 
-def check_weights(network: Network) -> None:
-    """Raise ValueError naming the first parameter that holds NaN or infinity."""
+def check_arguments(network: Network, precision: Precision, workspace: Workspace | None) -> None:
+    """Raise ValueError for what can not be quantised, such as a parameter that holds NaN or infinity."""
+    if workspace is not None and not isinstance(workspace, Workspace):
+        raise ValueError(f"workspace is {workspace!r}: give a FolderWorkspace of a folder, or None")
+    if precision.weight_bits == FULL:
+        raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
+    check_unquantized(network)
     for name, parameter in network.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")
@@ -113,18 +117,27 @@ def check_finished(network: Network) -> None:
     """Raise ValueError naming the first layer or activation that a recipe has left unquantised."""
     for path, layer in quantized_layers(network).items():
         if layer.codes is None:
-            raise ValueError(f"the recipe leaves the weight of {path} unrounded: end its weights by RoundToNearest")
+            raise ValueError(f"the recipe leaves the weight of {path} unrounded: add RoundToNearest after what learns")
+        if not layer.consistent:
+            raise ValueError(
+                f"the weight of {path} was changed after it was rounded: let that pass come before rounding"
+            )
     for path, quantizer in activation_quantizers(network).items():
         if not quantizer.enabled:
             raise ValueError(f"the recipe gives the activation at {path} no range: add ActivationRanges")
 
 
 @contextmanager
-def restored_on_failure(network: Network, full: Network) -> Iterator[None]:
-    """Make ``network`` the full-precision ``full`` again, in place, where anything is raised inside."""
+def restored_on_failure(network: Network, full: Network, generator: torch.Generator, state: Tensor) -> Iterator[None]:
+    """Make ``network`` the full-precision ``full`` again, in place, where anything is raised inside.
+
+    The generator goes back to ``state``, so that the same call finds in its workspace what was learned. Submodules are
+    those of ``full`` then: references to earlier ones point nowhere.
+    """
     try:
         yield
     except BaseException:
         vars(network).clear()
         vars(network).update(vars(full))
+        generator.set_state(state)
         raise

@@ -1,4 +1,4 @@
-"""One quantisation on its way: what its passes work on, what they have spent, and how what they learn is kept."""
+"""The state of a running quantisation: what passes work on, what they have spent, and how their results are kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -135,7 +135,7 @@ class Session:
         learned: Callable[[], dict[str, Tensor]],
         restore: Callable[[dict[str, Tensor]], None],
     ) -> None:
-        """Learn what is learned together, or take it from the workspace: the generator then goes on as after learning.
+        """Run one unit of learning, or load its saved result and set the generator to the state after it.
 
         Args:
             unit: what it is, such as the path of a block.
@@ -172,6 +172,7 @@ class Session:
             self._units,
             self._given,
             self.plan.described(activations=seen),
+            _decided([self.precision, self.protocol]) if seen else None,
             [_decided(step) for step in steps],
             [self._rows_hash(index) for index in range(len(steps))],
             code_hash(*_files(steps)),
@@ -210,9 +211,19 @@ def _decided(setting: object) -> object:
         return [type(setting).__qualname__, fields]
     if isinstance(setting, tuple | list):
         return [_decided(item) for item in setting]
+    if isinstance(setting, Mapping):
+        return [[_decided(key), _decided(value)] for key, value in setting.items()]
     if isinstance(setting, Tensor):
         return _tensors_hash([("", setting)])
-    return getattr(setting, "__qualname__", None) or repr(setting)
+    if setting is None or isinstance(setting, bool | int | float | str | torch.dtype | torch.device):
+        return repr(setting)
+    name = getattr(setting, "__qualname__", None)  # of a function; what it draws counts by itself
+    if name is None:
+        raise ValueError(
+            f"a pass has the setting {setting!r}, of a type whose values can not be told apart: make it a dataclass, "
+            "or quantise without a workspace"
+        )
+    return [getattr(setting, "__module__", ""), name]
 
 
 def _files(steps: Iterable[Pass]) -> list[Path]:

@@ -21,7 +21,7 @@ Allocate = Callable[[int, torch.dtype], Tensor]
 
 
 class Workspace:
-    """Keeps nothing, and lets rows wait in memory alone.
+    """Saves nothing; rows between blocks stay in memory.
 
     Attributes:
         allocate: gives a flat CPU tensor of (elements, dtype), such as a mapped file, for rows that memory does not
@@ -36,7 +36,7 @@ class Workspace:
         return None
 
     def put(self, address: str, tensors: dict[str, Tensor]) -> None:
-        """Keep ``tensors``, which are on the CPU; one that is cut short must leave nothing at ``address``."""
+        """Save ``tensors``, which are on the CPU; an interrupted write must leave no entry."""
 
 
 @dataclass

@@ -81,7 +81,7 @@ def then(unit: tuple[Work, str]) -> list[tuple[Work, str]]:
 
 
 def _quantize(work: Work) -> None:
-    """Quantise a cell's UNet, or go on where a killed run was, or where a cell that begins alike has been."""
+    """Quantise a cell's network, resuming from units that an interrupted run or another cell has saved."""
     device = torch.device(work.device)
     forget_networks()
     restart_peak(device)
@@ -147,7 +147,6 @@ def _sample_batch(work: Work, name: str) -> None:
         conditioning=conditioning_of(model, work.task, PURPOSE, images),
         step_noise=step_noise.to(work.device),
         callback=steps.append if index == 0 and not work.quantized else None,
-        correction=correction_of(unet),
     )
     decoded = model.decode(latents)
     tensors = {"seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64)}

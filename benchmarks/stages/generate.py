@@ -75,7 +75,7 @@ def _make(works: Sequence[Work], device: torch.device, shards: int) -> None:
 
 
 def _shared_last(works: Sequence[Work]) -> list[Work]:
-    """The cells in an order in which those whose quantisation begins like another one's find it learned already."""
+    """Order cells so that those which can reuse another cell's learning come later."""
     seen: Counter[object] = Counter()
     order = []
     for work in works:

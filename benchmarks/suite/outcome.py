@@ -29,7 +29,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What quantising a cell's network gave; empty for full precision but for sizes and memory.
+    """What quantising a cell's network gave; for full precision only sizes and memory are set.
 
     Attributes:
         size_mib, full_precision_size_mib: of the network's weights as stored.

@@ -149,8 +149,8 @@ class Pipeline:
             ),
             Stage(
                 "score_full_precision",
-                "It also leaves the features and feature maps that all cells of the task are paired with, and says who"
-                " has seen them: the other cells' scores depend on evaluators and CLIPs through that.",
+                "It also leaves the features and feature maps that all cells of the task are paired with, and records"
+                " which evaluators and CLIPs they come from: the other cells' scores depend on these through that.",
                 "python -m benchmarks score --task ${key} --method full_precision",
                 deps=[
                     *self._evaluators,

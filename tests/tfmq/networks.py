@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel, VQModel
 
-from tfmq.cost import amended_plan
 from tfmq.network.backbone import backbone_of
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced, collect_calibration
 from tfmq.network.sampling import Conditioning, SamplingSettings, sample
@@ -24,7 +23,7 @@ from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.step_sizes import StepSizes
 from tfmq.passes.temporal_reconstruction import TemporalReconstruction
 from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
-from tfmq.plan import SHARED, Protocol, QuantizationPlan
+from tfmq.plan import SHARED, Protocol, QuantizationPlan, amended_plan
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 from tfmq.session import QuantizationReport, Session
@@ -189,7 +188,7 @@ def session(unet: UNet, full: UNet, pool: CalibrationSet, precision: str = "w4a8
     """A session on a network whose quantised layers are in place already; ``parts`` replace its usual parts."""
     given = {"backbone": backbone_of(full), "plan": QuantizationPlan({}, {}), "protocol": SHARED}
     given |= {"precision": Precision.parse(precision), "generator": generator()} | parts
-    return Session(unet=unet, full=full, pool=pool, **given)
+    return Session(network=unet, full=full, pool=pool, **given)
 
 
 def run(session: Session, step: Pass, rows: CalibrationRows | None = None) -> None:

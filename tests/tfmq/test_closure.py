@@ -100,3 +100,22 @@ def test_a_pass_is_decided_by_what_it_imports():
     assert {"tfmq/passes/reconstruction.py", "tfmq/network/offload.py", "tfmq/modules/layers.py"} < found
     assert not any(name.startswith(("baselines", "benchmarks", "tests")) for name in found)
     assert "tfmq/passes/step_sizes.py" not in found
+
+
+def test_a_name_of_the_front_door_is_the_module_that_defines_it(project):
+    (project / "tfmq/__init__.py").write_text('_HOMES = {"Deep": "deep.b"}\n')
+    mine = project / "mine.py"
+    mine.write_text("from tfmq import Deep\n")
+    forget()
+    assert project / "tfmq/deep/b.py" in closure(mine)
+
+
+def test_modules_beside_a_file_of_one_s_own_count(project, tmp_path_factory):
+    """Those outside the project, which an import finds from the folder of the file."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "method.py").write_text("import loss\nimport tfmq.e\n")
+    (folder / "loss.py").write_text("WEIGHT = 1\n")
+    before = code_hash(folder / "method.py")
+    assert {path.name for path in closure(folder / "method.py")} == {"method.py", "loss.py", "__init__.py", "e.py"}
+    (folder / "loss.py").write_text("WEIGHT = 20\n")
+    assert code_hash(folder / "method.py") != before

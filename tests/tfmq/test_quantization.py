@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,17 +14,17 @@ from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import backbone_of
 from tfmq.network.calibration import CalibrationRows
 from tfmq.network.unet import UNet
-from tfmq.passes import Recipe
+from tfmq.passes import Pass, Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.block_reconstruction import BlockReconstruction
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.step_sizes import StepSizes
 from tfmq.passes.temporal_cache import TemporalCache
 from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
-from tfmq.plan import activation_quantizers, coverage, quantized_layers
+from tfmq.plan import Protocol, activation_quantizers, coverage, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
-from tfmq.session import Spent
+from tfmq.session import Session, Spent
 
 ROUNDING = RoundingConfig(iterations=4, batch=8, learning_rate=1e-2)
 W4A8 = Precision.parse("w4a8")
@@ -252,3 +252,49 @@ def test_a_quantised_network_is_not_quantised_again():
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(ValueError, match="reconstruction loss is NaN or infinite"):
         networks.quantized(networks.recipe(rounding=RoundingConfig(iterations=2, norm=1e5)))
+
+
+@dataclass(frozen=True)
+class Meddle(Pass):
+    """Changes weights, in the place of a recipe where it stands."""
+
+    def run(self, session: Session, rows: None) -> None:
+        for layer in quantized_layers(session.network).values():
+            with torch.no_grad():
+                layer.weight *= 1.01
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ((RoundToNearest(),), "a weight has no range to be rounded in: let WeightRanges come before"),
+        ((WeightRanges(),), "leaves the weight of conv_in unrounded: add RoundToNearest"),
+        ((WeightRanges(), RoundToNearest()), "gives the activation at .* no range: add ActivationRanges"),
+        ((*networks.recipe(), Meddle()), "a pass changed the weight of conv_in after it was rounded|was changed after"),
+    ],
+)
+def test_a_recipe_that_leaves_something_undone_is_refused(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        networks.quantized(recipe)
+
+
+def test_after_a_failure_the_generator_is_where_it_was():
+    generator = networks.generator()
+    before, unet = generator.get_state(), networks.unconditional()
+    recipe = (*networks.recipe(rounding=ROUNDING), Meddle())
+    with pytest.raises(ValueError, match="conv_in"):
+        quantize_(unet, W4A8, recipe, networks.pool(networks.unconditional()), generator)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_folder_s_name_is_no_workspace():
+    with pytest.raises(ValueError, match="workspace is 'learned': give a FolderWorkspace"):
+        quantize_(
+            networks.unconditional(), W4A8, (), networks.pool(networks.unconditional()), None, workspace="learned"
+        )
+
+
+@pytest.mark.parametrize(("bits", "inputs"), [({"boundary": 16}, {}), ({"boundary": 1}, {}), ({}, {"boundary": 17})])
+def test_widths_that_codes_do_not_have_are_refused(bits, inputs):
+    with pytest.raises(ValueError, match="choose 2 to"):
+        Protocol("mine", bits, inputs)

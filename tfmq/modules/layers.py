@@ -28,6 +28,7 @@ class QuantizedLayer(nn.Module):
     Attributes:
         weight_bits, activation_bits: 32 where not quantised.
         splits: sizes of consecutive groups of input channels that have ranges of their own; one entry where unsplit.
+        ranged: whether the weight has a range to be rounded in.
         rounding: what gives the weight while its rounding is learned.
         codes: uint8, shape of the weight, once folded.
         weight_scale, weight_zero_point: (output channels, groups).
@@ -45,6 +46,7 @@ class QuantizedLayer(nn.Module):
     symmetric: bool
     dynamic: bool
     rank: int
+    ranged: bool
     rounding: nn.Module | None
     weight: Tensor  # a parameter; declared as in torch's own layers
     codes: Tensor | None
@@ -70,6 +72,7 @@ class QuantizedLayer(nn.Module):
         self.symmetric = symmetric
         self.dynamic = dynamic
         self.rank = rank
+        self.ranged = False
         self.rounding = None
         self.register_buffer("codes", None)
         self.register_buffer("weight_scale", torch.ones(self.weight.shape[0], len(splits)))
@@ -100,6 +103,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def find_weight_range(self, method: str) -> None:
         """Set the weight's scales by one of ``RANGES``."""
+        self.ranged = True
         groups = [RANGES[method](group.flatten(1), self.weight_bits) for group in self.weight.split(self.splits, 1)]
         self.weight_scale = torch.stack([scale for scale, _ in groups], 1)
         self.weight_zero_point = torch.stack([point for _, point in groups], 1)
@@ -114,19 +118,37 @@ class QuantizedLayer(nn.Module):
 
     def learn_rounding(self) -> AdaRound:
         """Start AdaRound from the present ranges; ``effective_weight`` uses it until ``fold``."""
+        self.check_ranged()
         scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
         rounding = self.rounding = AdaRound(self.weight.detach(), scale, zero_point, self.grid)
         return rounding
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Round for good (learned rounding if any, else to nearest) and replace the weight by its dequantised codes."""
+        """Round for good (learned rounding if any, else to nearest) and replace the weight by its dequantised codes.
+
+        Raises ValueError for a weight that has no range.
+        """
+        self.check_ranged()
         scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
         if isinstance(self.rounding, AdaRound):
             codes, self.rounding = self.rounding.codes(), None
         else:
             codes = quantize(self.weight, scale, zero_point, self.grid)
         self.load_codes(codes.to(torch.uint8))
+
+    def check_ranged(self) -> None:
+        """Raise ValueError for a weight whose range was not found since it was put in place."""
+        if not self.ranged:
+            raise ValueError("a weight has no range to be rounded in: let WeightRanges come before it is rounded")
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the weight is that of the codes."""
+        if self.codes is None:
+            return False
+        values = dequantize(self.codes, self._spread(self.weight_scale), self._spread(self.weight_zero_point))
+        return torch.equal(values.to(self.weight.dtype), self.weight)
 
     @torch.no_grad()
     def load_codes(self, codes: Tensor) -> None:

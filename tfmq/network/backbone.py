@@ -1,4 +1,4 @@
-"""What a network can say of itself: its blocks, its layers by role, what depends on the time step, how it is called.
+"""The description of a network: its blocks, its layers by role, what depends on the time step, how it is called.
 
 A backbone holds paths and no modules, so that one describes a network and its quantised twin. A further kind of network
 is one file beside `unet` and `transformer`, named in ``KINDS``.
@@ -79,7 +79,7 @@ class Backbone(ABC):
     @staticmethod
     @abstractmethod
     def evaluate(network: Network, latents: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
-        """The predicted noise (B, C, H, W) for latents (B, C, H, W), time steps () or (B,) and what goes with them."""
+        """The predicted noise (B, C, H, W) for latents (B, C, H, W), time steps () or (B,), and the conditioning."""
 
     @abstractmethod
     def encoding(self, network: Network, timesteps: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Backbone(ABC):
 def kind_of(network: Network) -> type[Backbone]:
     """The kind of backbone that a network has. Raises ValueError for a class that none knows."""
     for parent in type(network).__mro__:
-        if parent.__name__ in KINDS and parent.__module__.startswith("diffusers."):
+        if parent.__name__ in KINDS:
             module, name = KINDS[parent.__name__]
             return getattr(import_module(module), name)
     raise ValueError(f"{type(network).__name__} is not supported: give one of {', '.join(KINDS)}")

@@ -22,7 +22,7 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where rows wait: the device, and what gives memory there if torch shall not."""
+    """Where rows wait: the device, and the allocator to use there instead of torch's."""
 
     device: torch.device
     allocate: Allocate | None = None

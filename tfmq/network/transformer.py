@@ -64,7 +64,8 @@ class TransformerBackbone(Backbone):
     def evaluate(network: DiTTransformer2DModel, latents: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
         """See `Backbone`."""
         steps = timesteps.to(latents.device).expand(len(latents))
-        return network(latents, timestep=steps, class_labels=context).sample
+        # A network that predicts the variance too has its channels behind those of the noise.
+        return network(latents, timestep=steps, class_labels=context).sample[:, : latents.shape[1]]
 
     def encoding(self, network: DiTTransformer2DModel, timesteps: Tensor) -> Tensor:
         """See `Backbone`."""

@@ -168,7 +168,7 @@ class UNetBackbone(Backbone):
 
 
 def set_attention_heads(unet: UNet2DModel, heads: int) -> None:
-    """Give every attention of ``unet`` so many heads, in place, and note it in the UNet's config.
+    """Set the number of heads of every attention of ``unet``, in place, and record it in its config.
 
     A UNet2DModel has one head dimension for all its levels; the published LDM-8 has 8 heads at every width. No
     parameter's shape depends on it, so that from_pretrained and from_config lose it without an error, but keep the

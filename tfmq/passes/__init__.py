@@ -28,8 +28,8 @@ class Cost:
     Attributes:
         unet_evaluations: sample evaluations of the whole network.
         optimizer_steps: of learning.
-        learned_rows: how many rows pass the whole network forward and backward, a part in the learning of each block;
-            learning that concerns the time step alone is not in it, since that takes next to nothing a step.
+        learned_rows: training samples, counted as full forward and backward passes; learning that depends on the time
+            step alone is left out, since it costs next to nothing.
     """
 
     unet_evaluations: int = 0
@@ -55,7 +55,7 @@ class Memory:
 
     @classmethod
     def of(cls, working: int, waiting: int, most_waiting: int) -> Memory:
-        """``waiting`` bytes of rows wait on a disk if they are more than ``most_waiting``."""
+        """The memory of a pass whose ``waiting`` bytes go to disk if they exceed ``most_waiting``."""
         return cls(working + waiting) if waiting <= most_waiting else cls(working, waiting)
 
 

@@ -13,7 +13,7 @@ from tfmq.settings import check_counts
 
 @dataclass(frozen=True)
 class Grids(Pass):
-    """Grids other than the usual: asymmetric, calibrated, and one for an activation or an output channel of a weight.
+    """Change the default grids, which are asymmetric and calibrated: one per activation tensor, one per output channel.
 
     Attributes:
         split_shortcuts: own ranges for the two halves of concatenated shortcuts (Q-Diffusion).

@@ -19,6 +19,10 @@ class LeaveOut(Pass):
 
     sees_activations = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.roles, str):
+            raise ValueError(f"roles is {self.roles!r}: give a tuple of roles, such as ({self.roles!r},)")
+
     def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`. Raises ValueError for a role that there is not."""
         reasons = {}

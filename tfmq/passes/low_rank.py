@@ -130,7 +130,7 @@ def split_weight(layer: QuantizedLayer, weight: Tensor, smoothing: Tensor) -> No
     layer.up = up.to(HALF).reshape(layer.up.shape).contiguous()
     layer.down = down.to(HALF).reshape(layer.down.shape).contiguous()
     product = layer.up.flatten(1).to(weight.dtype) @ layer.down.flatten(1).to(weight.dtype)
-    layer.codes = None
+    layer.codes, layer.ranged = None, False
     layer.weight = nn.Parameter(smoothed - product.view(weight.shape), requires_grad=False)
 
 

@@ -64,6 +64,10 @@ class PredictedStepSizes(Pass[CalibrationRows]):
         encode = partial(session.backbone.encoding, network)
         network.step_tracker.steps = session.finite_set
         quantizers = activation_quantizers(network)
+        if not quantizers:
+            raise ValueError(
+                f"{self.name}: precision {session.precision} calibrates no activations to predict sizes of"
+            )
         samples = sample_activations(network, rows, self.values, self.batch, generator)
         channels = encode(session.finite_set.to(network.device)).shape[1]
         networks = StepNetworks(samples.initial_steps(quantizers), channels, generator)

@@ -87,7 +87,7 @@ class StepSizes(Pass[CalibrationRows]):
 
     def _units(self, shapes: Shapes) -> int:
         """How many units have a step size to learn."""
-        if not shapes.calibrates:
+        if not shapes.calibrates or not shapes.calibrated:
             return 0
         return units_of(shapes.backbone, {*shapes.plan.layers, *shapes.plan.attentions} - shapes.tabulated)
 

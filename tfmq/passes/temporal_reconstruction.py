@@ -35,7 +35,7 @@ class TemporalReconstruction(Pass):
 
     def run(self, session: Session, rows: None) -> None:
         """See `Pass`."""
-        layers = temporal_layers(session)
+        layers = {path: layer for path, layer in temporal_layers(session).items() if layer.codes is None}
         if not layers:
             return
         network, backbone, norm = session.network, session.backbone, self.rounding.norm
@@ -66,8 +66,9 @@ class FreezeTemporal(Pass):
     def run(self, session: Session, rows: None) -> None:
         """See `Pass`."""
         for layer in temporal_layers(session).values():
-            layer.find_weight_range("minmax")
-            layer.fold()
+            if layer.codes is None:
+                layer.find_weight_range("minmax")
+                layer.fold()
 
     def cost(self, shapes: Shapes, rows: None) -> Cost:
         """See `Pass`."""

@@ -136,3 +136,12 @@ def test_the_stock_pipeline_draws_the_images_of_the_sampling_loop():
         decoded = vae.decode(latents / vae.config.scaling_factor).sample
     expected = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(torch.from_numpy(images), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_of_a_network_that_predicts_the_variance_too_the_noise_is_taken():
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(2, 8, in_channels=3, out_channels=6, num_layers=1, sample_size=8).eval()
+    x, labels = networks.noise(2), torch.tensor([3, 5])
+    whole = network(x, timestep=torch.tensor([401, 401]), class_labels=labels).sample
+    assert torch.equal(evaluate(network, x, torch.tensor(401), labels), whole[:, :3])

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, LDMPipeline
 from tests.tfmq import networks
 from tests.tfmq.oracle import each, tensors
 from tfmq.checkpoint import load_quantized, save_quantized
+from tfmq.network.backbone import KINDS
 from tfmq.network.calibration import CalibrationSet, collect_calibration
 from tfmq.network.sampling import Conditioning, SamplingSettings, sample
 from tfmq.passes.correction import (
@@ -45,6 +46,12 @@ class Network(torch.nn.Module):
 
     def forward(self, latents, timestep, context=None):
         return SimpleNamespace(sample=self.function(latents, int(timestep), context))
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """It is called as a UNet is."""
+    monkeypatch.setitem(KINDS, "Network", KINDS["UNet2DModel"])
 
 
 def scheduler_of(alphas_cumprod):
