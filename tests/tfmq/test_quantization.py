@@ -224,7 +224,9 @@ def test_rows_that_are_not_the_network_s_inputs_are_refused():
 def test_a_recipe_that_leaves_something_unquantised_is_refused():
     unet = networks.unconditional()
     pool = networks.pool(unet)
-    with pytest.raises(ValueError, match="leaves the weight of conv_in unrounded: add RoundToNearest after what learns"):
+    with pytest.raises(
+        ValueError, match="leaves the weight of conv_in unrounded: add RoundToNearest after what learns"
+    ):
         quantize_(unet, W4A8, (WeightRanges(), ActivationRanges()), pool, networks.generator())
     with pytest.raises(ValueError, match=r"activation at \S+ no range: add ActivationRanges"):
         quantize_(unet, W4A8, (WeightRanges(), RoundToNearest()), pool, networks.generator())

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.runtime import files
 from benchmarks.suite import params
+from benchmarks.suite.record import Cell
 from benchmarks.upkeep import INTERRUPTED, STOPPED, reproduce
 
 
@@ -140,7 +142,8 @@ def test_random_cells_can_be_drawn_again(measured, capsys):
 
 def test_what_was_made_can_be_kept(measured, capsys):
     assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--keep", "kept"]) == 0
-    assert (measured / "kept/work/cells/toy/nearest/w4a8/quantized.safetensors").is_file()
+    cell = files.cell_folder(Cell("toy", "nearest", "w4a8"))
+    assert (measured / "kept" / cell / files.QUANTIZED).is_file()
     assert not (measured / "kept/data").exists() and (measured / "data/toy").is_dir()
     assert reproduce.main(["toy/nearest/w4a8", "--keep", "kept"]) == 1
     assert "error: --keep kept exists already: give a new folder" in capsys.readouterr().err
