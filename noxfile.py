@@ -148,7 +148,7 @@ def call(session: nox.Session, module: str, arguments: list[str], environment: d
     if code in (INTERRUPTED, -signal.SIGINT):
         sys.exit(INTERRUPTED)
     if code:
-        session.error("cells differ from their records or failed: see above")
+        session.error("see above")
 
 
 def fingerprint(paths: list[Path]) -> str:

@@ -73,8 +73,8 @@ def sample_grid(images: Mapping[str, np.ndarray], columns: int = 8, titles: Sequ
 
 
 def _short(text: str) -> str:
-    """A text in up to three lines that fit above an image."""
-    return "\n".join(textwrap.wrap(text, 15, max_lines=3, placeholder=" …"))
+    """A text in up to three lines that fit above an image, in capitals too."""
+    return "\n".join(textwrap.wrap(text, 12, max_lines=3, placeholder=" …"))
 
 
 def intervals(values: Mapping[str, Mapping[str, Value]], title: str, label: str) -> Figure:

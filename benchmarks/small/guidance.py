@@ -87,17 +87,18 @@ def read(path: Path) -> list[Row]:
 
 # How a column of `table` is called and printed.
 QUALITY = {
-    "class_accuracy": ("in its own class", "{:.0%}"),
+    "class_accuracy": ("Class accuracy", "{:.0%}"),
     "clip_score": ("CLIP score", "{:.1f}"),
-    "top_1": ("own prompt first of 64", "{:.0%}"),
-    "top_5": ("among the first 5", "{:.0%}"),
+    "top_1": ("Top-1 retrieval among 64", "{:.0%}"),
+    "top_5": ("Top-5 retrieval", "{:.0%}"),
 }
 
 
 def table(rows: list[Row]) -> str:
     """Markdown of some rows."""
     names = list(rows[0].quality)
-    heads = ["Steps", "Guidance", *(QUALITY[name][0] for name in names), "deviation of latents", "w8a8, mean", "median"]
+    quality = [QUALITY[name][0] for name in names]
+    heads = ["Steps", "Guidance", *quality, "Std of latents", "w8a8 deviation, mean", "Median"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---:|' * len(heads)}"]
     for row in rows:
         quality = [QUALITY[name][1].format(row.quality[name]) for name in names]

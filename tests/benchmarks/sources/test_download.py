@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +13,9 @@ import pytest
 import requests
 
 from benchmarks.sources import disk, download
-from benchmarks.sources.archive import extract_member
 from benchmarks.sources.catalogue import Source
 from benchmarks.sources.download import fetch, take
+from tests.benchmarks.archives import pack
 from tests.benchmarks.loopback import Loopback
 
 SIZE = 600_000
@@ -375,13 +374,6 @@ def test_a_wrong_copy_of_the_users_changes_nothing(tmp_path, target):
         take("model", source("http://host/model.bin"), tmp_path / "absent", target)
 
 
-def pack(path, **members):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
-
-
 def test_an_archive_without_a_published_hash_is_read_against_its_own_checksums(server, target):
     path = pack(server.folder / "model.zip", **{"a/model.ckpt": BODY, "b.txt": b"b"})
     archive = source(server.url("model.zip"), file="model.zip", sha256=None, member="model.ckpt")
@@ -418,50 +410,3 @@ def test_a_checkpoint_without_a_published_hash_is_a_whole_file_of_torch_save(tmp
     for content in (good, pickle.dumps({}, 2)):
         own.write_bytes(content)
         take("model", checkpoint, own, target)
-
-
-def test_a_member_is_taken_out_of_an_archive(tmp_path):
-    members = {"../../evil/model.ckpt": BODY, "__MACOSX/._model.ckpt": b"x", "dir/": b"", "readme.txt": b"r"}
-    archive = pack(tmp_path / "a.zip", **members)
-    to = tmp_path / "deep" / "er" / "out.ckpt"
-    extract_member(archive, "model.ckpt", to)
-    assert to.read_bytes() == BODY
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == [
-        "a.zip",
-        "deep/er/out.ckpt",
-    ]
-    assert not (tmp_path.parent / "evil").exists()
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ({"a.txt": b"a"}, "has no member that ends with model.ckpt, but has a.txt"),
-        ({}, "has no member that ends with model.ckpt, but has none at all"),
-        (
-            {"a/model.ckpt": b"a", "b/model.ckpt": b"b"},
-            "several members that end with model.ckpt: a/model.ckpt, b/model",
-        ),
-    ],
-)
-def test_no_member_or_several_are_refused(tmp_path, members, message):
-    with pytest.raises(ValueError, match=message):
-        extract_member(pack(tmp_path / "a.zip", **members), "model.ckpt", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip"]
-
-
-def test_damaged_archives_and_small_disks_leave_nothing(tmp_path, monkeypatch):
-    archive = pack(tmp_path / "a.zip", **{"model.ckpt": BODY})
-    good = archive.read_bytes()
-    for damaged in (good[:-10], good[:2000] + b"!" + good[2001:], b"no archive"):
-        archive.write_bytes(damaged)
-        with pytest.raises(ValueError, match="^it is no zip archive, or damaged"):
-            extract_member(archive, "model.ckpt", tmp_path / "out")
-    archive.write_bytes(good)
-    usage = disk.shutil.disk_usage(".")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: usage._replace(free=SIZE - 1))
-    with pytest.raises(ValueError, match="600,000 bytes are needed"):
-        extract_member(archive, "model.ckpt", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip"]
-    with pytest.raises(ValueError, match="there is no .*absent.zip: fetch it first"):
-        extract_member(tmp_path / "absent.zip", "model.ckpt", tmp_path / "out")
