@@ -40,6 +40,17 @@ class Config(_ptqd.Config):
 
     snr_power: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that leave activations nothing to mix."""
+        super().__post_init__()
+        if self.activation_scales != "shared":
+            raise ValueError(
+                f"activation_scales is {self.activation_scales!r}: each width has ranges of its own steps here, which "
+                "are 'shared' among these"
+            )
+        if self.caching is not None:
+            raise ValueError(f"caching is {self.caching!r}: looked-up features have one width; leave it out")
+
     def recipe(self) -> Recipe:
         """See `Settings`: that of PTQD, but for its step sizes, which are learned for each width by itself."""
         passes = super().recipe()

@@ -200,6 +200,26 @@ def check_quantized(network: Network) -> None:
         raise ValueError("the network is not quantised: call quantize_ first")
 
 
+def check_finished(network: Network, before: str = "") -> None:
+    """Raise ValueError naming the first layer or activation that a recipe has left unquantised.
+
+    ``before`` is the pass that needs a quantised network, if it is one that asks.
+    """
+    where = f" before the pass {before}" if before else ""
+    for path, layer in quantized_layers(network).items():
+        if layer.codes is None:
+            raise ValueError(
+                f"the recipe leaves the weight of {path} unrounded{where}: add RoundToNearest after what learns"
+            )
+        if not layer.consistent:
+            raise ValueError(
+                f"the weight of {path} was changed after it was rounded: let that pass come before rounding"
+            )
+    for path, quantizer in activation_quantizers(network).items():
+        if not quantizer.enabled:
+            raise ValueError(f"the recipe gives the activation at {path} no range{where}: add ActivationRanges")
+
+
 def announce_step(network: Network, timesteps: Tensor) -> None:
     """Tell the quantisers the time steps of the rows to come, where blocks are evaluated without the whole network."""
     tracker = getattr(network, "step_tracker", None)

@@ -15,12 +15,11 @@ from tfmq.passes import Recipe
 from tfmq.plan import (
     SHARED,
     Protocol,
-    activation_quantizers,
     amended_plan,
+    check_finished,
     check_unquantized,
     coverage,
     insert_quantizers,
-    quantized_layers,
 )
 from tfmq.precision import FULL, Precision
 from tfmq.session import QuantizationReport, Session
@@ -111,20 +110,6 @@ def check_rows(network: Network, backbone: Backbone, rows: CalibrationRows, name
         raise ValueError(
             f"the pool is conditioned on {has}, and a {type(network).__name__} takes {takes}: record it on this network"
         )
-
-
-def check_finished(network: Network) -> None:
-    """Raise ValueError naming the first layer or activation that a recipe has left unquantised."""
-    for path, layer in quantized_layers(network).items():
-        if layer.codes is None:
-            raise ValueError(f"the recipe leaves the weight of {path} unrounded: add RoundToNearest after what learns")
-        if not layer.consistent:
-            raise ValueError(
-                f"the weight of {path} was changed after it was rounded: let that pass come before rounding"
-            )
-    for path, quantizer in activation_quantizers(network).items():
-        if not quantizer.enabled:
-            raise ValueError(f"the recipe gives the activation at {path} no range: add ActivationRanges")
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def _beginning(work: Work) -> tuple[object, ...]:
     """What decides the part of a quantisation that comes before activations."""
     cell, precision = work.cell, Precision.parse(work.cell.precision)
     recipe = config_of(discover.method(cell.method), cell, work.overrides).recipe()
-    shared = tuple(takewhile(lambda step: not step.sees_activations, recipe))
+    shared = repr(tuple(takewhile(lambda step: not step.sees_activations, recipe)))
     return work.task.name, cell.protocol, cell.seed, precision.weight_bits, precision.quantizes_activations, shared
 
 

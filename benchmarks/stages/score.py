@@ -89,6 +89,7 @@ def _score(task: Task, cell: Cell, device: torch.device, extracted: Path) -> Non
         precision=cell.precision,
         seed=cell.seed,
         protocol=cell.protocol,
+        backend=cell.backend,
         settings={
             "task": asdict(task),
             "method": outcome.settings,

@@ -14,16 +14,18 @@ STATUSES = ("measured", "not applicable", "failed", "unverified")
 EXECUTIONS = ("simulated", "executed")
 FULL_PRECISION = "full_precision"
 SHARED, *_ = PROTOCOLS = ("shared", "published", "as_run")
+SIMULATED, *_ = BACKENDS = ("simulated",)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a task, a method, a precision such as ``w4a8``, a calibration seed, and a protocol.
+    """One measurement: a task, a method, a precision such as ``w4a8``, a calibration seed, a protocol and a backend.
 
     A seed means calibration images of its own and the quantiser's random numbers; all seeds are scored on images from
     the same noise, so full precision has seed 0 alone.
     The protocol says which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
     method's own paper, ``as_run`` those that its released code quantises.
+    The backend computes the quantised network: ``simulated`` rounds to low-bit grids and computes in float32.
     """
 
     task: str
@@ -31,11 +33,18 @@ class Cell:
     precision: str
     seed: int = 0
     protocol: str = SHARED
+    backend: str = SIMULATED
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise unknown("backend", self.backend, BACKENDS, "Choose one of them.")
 
     @property
     def row(self) -> str:
-        """The method, with its protocol where that is not the shared one."""
-        return self.method if self.protocol == SHARED else f"{self.method}-{self.protocol}"
+        """The method, with its protocol where that is not the shared one, and its backend where it is not simulated."""
+        protocol = "" if self.protocol == SHARED else f"-{self.protocol}"
+        backend = "" if self.backend == SIMULATED else f"-{self.backend}"
+        return self.method + protocol + backend
 
     @property
     def name(self) -> str:
@@ -115,6 +124,7 @@ class Record:
     details: dict[str, object]
     inputs: dict[str, str]
     environment: dict[str, object]
+    backend: str = SIMULATED
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -137,7 +147,7 @@ class Record:
     @property
     def cell(self) -> Cell:
         """The cell this record is of."""
-        return Cell(self.task, self.method, self.precision, self.seed, self.protocol)
+        return Cell(self.task, self.method, self.precision, self.seed, self.protocol, self.backend)
 
     def to_json(self) -> str:
         """The record as indented JSON, the schema first. Raises ValueError for numbers that are not finite."""

@@ -66,3 +66,9 @@ def test_mixing_needs_a_width_above_the_smallest():
     assert not ptqd_mixed.objection(Precision.parse("w4a8"))
     assert "full precision" in ptqd_mixed.objection(Precision.parse("w4a32"))
     assert "larger" in ptqd_mixed.objection(Precision.parse("w4a4"))
+
+
+@pytest.mark.parametrize("settings", [{"caching": "all"}, {"caching": "step"}, {"activation_scales": "per_step"}])
+def test_settings_that_leave_nothing_to_mix_are_refused(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
+        ptqd_mixed.METHOD.config(**settings)

@@ -17,6 +17,7 @@ from tfmq.network.unet import UNet
 from tfmq.passes import Pass, Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.block_reconstruction import BlockReconstruction
+from tfmq.passes.correction import MeasureCorrection
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.step_sizes import StepSizes
 from tfmq.passes.temporal_cache import TemporalCache
@@ -272,6 +273,11 @@ class Meddle(Pass):
         ((RoundToNearest(),), "a weight has no range to be rounded in: let WeightRanges come before"),
         ((WeightRanges(),), "leaves the weight of conv_in unrounded: add RoundToNearest"),
         ((WeightRanges(), RoundToNearest()), "gives the activation at .* no range: add ActivationRanges"),
+        ((MeasureCorrection(), *networks.recipe()), "unrounded before the pass measure correction: add RoundToNearest"),
+        (
+            (WeightRanges(), RoundToNearest(), TemporalCache(), ActivationRanges()),
+            "gives the activation at .* no range before the pass temporal cache: add ActivationRanges",
+        ),
         ((*networks.recipe(), Meddle()), "a pass changed the weight of conv_in after it was rounded|was changed after"),
     ],
 )

@@ -19,7 +19,7 @@ from tfmq import session, workspace
 from tfmq.network.backbone import backbone_of
 from tfmq.network.calibration import CalibrationSet, Spaced, collect_calibration
 from tfmq.network.unet import UNet
-from tfmq.passes import Pass, Recipe, reconstruction
+from tfmq.passes import Pass, Recipe, low_rank, predicted_step_sizes, reconstruction
 from tfmq.passes.block_reconstruction import BlockReconstruction
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.temporal_cache import TemporalCache
@@ -154,6 +154,24 @@ def test_every_unit_is_kept_once(monkeypatch):
     expected += [f"block reconstruction: {path}" for path in BLOCKS]
     expected += [f"step sizes: {path}" for path in ("time_embedding.linear_1", "time_embedding.linear_2", *BLOCKS)]
     assert list(kept.units) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "module", "work"),
+    [("svdquant", "w4a4", low_rank, "truncate"), ("tdq", "w4a8", predicted_step_sizes, "fit_networks")],
+)
+def test_searches_and_step_networks_are_kept_too(name, precision, module, work, monkeypatch):
+    """A branch's search tries six strengths, of which one truncation stays; the networks are fitted at once."""
+    recipe, kept, calls = recipe_of(name), Memory(), []
+    real = getattr(module, work)
+    monkeypatch.setattr(module, work, lambda *given: calls.append(given) or real(*given))
+    expected = run(recipe, precision)
+    alone = len(calls)
+    assert_same(run(recipe, precision, kept), expected)
+    assert len(calls) == 2 * alone and kept.units
+    calls.clear()
+    assert_same(run(recipe, precision, kept), expected)
+    assert len(calls) <= alone / 3
 
 
 def test_the_seconds_of_what_was_kept_count():

@@ -27,6 +27,7 @@ from tfmq.network.backbone import Network
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
 from tfmq.passes import Cost, Memory, Pass
+from tfmq.plan import check_finished
 from tfmq.settings import check_counts
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ class MeasureCorrection(Pass):
         check_counts(self, "images", "batch")
 
     def run(self, session: Session, rows: None) -> None:
-        """See `Pass`."""
+        """See `Pass`. Raises ValueError where the passes before have not quantised the whole network."""
+        check_finished(session.network, self.name)
         attach_correction(session.network, measure_correction(session.network, session.pool, self.images, self.batch))
         session.count_evaluations(trajectory_evaluations(session.pool, self.images))
 

@@ -69,7 +69,7 @@ class LowRankBranches(Pass[CalibrationRows]):
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`; ``migration_strengths`` among the report's details are by layer, None for no smoothing."""
         layers = {path: layer for path, layer in quantized_layers(session.network).items() if layer.rank}
-        strengths = add_branches(session.full, layers, rows, self)
+        strengths = add_branches(session.full, layers, rows, self, session.learn)
         session.report.details |= {"migration_strengths": strengths}
         session.count_evaluations(self._evaluations(rows))
 
@@ -140,13 +140,14 @@ def add_branches(
     layers: dict[str, QuantizedLayer],
     rows: CalibrationRows,
     config: LowRankBranches,
+    once: Callable[..., None] | None = None,
 ) -> dict[str, float | None]:
     """Smooth each of ``layers`` and split its weight; returns the migration strength of each, None for no smoothing.
 
     Two passes of the full-precision network ``full``, from which ``layers`` were inserted at the same paths with a
     branch: the first takes the largest input of each channel over all ``rows``, the second compares the candidates, and
-    no smoothing, by the squared error of the quantised layer's output. Raises ValueError for activations that are not
-    finite.
+    no smoothing, by the squared error of the quantised layer's output. ``once`` is `tfmq.session.Session.learn`, which
+    takes a layer's strength from a workspace where it is there. Raises ValueError for activations that are not finite.
     """
     largest: dict[str, Tensor] = {}
     chosen: dict[str, float | None] = {}
@@ -171,7 +172,18 @@ def add_branches(
             twin.fold()
             return (twin(x) - output).square().mean().item()
 
-        chosen[path] = min(smoothings, key=error)
+        def search() -> list[float]:
+            chosen[path] = min(smoothings, key=error)
+            return []
+
+        def restore(kept: dict[str, Tensor]) -> None:
+            chosen[path] = strengths[int(kept["strength"])]
+
+        strengths = list(smoothings)
+        if once is None:
+            search()
+        else:
+            once(path, search, lambda: {"strength": torch.tensor(strengths.index(chosen[path]))}, restore)
         split_weight(twin, weight, smoothings[chosen[path]])
 
     _run_hooked(full, layers, rows, config.batch, record)

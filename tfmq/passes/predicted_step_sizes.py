@@ -71,9 +71,13 @@ class PredictedStepSizes(Pass[CalibrationRows]):
         samples = sample_activations(network, rows, self.values, self.batch, generator)
         channels = encode(session.finite_set.to(network.device)).shape[1]
         networks = StepNetworks(samples.initial_steps(quantizers), channels, generator)
-        trace = fit_networks(networks, quantizers, samples, encode, self.fit, generator)
         session.count_evaluations(len(rows))
-        session.count_steps(len(trace))
+        session.learn(
+            "step networks",
+            lambda: fit_networks(networks, quantizers, samples, encode, self.fit, generator),
+            networks.state_dict,
+            networks.load_state_dict,
+        )
         return networks
 
     def tabulate(self, session: Session, networks: StepNetworks) -> None:

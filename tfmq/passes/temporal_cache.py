@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tfmq.modules.cache import CachedProjection, CachePlan, cached_projections, insert_cache
 from tfmq.network.backbone import Backbone, Network
 from tfmq.passes import Pass
-from tfmq.plan import QuantizationPlan, announce_step
+from tfmq.plan import QuantizationPlan, announce_step, check_finished
 from tfmq.session import Session
 from tfmq.settings import check_choices
 
@@ -52,8 +52,10 @@ class TemporalCache(Pass):
 
         Details of the report: ``projections`` (P paths), ``timesteps`` (S), ``cached`` (P lists of S booleans: looked
         up or not), and the two errors of each projection, mean over steps (``error_computed`` is missing under
-        ``all``).
+        ``all``). Raises ValueError for a selection before the network is quantised.
         """
+        if self.where != "all":
+            check_finished(session.network, self.name)
         network, full, backbone = session.network, session.full, session.backbone
         bits, tracker = session.precision.activation_bits, network.step_tracker
         tracker.steps = session.finite_set

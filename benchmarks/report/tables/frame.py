@@ -11,7 +11,7 @@ from benchmarks.metrics import Metric
 from benchmarks.report.tables.comparison import check, order, ranking
 from benchmarks.suite.record import Record, Value
 
-STATUS_KEYS = ("task", "task_version", "method", "precision", "seed", "protocol", "status", "reason")
+STATUS_KEYS = ("task", "task_version", "method", "precision", "seed", "protocol", "backend", "status", "reason")
 
 
 def frame(tables: Mapping[str, Sequence[Record]], metrics: Mapping[str, Metric]) -> pd.DataFrame:

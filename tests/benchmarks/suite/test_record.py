@@ -24,6 +24,12 @@ def test_cell_names_and_records_tell_protocols_apart(make_record):
     assert make_record(protocol="published").cell == Cell("emoji-ldm4", "nearest", "w4a8", 0, "published")
 
 
+def test_a_backend_that_there_is_not_is_refused():
+    assert Cell("emoji-ldm4", "tfmq", "w4a8").backend == "simulated"
+    with pytest.raises(ValueError, match="unknown backend 'simulatd': did you mean 'simulated'"):
+        Cell("emoji-ldm4", "tfmq", "w4a8", backend="simulatd")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
