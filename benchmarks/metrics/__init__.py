@@ -129,9 +129,9 @@ class Metric:
 
     `position` orders the columns; the ranking one is first. `label` may hold `{distance}`, `{count}`, `{second}` and
     `{clips[0]}` or `{clips[1]}`, which `title` fills in. `better` says which way is better, None for neither. `digits`
-    is the number of decimals shown. `compute` returns None where the metric does not apply: those that compare images
-    in pairs do not apply to full precision. `per_image` gives the values [N], float64, that the metric is the mean of,
-    or None as `compute` does; a metric that is no such mean has none.
+    is the number of decimals shown. `compute` returns None where the metric does not apply. `per_image` gives the
+    values [N], float64, that the metric is the mean of, or None as `compute` does; a metric that is no such mean has
+    none. A `paired` metric compares a cell with full precision image by image, and does not apply to full precision.
     """
 
     name: str
@@ -141,6 +141,7 @@ class Metric:
     digits: int
     compute: Callable[[Evidence, torch.Generator], Value | None]
     per_image: Callable[[Evidence], Tensor | None] | None = None
+    paired: bool = False
 
     def title(self, distance_label: str, count: int, clips: Sequence[str] = (), second_label: str = "clean FID") -> str:
         """The column's heading, such as "FD512 to data" for the distance label "FD" and 512 images.

@@ -25,4 +25,5 @@ METRIC = Metric(
     digits=4,
     compute=mean_of(per_image),
     per_image=per_image,
+    paired=True,
 )

@@ -23,4 +23,5 @@ METRIC = Metric(
     digits=3,
     compute=mean_of(per_image),
     per_image=per_image,
+    paired=True,
 )

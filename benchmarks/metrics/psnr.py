@@ -26,4 +26,5 @@ METRIC = Metric(
     digits=2,
     compute=mean_of(per_image),
     per_image=per_image,
+    paired=True,
 )

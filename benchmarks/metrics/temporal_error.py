@@ -17,4 +17,6 @@ def compute(evidence: Evidence, generator: torch.Generator) -> Value | None:
     return Value(value=value, low=value, high=value, n=evidence.temporal_error.numel())
 
 
-METRIC = Metric(name="temporal_error", position=100, label="Temporal error", better="lower", digits=6, compute=compute)
+METRIC = Metric(
+    name="temporal_error", position=100, label="Temporal error", better="lower", digits=6, compute=compute, paired=True
+)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import fcntl
 import fnmatch
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import signal
@@ -21,24 +19,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from benchmarks.upkeep import DEVICE_VARIABLE, INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
-    import torch
-
     from benchmarks.suite.params import Suite
     from benchmarks.suite.record import Cell, Record
     from benchmarks.upkeep.remake import Remake
 
-SCRATCH = Path(".resume")
-PREFIX = "reproduce-"
-LOCK = ".lock"
-# What the suite's paths lead to, and the scratch folder has links to.
-LINKED = ("data", "benchmarks", "params.yaml")
 # Without names: every method of this table on this task at this precision, this method first, in so many minutes.
 TABLE, TASK, PRECISION, FIRST = "leaderboard", "emoji-ldm4", "w4a8", "tfmq"
 MINUTES = 10.0
@@ -105,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
     from benchmarks.suite import params
     from benchmarks.upkeep.clock import spoken
     from benchmarks.upkeep.remake import Remake
+    from benchmarks.upkeep.scratch import LINKED, open_scratch
     from benchmarks.upkeep.screen import HEADER
 
     began = time.monotonic()
@@ -125,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     device = device_of(options.device)
     shards = options.shards or workers.default_shards(device)
     committed, root = read_records(suite), Path.cwd()
-    scratch, lock = _open_scratch(root, device)
+    scratch, lock = open_scratch(root, device)
     os.chdir(scratch)
     seconds = None if minutes is None else minutes * 60 - (time.monotonic() - began)
     remake = Remake(suite, committed, cells, device, shards, seconds)
@@ -251,48 +242,6 @@ def _cells(count: int) -> str:
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
-
-
-def _open_scratch(root: Path, device: torch.device) -> tuple[Path, TextIOWrapper]:
-    """The scratch folder of this code, these settings and this place, and its lock; those of other ones are removed.
-
-    Raises ValueError if another run is at work in it.
-    """
-    import diffusers
-    import torch
-
-    from benchmarks.runtime import files
-
-    packages = [root / name for name in ("tfmq", "baselines", "benchmarks")]
-    inputs = [root / name for name in ("params.yaml", "data.dvc")]
-    inputs += sorted((root / "benchmarks" / "prompts").rglob("*.txt"))
-    versions = [platform.python_version(), torch.__version__, diffusers.__version__]
-    key = files.fingerprint(files.source_hash(*packages, *filter(Path.is_file, inputs)), str(device), versions)
-    folder = root / SCRATCH / f"{PREFIX}{key}"
-    for superseded in folder.parent.glob(f"{PREFIX}*"):
-        if superseded != folder and (other := _locked(superseded)) is not None:
-            shutil.rmtree(superseded)
-            other.close()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _locked(folder)
-    if lock is None:
-        raise ValueError(f"another run is at work in {folder.relative_to(root)}: wait for it, or stop it")
-    for name in LINKED:
-        link = folder / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(root / name)
-    return folder, lock
-
-
-def _locked(folder: Path) -> TextIOWrapper | None:
-    """The lock file of a folder, held, or None if another process holds it."""
-    lock = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
 
 
 def _stop(signum: int, frame: object) -> NoReturn:

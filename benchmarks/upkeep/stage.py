@@ -13,6 +13,8 @@ import yaml
 from tfmq.closure import ROOT, closure
 
 WIDTH = 120
+STAGES = ROOT / "benchmarks" / "stages"
+OF_TASKS = ("foreach", "${inputs}")
 # Modules that carry results from one place to another and decide nothing of them.
 BYSTANDERS = tuple(
     f"benchmarks/{name}"

@@ -14,7 +14,6 @@ from benchmarks.metrics import Evidence, References, ReferenceStatistics, Value,
 from benchmarks.metrics._frechet import moments
 
 COUNT, DATA_COUNT = 12, 50
-PAIRED = ("feature_distance", "perceptual", "psnr")
 # Those whose count is not that of the cell's images.
 COUNTS = {"temporal_error": 15, "recall_data": DATA_COUNT}
 
@@ -80,7 +79,7 @@ def test_full_precision_has_all_but_paired_metrics(name, evidence):
         trajectory_error=None,
         temporal_error=None,
     )
-    assert (score(name, alone) is None) == (name in (*PAIRED, "noise_error", "temporal_error"))
+    assert (score(name, alone) is None) == metrics()[name].paired
 
 
 def test_published_moments_alone_give_the_frechet_distances(evidence):
