@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import json
-from functools import cache
-from pathlib import Path
 
 import diffusers
 import torch
 
+from tests import vectors
 from tfmq.network.unet import UNet, set_attention_heads
 
-FILE = Path(__file__).parents[1] / "data" / "unets" / "unets.json"
-FAMILIES = (
-    "ldm4_lsun_bedrooms",
-    "ldm8_lsun_churches",
-    "ldm4_celebahq",
-    "ldm4_ffhq",
-    "ldm4_imagenet_cin256v2",
-    "sd_v1_4",
-    "ddim_cifar10",
-)
+_FAMILIES = json.loads((vectors.folder("unets") / "unets.json").read_text(encoding="utf-8"))
+FAMILIES = tuple(_FAMILIES)
+# Without those whose tiny network another one has too.
+DISTINCT = tuple({json.dumps(_FAMILIES[family]["tiny"]): family for family in reversed(FAMILIES)}.values())
 
 
-@cache
 def described(family: str) -> dict:
     """What the file says of a family."""
-    return json.loads(FILE.read_text(encoding="utf-8"))[family]
+    return _FAMILIES[family]
 
 
 def full_size(family: str) -> UNet:
     """The real architecture, without memory for its weights."""
     with torch.device("meta"):
-        return _build(described(family)["full"], described(family)["heads"])
+        return build(described(family)["full"], described(family)["heads"])
 
 
 def tiny(family: str, seed: int = 0) -> UNet:
     """A small network of the same structure with random weights, biases and norms too."""
     torch.manual_seed(seed)
-    unet = _build(described(family)["tiny"], described(family)["tiny_heads"])
+    unet = build(described(family)["tiny"], described(family)["tiny_heads"])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -57,7 +49,8 @@ def arguments(unet: UNet, images: int = 2) -> tuple[torch.Tensor, ...]:
     return latents, timesteps, torch.randn(images, 5, unet.config.cross_attention_dim, generator=generator)
 
 
-def _build(config: dict, heads: int | None) -> UNet:
+def build(config: dict, heads: int | None) -> UNet:
+    """A network of diffusers' settings, with the attention heads that these cannot say."""
     options = {name: value for name, value in config.items() if name != "_class_name"}
     unet = getattr(diffusers, config["_class_name"])(**options).eval().requires_grad_(False)
     if heads is not None:

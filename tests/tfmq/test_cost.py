@@ -106,10 +106,12 @@ def test_a_row_takes_on_the_meta_device_what_it_takes_in_memory(build):
 
 def test_a_row_of_the_bedrooms_network_takes_what_its_shapes_say():
     unet = originals.full_size("ldm4_lsun_bedrooms")
-    row = CalibrationRows(torch.empty(1, 3, 64, 64, device="meta"), torch.tensor([1]))
-    pixels = 64 * 64 * 4
-    # The last stage of the way up: 448 channels come in, three times 224 wait on the stack, 224 go out.
-    assert stream_bytes(unet, backbone_of(unet), row) == (448 + 3 * 224 + 224) * pixels
+    config = unet.config
+    side, (last, before, *_) = config.sample_size, config.block_out_channels
+    row = CalibrationRows(torch.empty(1, config.in_channels, side, side, device="meta"), torch.tensor([1]))
+    waiting = (config.layers_per_block + 1) * last
+    # The last stage of the way up: channels of the one before come in, others wait on the stack, its own go out.
+    assert stream_bytes(unet, backbone_of(unet), row) == (before + waiting + last) * side * side * 4
 
 
 def test_networks_and_waiting_rows_are_those_of_a_quantisation():

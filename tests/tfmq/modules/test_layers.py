@@ -15,7 +15,8 @@ SETTING = r"(?P<layer>\w+)\.w(?P<w>\d+)a(?P<a>\d+)"
 def convolution(match):
     """The recorded convolution."""
     weight, bias = tensors(CASE)[f"{match['layer']}.w"], tensors(CASE)[f"{match['layer']}.bias"]
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], padding=weight.shape[2] // 2)
+    padding = tuple(side // 2 for side in weight.shape[2:])
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], padding=padding)
     conv.weight.data, conv.bias.data = weight.clone(), bias.clone()
     return conv.requires_grad_(False)
 

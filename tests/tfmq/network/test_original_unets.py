@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
+import re
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.sources.originals.keys import latent_unet
+from tests import checkpoints
 from tests.tfmq import networks, originals
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
 from tfmq.network.backbone import backbone_of, full_precision_bytes
@@ -24,7 +24,10 @@ from tfmq.plan import Protocol, coverage, insert_quantizers
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 
-CHURCHES = "ldm8_lsun_churches"
+# Families whose residual blocks resample.
+RESAMPLING = [
+    name for name in originals.FAMILIES if originals.described(name)["full"].get("downsample_type") == "resnet"
+]
 MIB = 2**20
 
 
@@ -83,14 +86,15 @@ def test_roles_are_what_they_say(family):
     assert set(backbone.attentions) == {path.rpartition(".")[0] for path in modules if path.endswith("to_q")}
 
 
+@pytest.mark.parametrize("family", RESAMPLING)
 @torch.no_grad()
-def test_time_projections_of_down_and_upsampling_blocks_are_temporal_features():
-    unet = originals.tiny(CHURCHES)
+def test_time_projections_of_down_and_upsampling_blocks_are_temporal_features(family):
+    unet = originals.tiny(family)
     backbone = backbone_of(unet)
     assert not backbone.roles["downsampling"], "a block that averages pixels has no convolution that downsamples"
-    assert {"down_blocks.0.downsamplers.0.time_emb_proj", "up_blocks.0.upsamplers.0.time_emb_proj"} <= set(
-        backbone.time_projections
-    )
+    resampling = {path for path, _ in unet.named_modules() if re.search(r"samplers\.\d+\.time_emb_proj", path)}
+    assert any("down" in path for path in resampling) and any("up" in path for path in resampling)
+    assert resampling <= set(backbone.time_projections)
     seen = {}
     for path in backbone.time_projections:
         unet.get_submodule(path).register_forward_hook(lambda m, a, output, path=path: seen.update({path: output}))
@@ -102,11 +106,12 @@ def test_time_projections_of_down_and_upsampling_blocks_are_temporal_features():
         assert torch.equal(called[path], feature)
 
 
-def test_stable_diffusion_has_the_published_sizes():
+@pytest.mark.parametrize("family", [name for name in originals.FAMILIES if "sizes" in originals.described(name)])
+def test_networks_have_the_published_sizes(family):
     """The sizes of the paper's tables (MB there) fit in MiB: the unquantised one is the count of parameters."""
-    unet = originals.full_size("sd_v1_4")
-    assert round(full_precision_bytes(unet) / MIB) == 3279
-    for text, expected in (("w8a8", 821), ("w4a8", 821 / 2)):
+    unet, sizes = originals.full_size(family), dict(originals.described(family)["sizes"])
+    assert round(full_precision_bytes(unet) / MIB) == sizes.pop("w32a32")
+    for text, expected in sizes.items():
         planned = copy.deepcopy(unet)
         insert_quantizers(planned, networks.plan(planned, text))
         assert packed_bytes(planned) / MIB == pytest.approx(expected, rel=0.01)
@@ -127,7 +132,7 @@ def quantized(unet):
     return rows, report
 
 
-@pytest.mark.parametrize("family", sorted(set(originals.FAMILIES) - {"ldm4_celebahq", "ldm4_ffhq"}))
+@pytest.mark.parametrize("family", originals.DISTINCT)
 @torch.no_grad()
 def test_tiny_originals_are_quantised_and_survive_their_checkpoint(family, tmp_path):
     unet = originals.tiny(family)
@@ -187,27 +192,26 @@ def test_a_quantised_checkpoint_keeps_the_heads(tmp_path):
     assert not torch.allclose(loaded(rows.latents, rows.timesteps).sample, found, atol=1e-4)
 
 
-ORACLE = Path(__file__).parents[4] / "shared" / "reference" / "checkpoints"
+WITH_HEADS = [family for family in checkpoints.FAMILIES if checkpoints.heads(family) is not None]
 
 
-@pytest.mark.skipif(not ORACLE.is_dir(), reason="needs the vectors of the original code beside the repository")
+@pytest.mark.parametrize("family", checkpoints.those("model whose heads its settings cannot say", WITH_HEADS))
 @torch.no_grad()
-def test_with_its_heads_churches_is_the_original_network(tmp_path):
+def test_with_its_heads_it_is_the_original_network(family, tmp_path):
     """Which the configuration alone is not; and the quantised one stays near it after saving and loading."""
-    stored = {}
-    for name in ("tiny", "tiny_ema"):
-        stored |= load_file(ORACLE / f"{CHURCHES}_{name}.safetensors")
-    oracle = load_file(ORACLE / f"{CHURCHES}_tiny_io.safetensors")
-    unet = originals.tiny(CHURCHES)
+    stored, oracle = checkpoints.weights(family), checkpoints.outputs(family)
+    averaged = "unet_out_ema" in oracle
+    unet = originals.build(checkpoints.described(family)["tiny"]["diffusers_unet"], checkpoints.heads(family))
     weights = {}
     for source in latent_unet(unet):
-        weights |= source.averaged().split(stored[source.averaged().key])
+        source = source.averaged() if averaged else source
+        weights |= source.split(stored[source.key])
     unet.load_state_dict(weights)
-    arguments, expected = (oracle["x"], oracle["t"]), oracle["unet_out_ema"]
+    arguments, expected = (oracle["x"], oracle["t"]), oracle["unet_out_ema" if averaged else "unet_out_raw"]
     torch.testing.assert_close(unet(*arguments).sample, expected, rtol=0, atol=1e-5)
     without = UNet2DModel.from_config(unet.config)
     without.load_state_dict(weights)
-    assert (without(*arguments).sample - expected).abs().max() > 0.1
+    assert (without(*arguments).sample - expected).abs().max() > 1e-2
     rows = CalibrationRows(oracle["x"].repeat(4, 1, 1, 1), oracle["t"].repeat(4))
     recipe = networks.recipe(scales="temporal", data=networks.drawing(rows))
     quantize_(unet, Precision.parse("w8a8"), recipe, networks.pool_of(rows), networks.generator())
@@ -225,8 +229,9 @@ def test_heads_that_do_not_fit_are_refused_and_nothing_is_changed():
         set_attention_heads(networks.conditional(), 4)
 
 
-def test_protocols_leave_out_no_block_that_averages():
-    """TFMQ-DM's code leaves strided convolutions in full precision; churches' down-sampling blocks have none."""
-    unet = originals.full_size(CHURCHES)
+@pytest.mark.parametrize("family", RESAMPLING)
+def test_protocols_leave_out_no_block_that_averages(family):
+    """TFMQ-DM's code leaves strided convolutions in full precision; down-sampling blocks that average have none."""
+    unet = originals.full_size(family)
     plan = networks.plan(unet, "w4a8", protocol=Protocol("published", {"downsampling": 32}))
     assert not plan.reasons

@@ -1,9 +1,7 @@
-import re
-
 import pytest
 import torch
 
-from tests.tfmq.oracle import each, tensors
+from tests.tfmq.oracle import each, read, said, tensors
 from tfmq.numerics import observer
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize
 from tfmq.numerics.observer import (
@@ -19,7 +17,10 @@ from tfmq.numerics.observer import (
 SEARCH_CASE = "02_range_search"
 RUNNING_CASE = "04_running_range"
 SOFTMAX_CASE = "05_softmax_zero_point_zero"
-MOMENTUM = 0.95
+# How the originals' running ends are written in the formulas of their tensors.
+RUNNING_END = r"end = #\*end \+ #\*batch end"
+THRESHOLD_END = r"#\*(?:new|searched) \+ #\*running"
+SOFTMAX_END = r"upper end = #\*#\*max \+ #\*max"
 GRIDS = {"affine": Grid.unsigned, "sym": Grid.signed}
 
 
@@ -147,20 +148,24 @@ def test_zero_rows_get_the_smallest_scale():
 
 # -- running ranges ---------------------------------------------------------------------------------------------------
 
+RUNNING = r"(?P<x>\w+)\.b(?P<bits>\d+)\.(?P<grid>affine|sym)\.init_(?P<init>minmax|mse)\.(?P<project>tfmq|qdiff)\.delta"
+
+
+def two_sided(match):
+    """Whether every batch has both signs."""
+    batches = tensors(RUNNING_CASE)[f"{match['x']}.batches"].flatten(1)
+    return bool((batches.amin(1) < 0).all() and (batches.amax(1) > 0).all())
+
+
 # Q-Diffusion does not extend the running ends to 0; that makes no difference where every batch has both signs.
-RUNNING = (
-    r"(?:(?P<x>\w+)\.b(?P<bits>\d+)\.(?P<grid>affine|sym)\.init_(?P<init>minmax|mse)\.tfmq"
-    r"|(?P<two_sided>signed|silu)\.b(?P<bits2>\d+)\.(?P<grid2>affine|sym)\.init_(?P<init2>minmax|mse)\.qdiff)\.delta"
-)
-
-
-@each(RUNNING_CASE, RUNNING)
+@each(RUNNING_CASE, RUNNING, lambda match: match["project"] == "tfmq" or two_sided(match))
 def test_running_range_equals_the_published_one(match):
     values = tensors(RUNNING_CASE)
     prefix = match[0].removesuffix(".delta")
-    name, bits, grid, init = re.fullmatch(r"(\w+)\.b(\d+)\.(\w+)\.init_(\w+)\.\w+", prefix).groups()
-    batches, bits, symmetric = values[f"{name}.batches"], int(bits), grid == "sym"
-    running = RangeObserver(MOMENTUM)
+    name, grid, init = match["x"], match["grid"], match["init"]
+    batches, bits, symmetric = values[f"{name}.batches"], int(match["bits"]), grid == "sym"
+    momentum, _ = read(said(RUNNING_CASE, match[0]), RUNNING_END)
+    running = RangeObserver(momentum)
     states = []
     for batch in batches:
         running.update(batch)
@@ -189,7 +194,7 @@ def test_widest_range_of_several_batches():
     assert torch.equal(scale, torch.tensor([0.8])) and zero_point.item() == 4
 
 
-@pytest.mark.parametrize("momentum", [None, MOMENTUM])
+@pytest.mark.parametrize("momentum", [None, 0.95])
 def test_every_step_has_its_own_range(momentum):
     together = RangeObserver(momentum, steps=3)
     alone = [RangeObserver(momentum) for _ in range(3)]
@@ -235,8 +240,9 @@ def assert_positive_range(x, bits, found, match):
 def test_positive_running_range_equals_the_published_one(match):
     values = tensors(SOFTMAX_CASE)
     x = values[f"{match['x']}.x"]
-    running = RangeObserver(MOMENTUM)
-    running.update(0.8 * x)
+    momentum, share, _ = read(said(SOFTMAX_CASE, match[0]), SOFTMAX_END)
+    running = RangeObserver(momentum)
+    running.update(share * x)
     running.update(x)
     scale, zero_point = running.affine(int(match["bits"]), symmetric=False, positive=True)
     torch.testing.assert_close(scale[0], values[match[0]], rtol=1e-6, atol=0)
@@ -253,7 +259,8 @@ def test_threshold_search_equals_the_published_one(match):
     x, bits = values.get(match["x"], values.get(f"{match['x']}.x")), int(match["bits"])
     rows = rows_of(x, match["granularity"])
     if match["granularity"] == "tensor":
-        running = ThresholdObserver(bits, momentum=0.9)
+        _, momentum = read(said(SEARCH_CASE, f"{prefix}delta"), THRESHOLD_END)
+        running = ThresholdObserver(bits, momentum)
         running.update(x)
         scale, zero_point = running.affine(bits, symmetric=False, positive=False)
     else:
@@ -264,12 +271,14 @@ def test_threshold_search_equals_the_published_one(match):
     assert_same_codes(y, values[match[0]].reshape(rows.shape), scale[:, None])
 
 
-def test_threshold_search_keeps_a_zero_row():
+@each(SEARCH_CASE, r"(?P<x>zero_row)\.b(?P<bits>\d+)\.sym\.channel\.ptq4dm\.thr100\.delta")
+def test_threshold_search_keeps_a_zero_row(match):
     values = tensors(SEARCH_CASE)
-    scale, _ = thresholds(values["zero_row.x"], 4)
-    expected = values["zero_row.b4.sym.channel.ptq4dm.thr100.delta"].reshape(-1)
-    torch.testing.assert_close(scale[4], expected[4], rtol=1e-6, atol=0)
-    assert scale.isfinite().all()
+    rows = values[f"{match['x']}.x"].flatten(1)
+    zero = (rows == 0).all(1)
+    scale, _ = thresholds(rows, int(match["bits"]))
+    assert zero.any() and scale.isfinite().all()
+    torch.testing.assert_close(scale[zero], values[match[0]].reshape(-1)[zero], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -311,7 +320,8 @@ def test_running_thresholds_equal_the_published_ones(match):
     """To the bit, after each batch."""
     values, prefix = tensors(RUNNING_CASE), match[0].removesuffix("last_out")
     batches, bits = values[f"{match['x']}.batches"], int(match["bits"])
-    running = ThresholdObserver(bits, momentum=0.9)
+    _, momentum = read(said(RUNNING_CASE, f"{prefix}delta"), THRESHOLD_END)
+    running = ThresholdObserver(bits, momentum)
     for index, batch in enumerate(batches):
         running.update(batch)
         scale, zero_point = running.affine(bits, symmetric=False, positive=False)
@@ -322,8 +332,9 @@ def test_running_thresholds_equal_the_published_ones(match):
     assert_same_codes(y, values[match[0]], scale)
 
 
-def test_running_thresholds_are_the_average_of_each_batch_s_range():
-    batches = tensors(RUNNING_CASE)["signed.batches"]
+@each(RUNNING_CASE, r"(?P<x>\w+)\.batches", two_sided)
+def test_running_thresholds_are_the_average_of_each_batch_s_range(match):
+    batches = tensors(RUNNING_CASE)[match[0]]
     running, high = ThresholdObserver(8, momentum=0.9), None
     for batch in batches:
         running.update(batch)

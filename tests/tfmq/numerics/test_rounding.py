@@ -1,17 +1,19 @@
+import json
+import re
+from dataclasses import dataclass
+from math import ceil
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.tfmq.oracle import each, regularizer, tensors
+from tests.tfmq.oracle import described, each, read, regularizer, said, tensors
 from tfmq.numerics.affine import Grid, fake_quantize
 from tfmq.numerics.rounding import AdaRound, annealed_beta, initial_alpha, rectified_sigmoid
-from tfmq.passes.reconstruction import RoundingConfig, reconstruction_loss
+from tfmq.passes.reconstruction import reconstruction_loss
 
 CASE = "03_adaround"
 GRIDS = {"affine": Grid.unsigned, "sym": Grid.signed}
-# The setting of the recorded loss terms.
-ITERATIONS, WARMUP = 1000, 0.2
-WEIGHT = RoundingConfig().regularizer_weight
 SETTING = r"(?P<w>\w+)\.b(?P<bits>\d+)\.(?P<grid>affine|sym)"
 
 
@@ -48,7 +50,7 @@ def test_start_equals_the_published_one(match):
 
 @each(CASE, SETTING + r"\.tfmq\.w_hard_given")
 def test_given_alphas_round_as_published(match):
-    """The first three alphas are 0, -0 and 1e-7: all round up."""
+    """The first alphas are 0, -0 and just above: all round up."""
     values = tensors(CASE)
     rounding, prefix = ada_round(match)
     rounding.alpha.data = values[f"{match['w']}.given_alpha"].clone()
@@ -77,26 +79,60 @@ def test_reconstruction_loss_equals_the_published_one(match):
     torch.testing.assert_close(loss, values[match[0]], rtol=1e-5, atol=0)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """The setting of the recorded loss terms: beta falls from ``start`` to ``end``."""
+
+    norm: float
+    weight: float
+    iterations: int
+    warmup: float
+    start: float
+    end: float
+
+    @classmethod
+    def read(cls):
+        text = said(CASE, "layer.tfmq.round")
+        iterations, warmup = read(text, "total # iterations, warm-up fraction #")
+        ends = read(text, r"from # at k = \d+ to # at k")
+        return cls(*read(text, "p=#"), *read(text, r"plus # \* sum over weights"), int(iterations), warmup, *ends)
+
+    def beta(self, iteration):
+        return annealed_beta(iteration, self.iterations, self.warmup, self.start, self.end)
+
+
 @each(CASE, r"schedule\.curve")
 def test_schedule_equals_the_published_one(match):
     """The raw curve is recorded; our None stands for its flat start, where the loss ignores it."""
-    found = [annealed_beta(k, ITERATIONS, WARMUP) for k in range(len(tensors(CASE)[match[0]]))]
-    assert [k for k, beta in enumerate(found) if beta is None] == list(range(int(WARMUP * ITERATIONS)))
-    found = torch.tensor([20.0 if beta is None else beta for beta in found])
-    torch.testing.assert_close(found, tensors(CASE)[match[0]], rtol=1e-6, atol=0)
+    recorded, curve = Recorded.read(), tensors(CASE)[match[0]]
+    found = [recorded.beta(k) for k in range(len(curve))]
+    assert [k for k, beta in enumerate(found) if beta is None] == list(
+        range(ceil(recorded.warmup * recorded.iterations))
+    )
+    found = torch.tensor([recorded.start if beta is None else beta for beta in found])
+    torch.testing.assert_close(found, curve, rtol=1e-6, atol=0)
+
+
+def predict(weight):
+    """The recorded convolution's output with another weight."""
+    values = tensors(CASE)
+    x, target = values["layer.x"], values["layer.target"]
+    sides = zip(target.shape[2:], x.shape[2:], weight.shape[2:], strict=True)
+    padding = [(after - before + kernel - 1) // 2 for after, before, kernel in sides]
+    return F.conv2d(x, weight, values["layer.bias"], padding=padding)
 
 
 def layer_loss():
     """AdaRound of the recorded convolution at the given alphas, and a function that gives its two loss terms."""
-    values = tensors(CASE)
-    rounding = AdaRound(values["conv_w"], values["layer.delta"], values["layer.zero_point"], Grid.unsigned(4))
+    values, recorded = tensors(CASE), Recorded.read()
+    (bits,) = read(said(CASE, "layer.delta"), "# bits")
+    rounding = AdaRound(values["conv_w"], values["layer.delta"], values["layer.zero_point"], Grid.unsigned(int(bits)))
     rounding.alpha.data = values["conv_w.given_alpha"].clone()
 
     def terms(iteration):
-        prediction = F.conv2d(values["layer.x"], rounding(), values["layer.bias"], padding=1)
-        beta = annealed_beta(iteration, ITERATIONS, WARMUP)
-        penalty = torch.zeros(()) if beta is None else WEIGHT * regularizer(rounding.h, beta)
-        return reconstruction_loss(prediction, values["layer.target"], 2.0), penalty
+        beta = recorded.beta(iteration)
+        penalty = torch.zeros(()) if beta is None else recorded.weight * regularizer(rounding.h, beta)
+        return reconstruction_loss(predict(rounding()), values["layer.target"], recorded.norm), penalty
 
     return rounding, terms
 
@@ -105,7 +141,7 @@ def test_loss_terms_of_a_layer_equal_the_published_ones():
     values = tensors(CASE)
     _, terms = layer_loss()
     iterations = values["schedule.k"].int().tolist()
-    betas = torch.tensor([annealed_beta(k, ITERATIONS, WARMUP) or 0.0 for k in iterations])
+    betas = torch.tensor([Recorded.read().beta(k) or 0.0 for k in iterations])
     torch.testing.assert_close(betas, values["layer.tfmq.b"], rtol=1e-6, atol=0)
     found = [terms(k) for k in iterations]
     reconstruction, penalty = (torch.stack(column).detach() for column in zip(*found, strict=True))
@@ -114,53 +150,70 @@ def test_loss_terms_of_a_layer_equal_the_published_ones():
     torch.testing.assert_close(reconstruction + penalty, values["layer.tfmq.total"], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("row", "iteration"), [(0, 1), (1, 200), (2, 600)])
-def test_gradients_of_the_total_loss_equal_the_published_ones(row, iteration):
-    rounding, terms = layer_loss()
-    terms(iteration)[0].backward()
-    beta = annealed_beta(iteration, ITERATIONS, WARMUP)
-    if beta is not None:
-        rounding.add_penalty_gradient(WEIGHT, beta)
-    expected = tensors(CASE)["layer.tfmq.grad_alpha"][row]
-    torch.testing.assert_close(rounding.alpha.grad, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    assert torch.equal(rounding.alpha.grad == 0, expected == 0)
+@each(CASE, r"layer\.tfmq\.grad_alpha")
+def test_gradients_of_the_total_loss_equal_the_published_ones(match):
+    """At the iterations that its meaning lists."""
+    recorded, gradients = Recorded.read(), tensors(CASE)[match[0]]
+    iterations = json.loads(re.search(r"k = (\[.*?\])", said(CASE, match[0]))[1])
+    for iteration, expected in zip(iterations, gradients, strict=True):
+        rounding, terms = layer_loss()
+        terms(iteration)[0].backward()
+        beta = recorded.beta(iteration)
+        if beta is not None:
+            rounding.add_penalty_gradient(recorded.weight, beta)
+        atol = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(rounding.alpha.grad, expected, rtol=1e-4, atol=atol)
+        assert torch.equal(rounding.alpha.grad == 0, expected == 0)
 
 
-def test_activation_stage_loss_equals_the_published_one():
+@each(CASE, r"layer\.tfmq\.activation_stage_total")
+def test_activation_stage_loss_equals_the_published_one(match):
     values = tensors(CASE)
     rounding, _ = layer_loss()
-    prediction = F.conv2d(values["layer.x"], rounding().detach(), values["layer.bias"], padding=1)
-    loss = reconstruction_loss(prediction, values["layer.target"], 2.4)
-    torch.testing.assert_close(loss, values["layer.tfmq.activation_stage_total"], rtol=1e-5, atol=0)
+    (norm,) = read(said(CASE, match[0]), "p=#")
+    loss = reconstruction_loss(predict(rounding().detach()), values["layer.target"], norm)
+    torch.testing.assert_close(loss, values[match[0]], rtol=1e-5, atol=0)
 
 
-def shares():
-    """How each code weights the layers of the recorded block."""
-    first, second = (tensors(CASE)[f"block.alpha.{half}"].shape[1] for half in ("split", "split1"))
-    channels = first + second
-    return {
-        "tfmq": {"plain": 1.0, "split": first / channels, "split1": second / channels},
-        "qdiff": {"plain": 1.0, "split": 1.0, "emb": 1.0, "ignored": 1.0},
-    }
+def shares(project):
+    """How a project's code weights each layer of the recorded block, by name; none is for layers that it leaves out.
+
+    TFMQ-DM weights the halves of a split layer by their input channels and leaves out embedding projections and layers
+    that are not reconstructed; Q-Diffusion leaves out the second half alone.
+    """
+    alphas = {name: values for name, values in tensors(CASE).items() if name.startswith("block.alpha.")}
+    found = {}
+    for name, alpha in alphas.items():
+        meaning = described(CASE)["tensors"][name]["meaning"]
+        second = "SECOND" in meaning
+        share = 1.0
+        if project == "tfmq" and ("embedding" in meaning or "not reconstructed" in meaning):
+            share = 0.0
+        elif project == "tfmq" and (second or "FIRST" in meaning):
+            first = name.removesuffix("1") if second else name
+            share = alpha.shape[1] / (alphas[first].shape[1] + alphas[f"{first}1"].shape[1])
+        elif second:
+            share = 0.0
+        found[name] = share
+    return found
 
 
-@pytest.mark.parametrize("project", ["tfmq", "qdiff"])
-def test_rounding_term_of_a_block_equals_the_published_one(project):
+@each(CASE, r"block\.(?P<project>tfmq|qdiff)\.round")
+def test_rounding_term_of_a_block_equals_the_published_one(match):
     """The published weights of a block's layers, over ``regularizer`` of each."""
-    values = tensors(CASE)
-    reconstruction = reconstruction_loss(values["block.pred"], values["block.target"], 2.0)
+    values, recorded, prefix = tensors(CASE), Recorded.read(), match[0].removesuffix("round")
+    reconstruction = reconstruction_loss(values["block.pred"], values["block.target"], recorded.norm)
     for row, iteration in enumerate(values["schedule.k"].int().tolist()):
-        beta = annealed_beta(iteration, ITERATIONS, WARMUP)
+        beta = recorded.beta(iteration)
         penalty = torch.zeros(())
         if beta is not None:
-            for layer, share in shares()[project].items():
-                penalty = penalty + share * regularizer(rectified_sigmoid(values[f"block.alpha.{layer}"]), beta)
-        penalty = WEIGHT * penalty
-        assert (beta or 0.0) == pytest.approx(values[f"block.{project}.b"][row].item(), rel=1e-6)
-        torch.testing.assert_close(reconstruction, values[f"block.{project}.rec"][row], rtol=1e-5, atol=0)
-        torch.testing.assert_close(penalty, values[f"block.{project}.round"][row], rtol=1e-5, atol=0)
-        total = values[f"block.{project}.total"][row]
-        torch.testing.assert_close(reconstruction + penalty, total, rtol=1e-5, atol=0)
+            for name, share in shares(match["project"]).items():
+                penalty = penalty + share * regularizer(rectified_sigmoid(values[name]), beta)
+        penalty = recorded.weight * penalty
+        assert (beta or 0.0) == pytest.approx(values[f"{prefix}b"][row].item(), rel=1e-6)
+        torch.testing.assert_close(reconstruction, values[f"{prefix}rec"][row], rtol=1e-5, atol=0)
+        torch.testing.assert_close(penalty, values[match[0]][row], rtol=1e-5, atol=0)
+        torch.testing.assert_close(reconstruction + penalty, values[f"{prefix}total"][row], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("beta", [20.0, 7.3, 2.0])

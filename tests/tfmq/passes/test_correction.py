@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline
 
 from tests.tfmq import networks
-from tests.tfmq.oracle import each, tensors
+from tests.tfmq.oracle import each, read, said, tensors
 from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.network.backbone import KINDS
 from tfmq.network.calibration import CalibrationSet, collect_calibration
@@ -54,19 +54,36 @@ def known(monkeypatch):
     monkeypatch.setitem(KINDS, "Network", KINDS["UNet2DModel"])
 
 
-def scheduler_of(alphas_cumprod):
-    """A DDIM scheduler with these cumulative alphas; its last step ends on the first of them."""
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1].double()])
-    betas = (1 - alphas_cumprod.double() / previous).tolist()
-    scheduler = DDIMScheduler(trained_betas=betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = alphas_cumprod, alphas_cumprod[0]
-    return scheduler
+class Scheduler(DDIMScheduler):
+    """DDIM with given cumulative alphas, at the recorded time steps; its last step ends on the first of the alphas.
+
+    The recorded sampler takes every n-th training step, from the first to the last that there is, and adds an offset;
+    diffusers stops after the steps that were asked for, which differs where they do not divide the training schedule.
+    """
+
+    def __init__(self, alphas_cumprod):
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1].double()])
+        super().__init__(
+            num_train_timesteps=len(alphas_cumprod),
+            trained_betas=(1 - alphas_cumprod.double() / previous).tolist(),
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=int(tensors(SAMPLER)["timesteps"][0]),
+        )
+        self.alphas_cumprod, self.final_alpha_cumprod = alphas_cumprod, alphas_cumprod[0]
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(num_inference_steps, device)
+        recorded = tensors(SAMPLER)["timesteps"]
+        if num_inference_steps == len(recorded):
+            self.num_inference_steps = len(self.alphas_cumprod) // int(recorded[1] - recorded[0])
+            self.timesteps = recorded.flip(0)
 
 
 def recorded_correction():
     """The correction with the recorded tables; float32 alphas as the recorded sampler saw them."""
     values = tensors(SAMPLER)
-    correction = NoiseCorrection(20, 3)
+    correction = NoiseCorrection(*values["bias"].shape)
     correction.timesteps = values["timesteps"]
     correction.slopes = values["k_raw"].clamp_min(0)
     correction.biases, correction.deviations = values["bias"], values["residual_std"]
@@ -97,12 +114,12 @@ def test_measured_on_a_pool_they_are_the_same():
     timesteps = values["timesteps"].flip(0)
     order = torch.stack([(values["t"] == t).nonzero().flatten() for t in timesteps])
     index = torch.arange(order.numel()).reshape(order.shape).float()
-    latents = index[:, :, None, None, None].expand(-1, -1, 3, 8, 8)
+    latents = index[:, :, None, None, None].expand(-1, -1, *values["eps"].shape[1:])
     unet = Network(lambda x, t, context: values["eps_hat"][order].flatten(0, 1)[x[:, 0, 0, 0].long()])
     alphas = torch.linspace(0.01, 0.99, len(timesteps) + 1, dtype=torch.float64)
     settings = SamplingSettings(len(timesteps))
     pool = CalibrationSet(latents, timesteps, values["eps"][order], latents[0], alphas, settings)
-    correction = measure_correction(unet, pool, images=100, batch=4)
+    correction = measure_correction(unet, pool, images=order.shape[1], batch=4)
     assert torch.equal(correction.timesteps, values["timesteps"])
     torch.testing.assert_close(correction.slopes, values["k_raw"].clamp_min(0), rtol=0, atol=1e-6)
     torch.testing.assert_close(correction.biases, values["bias"], rtol=1e-4, atol=1e-6)
@@ -114,28 +131,29 @@ def test_measured_on_a_pool_they_are_the_same():
 def test_under_guidance_the_error_is_that_of_the_guided_noise():
     values = tensors(STATISTICS)
     halves = {-1.0: "uncond", 1.0: "cond"}
+    noise = torch.zeros_like(values["guided.eps"])
+    images = len(noise)
 
     def network(kind):
         def predict(x, t, context):
             return torch.cat(
-                [values[f"guided.{kind}_{halves[float(c[0, 0])]}"][i % 2, None] for i, c in enumerate(context)]
+                [values[f"guided.{kind}_{halves[float(c[0, 0])]}"][i % images, None] for i, c in enumerate(context)]
             )
 
         return Network(predict)
 
-    noise = torch.zeros(2, 3, 8, 8)
-    conditioning = Conditioning(torch.ones(2, 1, 1), -torch.ones(2, 1, 1))
+    conditioning = Conditioning(torch.ones(images, 1, 1), -torch.ones(images, 1, 1))
     settings = SamplingSettings(steps=1, guidance_scale=values["guided.scale"].item())
     pool = collect_calibration(
         network("fp"),
-        scheduler_of(tensors(SAMPLER)["alphas_cumprod"]),
+        Scheduler(tensors(SAMPLER)["alphas_cumprod"]),
         noise,
         settings,
-        batch=2,
+        batch=images,
         conditioning=conditioning,
     )
     torch.testing.assert_close(pool.noise[0], values["guided.eps"], rtol=1e-5, atol=1e-6)
-    correction = measure_correction(network("q"), pool, images=2, batch=2)
+    correction = measure_correction(network("q"), pool, images=images, batch=images)
     expected = error_bias(values["guided.error"]).float()
     torch.testing.assert_close(correction.biases[0], expected, rtol=1e-4, atol=1e-6)
     slope = error_slope(values["guided.eps"], values["guided.error"]).clamp_min(0).float()
@@ -165,8 +183,8 @@ def test_step_equals_the_published_one(match):
     reduced = eta
     if match["kind"] == "corrected":
         noise, reduced = recorded_correction()(timestep, noise, eta)
-    scheduler = scheduler_of(values["alphas_cumprod"])
-    scheduler.set_timesteps(20)
+    scheduler = Scheduler(values["alphas_cumprod"])
+    scheduler.set_timesteps(len(values["timesteps"]))
     step = scheduler.step(noise, timestep, values["x"], eta=reduced, variance_noise=values["z"] if reduced else None)
     alpha, previous = values["table.a"][index].item(), values["table.a_prev"][index].item()
     sigma = torch.tensor(ddim_sigma(alpha, previous, reduced))
@@ -192,8 +210,10 @@ def test_a_known_linear_error_is_taken_back_exactly():
 
 
 def test_a_step_without_statistics_is_refused():
-    with pytest.raises(ValueError, match="no noise correction for time step 2: the statistics are those of"):
-        recorded_correction()(2, torch.zeros(1, 3, 8, 8), 0.0)
+    values = tensors(SAMPLER)
+    other = int(values["timesteps"].max()) + 1
+    with pytest.raises(ValueError, match=f"no noise correction for time step {other}: the statistics are those of"):
+        recorded_correction()(other, values["x"], 0.0)
 
 
 # -- whole trajectories -----------------------------------------------------------------------------------------------
@@ -203,24 +223,25 @@ def test_a_step_without_statistics_is_refused():
 def test_trajectory_equals_the_published_one(match):
     """The released sampler's trajectory through our own loop: network, guidance, correction, scheduler."""
     values = tensors(SAMPLER)
-    alphas, step_noise = values["alphas_cumprod"], values[match[0][:-1] + "z"][:, None]
+    alphas, start, steps = values["alphas_cumprod"], values[match[0][:-1] + "x_T"], len(values["timesteps"])
+    scale, shift = read(said(SAMPLER, match[0]), r"= #\*sqrt\(1-alphas_cumprod\[t\]\)\*x \+ #\*c")
 
     def predict(x, t, context):
-        return 0.97 * (1 - alphas[t]).sqrt() * x + 0.03 * context[:, :, :, None]
+        return scale * (1 - alphas[t]).sqrt() * x + shift * context[:, :, :, None]
 
     seen = []
     final = sample(
         Network(predict),
-        scheduler_of(alphas),
-        values[match[0][:-1] + "x_T"],
-        SamplingSettings(20, float(match["eta"]), values["scale"].item()),
-        conditioning=Conditioning(torch.ones(1, 1, 1), -torch.ones(1, 1, 1)),
-        step_noise=step_noise,
+        Scheduler(alphas),
+        start,
+        SamplingSettings(steps, float(match["eta"]), values["scale"].item()),
+        conditioning=Conditioning(torch.ones(len(start), 1, 1), -torch.ones(len(start), 1, 1)),
+        step_noise=values[match[0][:-1] + "z"].reshape(steps, *start.shape),
         callback=seen.append,
         correction=recorded_correction(),
     )
     found = torch.cat([step.latents for step in seen[1:]] + [final])
-    torch.testing.assert_close(found, values[match[0]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, values[match[0]].reshape(found.shape), rtol=1e-4, atol=1e-4)
 
 
 def test_under_a_repeated_step_and_guidance_the_correction_is_looked_up_by_time_step():

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from tests.tfmq import networks
-from tests.tfmq.oracle import tensors
+from tests.tfmq.oracle import described, tensors
 from tests.tfmq.released import (
-    BITS,
     TIME,
-    TIME_SEED,
     Recorded,
     assert_follows_published_trace,
     assert_learned_as_well_as_published,
+    assert_starts_alike,
+    bits,
+    learned_layers,
+    learning,
     rounding_config,
+    seed,
 )
 from tfmq.network.backbone import backbone_of
 from tfmq.passes import Cost, reconstruction
@@ -30,40 +35,52 @@ from tfmq.plan import SHARED, LayerPlan, QuantizationPlan, insert_quantizers, qu
 from tfmq.precision import Precision
 from tfmq.session import Session
 
-PROJECTIONS = 3
+EMBEDDING = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
 
-TIME_NAMES = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    **{f"down_blocks.{i}.resnets.0.time_emb_proj": f"input_blocks.{i + 1}.0.emb_layers.1" for i in range(PROJECTIONS)},
-}
+
+def original_names():
+    """The original name of each layer of the temporal block, by its path in `time_unet`."""
+    matches = [re.fullmatch(r"state_dict\.(.*\.emb_layers\.1)\.weight", name) for name in described(TIME)["tensors"]]
+    projections = [match[1] for match in matches if match]
+    return EMBEDDING | {f"down_blocks.{i}.resnets.0.time_emb_proj": name for i, name in enumerate(projections)}
+
+
+def distinct(timesteps):
+    """Each once, in the order of their first row."""
+    return torch.tensor(list(dict.fromkeys(timesteps.tolist())))
 
 
 def time_unet():
-    """A UNet whose first three residual blocks have the recorded time embedding, its copy, and the recorded layers.
+    """A UNet whose residual blocks on the way down have the recorded time embedding, its copy, and the recorded layers.
 
-    The recorded run leaves the first linear layer of the time embedding in full precision.
+    Layers without a recorded rounding stay in full precision.
     """
-    values = tensors(TIME)
+    values, names = tensors(TIME), original_names()
+    width, stages = values["sinusoid"].shape[1], len(names) - len(EMBEDDING)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        block_out_channels=tuple(values[f"target{i}"].shape[1] for i in range(PROJECTIONS)),
-        time_embedding_dim=values["state_dict.time_embed.0.weight"].shape[0],
-        down_block_types=("DownBlock2D",) * PROJECTIONS,
-        up_block_types=("UpBlock2D",) * PROJECTIONS,
+        block_out_channels=(width,) * stages,
+        down_block_types=("DownBlock2D",) * stages,
+        up_block_types=("UpBlock2D",) * stages,
         mid_block_type=None,
         layers_per_block=1,
-        norm_num_groups=16,
+        norm_num_groups=1,
         cross_attention_dim=8,
     )
-    for ours, theirs in TIME_NAMES.items():
-        for kind in ("weight", "bias"):
-            getattr(unet.get_submodule(ours), kind).data = values[f"state_dict.{theirs}.{kind}"].clone()
+    for path, name in names.items():
+        weight, bias = (values[f"state_dict.{name}.{kind}"].clone() for kind in ("weight", "bias"))
+        layer = nn.Linear(*reversed(weight.shape))
+        layer.weight.data, layer.bias.data = weight, bias
+        unet.set_submodule(path, layer)
     unet.eval().requires_grad_(False)
     full = copy.deepcopy(unet)
-    learned = tuple(TIME_NAMES)[1:]
-    backbone = replace(backbone_of(unet), time_embedding=learned[:1], time_projections=learned[1:])
-    insert_quantizers(unet, QuantizationPlan({path: LayerPlan(BITS, 32) for path in learned}, {}))
+    learned = tuple(path for path, name in names.items() if name in learned_layers(TIME))
+    backbone = replace(
+        backbone_of(unet),
+        time_embedding=tuple(path for path in learned if path in EMBEDDING),
+        time_projections=tuple(path for path in names if path not in EMBEDDING),
+    )
+    insert_quantizers(unet, QuantizationPlan({path: LayerPlan(bits(TIME), 32) for path in learned}, {}))
     for layer in quantized_layers(unet).values():
         layer.find_weight_range("search")
     return SimpleNamespace(unet=unet, full=full, backbone=backbone, timesteps=values["t"].long())
@@ -89,62 +106,59 @@ class RepeatedSteps(Session):
 def learned_time():
     """The network after the pass with the recorded seed, the loss terms on the way, and what it spent."""
     network = time_unet()
-    config = rounding_config(TIME)
-    recorded = Recorded([network.unet.get_submodule(path) for path in network.backbone.temporal], config)
+    recorded = Recorded([network.unet.get_submodule(path) for path in network.backbone.temporal], TIME)
     session = RepeatedSteps(
-        unet=network.unet,
+        network=network.unet,
         full=network.full,
         backbone=network.backbone,
         plan=QuantizationPlan({}, {}),
-        precision=Precision.parse("w4a32"),
+        precision=Precision(bits(TIME), 32),
         protocol=SHARED,
         pool=None,
-        generator=torch.Generator().manual_seed(TIME_SEED),
+        generator=torch.Generator().manual_seed(seed(TIME)),
     )
 
     def watched_learning(layers, loss, batches, settings):
         return learn_rounding(layers, recorded.watch(loss), batches, settings)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with learning(TIME) as patch:
         patch.setattr(reconstruction, "learn_rounding", watched_learning)
-        networks.run(session, TemporalReconstruction(config))
+        networks.run(session, TemporalReconstruction(recorded.config))
     return network, recorded, session.report.cost
 
 
 def test_time_embedding_starts_where_the_published_one_does():
     values = tensors(TIME)
     network = time_unet()
-    distinct = network.timesteps[:: len(network.timesteps) // len(values["sinusoid"])]
-    torch.testing.assert_close(network.full.time_proj(distinct), values["sinusoid"], rtol=1e-4, atol=1e-4)
-    for i, feature in enumerate(network.backbone.temporal_features(network.full, distinct)):
+    steps, names = distinct(network.timesteps), original_names()
+    torch.testing.assert_close(network.full.time_proj(steps), values["sinusoid"], rtol=1e-4, atol=1e-4)
+    for i, feature in enumerate(network.backbone.temporal_features(network.full, steps)):
         torch.testing.assert_close(feature, values[f"target{i}"], rtol=1e-4, atol=1e-4)
-    layers = [network.unet.get_submodule(path) for path in network.backbone.temporal]
-    for path, layer in zip(network.backbone.temporal, layers, strict=True):
-        theirs = TIME_NAMES[path]
-        torch.testing.assert_close(layer.weight_scale, values[f"{theirs}.delta"], rtol=1e-6, atol=0)
-        assert torch.equal(layer.weight_zero_point, values[f"{theirs}.zero_point"])
+    layers = quantized_layers(network.unet)
+    for path, layer in layers.items():
+        torch.testing.assert_close(layer.weight_scale, values[f"{names[path]}.delta"], rtol=1e-6, atol=0)
+        assert torch.equal(layer.weight_zero_point, values[f"{names[path]}.zero_point"])
         layer.learn_rounding()
-    torch.testing.assert_close(time_losses(network).sum(), values["loss.soft_start"], rtol=1e-3, atol=0)
-    for layer in layers:
+    assert_starts_alike(time_losses(network).sum(), "loss.soft_start", TIME)
+    for layer in layers.values():
         layer.fold()
-    torch.testing.assert_close(time_losses(network).sum(), values["loss.hard_start"], rtol=1e-3, atol=0)
+    assert_starts_alike(time_losses(network).sum(), "loss.hard_start", TIME)
     network = time_unet()
     for layer in quantized_layers(network.unet).values():
         layer.fold()
-    torch.testing.assert_close(time_losses(network).sum(), values["loss.nearest"], rtol=1e-3, atol=0)
+    assert_starts_alike(time_losses(network).sum(), "loss.nearest", TIME)
 
 
 def test_time_embedding_is_learned_as_well_as_published(learned_time):
     network, _, cost = learned_time
-    assert_learned_as_well_as_published(time_losses(network).sum(), tensors(TIME))
+    assert_learned_as_well_as_published(time_losses(network).sum(), TIME)
     assert cost == Cost(unet_evaluations=0, optimizer_steps=rounding_config(TIME).iterations)
     assert all(layer.codes is not None for layer in quantized_layers(network.unet).values())
 
 
 def test_time_embedding_follows_the_published_trace(learned_time):
-    network, recorded, _ = learned_time
-    names = [TIME_NAMES[path] for path in network.backbone.temporal]
-    assert_follows_published_trace(recorded, names, tensors(TIME))
+    _, recorded, _ = learned_time
+    assert_follows_published_trace(recorded, TIME)
 
 
 # -- in a whole network -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from benchmarks.sources.archive import Mismatch
 from benchmarks.sources.originals.architectures import ARCHITECTURES
 from benchmarks.sources.originals.convert import convert, write_tokenizer
 from benchmarks.suite import discover
-from tests.benchmarks.sources.originals import tiny
+from tests.benchmarks.sources.originals import facts, tiny
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -71,13 +71,20 @@ def test_weights_are_those_that_the_samplers_take(converted):
         assert not torch.equal(written, tensors[raw])
 
 
+def scale(name, tensors):
+    """Of the first stage: the file's where it has one, else the published one."""
+    if "scale_factor" in tensors:
+        return tensors["scale_factor"].item()
+    known = next(known for known in map(facts.of, facts.MODELS) if known["architecture"] == name)
+    return known["settings"]["full"]["first_stage"]["scaling_factor"]
+
+
 def test_scale_and_schedule_are_the_models_own(converted):
     name, tensors, folder = converted
-    scales = {"ldm4": 1.0, "ldm4-imagenet": 1.0, "sd-v1": 0.18215, "ldm8-churches": tiny.SCALE}
     for path in (folder / "vae", folder / "vqvae"):
         if path.exists():
             found = json.loads((path / "config.json").read_text())["scaling_factor"]
-            assert found == pytest.approx(scales[name], rel=1e-6)
+            assert found == pytest.approx(scale(name, tensors), rel=1e-6)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     assert not scheduler.config.clip_sample and not scheduler.config.thresholding
     if not ARCHITECTURES[name].flat:
@@ -89,7 +96,7 @@ def test_the_stock_pipeline_loads_the_folder(converted):
     kind = ARCHITECTURES[name]
     assert (folder / "model_index.json").exists() == (kind.pipeline is not None)
     if kind.pipeline is not None:
-        options = {"safety_checker": None} if name == "sd-v1" else {}
+        options = {"safety_checker": None} if kind.pipeline == "StableDiffusionPipeline" else {}
         assert type(DiffusionPipeline.from_pretrained(folder, **options)).__name__ == kind.pipeline
 
 
@@ -118,13 +125,20 @@ def refused(tensors: dict[str, object], architecture: str, folder: Path) -> str:
 
 UNET, FIRST = "model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"
 AVERAGED = "model_ema.diffusion_modelout2bias"
+SHAPE = churches()[UNET].shape
+POINTWISE = torch.Size((*SHAPE[:2], 1, 1))
+SCHEDULE = ARCHITECTURES["ldm8-churches"].scheduler
+STEPS, FROM, TO = (SCHEDULE[name] for name in ("num_train_timesteps", "beta_start", "beta_end"))
 FAULTS = {
     "missing": ({"model.diffusion_model.out.2.bias": None}, "model.diffusion_model.out.2.bias is missing"),
     "missing first stage": ({FIRST: None}, f"{FIRST} is missing"),
     "missing average": ({AVERAGED: None}, f"{AVERAGED} is missing"),
     "no tensor": ({UNET: "a text"}, f"{UNET} is missing"),
-    "shape": ({UNET: torch.zeros(32, 4, 1, 1)}, rf"{UNET} has shape \[32, 4, 1, 1\], not \[32, 4, 3, 3\]"),
-    "type": ({UNET: torch.zeros(32, 4, 3, 3).half()}, f"{UNET} has numbers of type torch.float16, not torch.float32"),
+    "shape": (
+        {UNET: torch.zeros(POINTWISE)},
+        re.escape(f"{UNET} has shape {list(POINTWISE)}, not {list(SHAPE)}"),
+    ),
+    "type": ({UNET: torch.zeros(SHAPE).half()}, f"{UNET} has numbers of type torch.float16, not torch.float32"),
     "unexpected": (
         {"model.diffusion_model.out.3.bias": torch.zeros(3)},
         "model.diffusion_model.out.3.bias is unexpected",
@@ -134,7 +148,10 @@ FAULTS = {
     "two": ({UNET: None, FIRST: None}, r"is missing \(the first of 2 faults\)"),
     "scale": ({"scale_factor": None}, "scale_factor is missing"),
     "no scale": ({"scale_factor": torch.tensor(0.0)}, "scale_factor is 0.0, but must be one positive number"),
-    "schedule": (tiny.schedule(0.0015, 0.0195), r"\(betas\) is not that of 1000 steps with beta from 0.0015 to 0.0155"),
+    "schedule": (
+        tiny.schedule(FROM, 2 * TO, STEPS),
+        rf"\(betas\) is not that of {STEPS} steps with beta from {FROM} to {TO}",
+    ),
 }
 
 

@@ -87,7 +87,9 @@ def test_a_task_gets_the_folder_that_it_is_loaded_from(suite, capsys):
         )
     ]
     model = _setup.load_model(suite.tasks[CHURCHES], torch.device("cpu"))
-    assert model.latent_shape == (4, 16, 16) and {a.heads for a in model.unet.mid_block.attentions} == {4}
+    size = ARCHITECTURES[TASKS[CHURCHES]].tiny
+    assert model.latent_shape == (size.unet["in_channels"], *[size.unet["sample_size"]] * 2)
+    assert {attention.heads for attention in model.unet.mid_block.attentions} == {size.heads}
 
 
 def test_text_to_image_gets_its_tokenizer(suite):
@@ -96,7 +98,9 @@ def test_text_to_image_gets_its_tokenizer(suite):
     convert.run(suite, COCO)
     model = _setup.load_model(suite.tasks[COCO], torch.device("cpu"))
     found = model.conditioning(["a cat", "a dog"])
-    assert found.context.shape == (2, 77, 32) and not torch.allclose(found.context[0], found.context[1])
+    text = ARCHITECTURES[TASKS[COCO]].tiny.text_encoder
+    assert found.context.shape == (2, text["max_position_embeddings"], text["hidden_size"])
+    assert not torch.allclose(found.context[0], found.context[1])
 
 
 def test_the_pixel_model_gets_its_own_time_steps(suite):

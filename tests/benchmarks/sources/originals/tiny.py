@@ -41,10 +41,17 @@ def write_original(architecture: str, path: Path, seed: int = 0) -> None:
         path.write_bytes(data.getvalue())
 
 
-def write_tokenizer(vocabulary: Path, merges: Path) -> None:
-    """Write the files of a tokenizer of 100 tokens: 49 characters, each also at a word's end, and a text's two ends."""
+def write_tokenizer(vocabulary: Path, merges: Path, count: int | None = None) -> None:
+    """Write the files of a tokenizer of ``count`` tokens, as many as the text tower of `state_dict` unless told.
+
+    They are characters, each also at a word's end, others that no text has, and a text's two ends.
+    """
+    if count is None:
+        (count,) = {kind.tiny.text_encoder["vocab_size"] for kind in ARCHITECTURES.values() if kind.tiny.text_encoder}
     characters = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-()&/+"
-    tokens = [*characters, *(f"{one}</w>" for one in characters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*characters, *(f"{one}</w>" for one in characters)]
+    tokens = [*tokens, *(f"<|{index}|>" for index in range(count))][: count - 2]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     for path in (vocabulary, merges):
         path.parent.mkdir(parents=True, exist_ok=True)
     vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}), encoding="utf-8")
@@ -63,19 +70,20 @@ def state_dict(architecture: str, seed: int = 0) -> OrderedDict[str, Tensor]:
         else:
             weights[key] = 0.1 * numbers + float("norm" in key and key.endswith("weight"))
     if not kind.flat:
-        weights |= schedule(kind.scheduler["beta_start"], kind.scheduler["beta_end"])
+        weights |= schedule(*(kind.scheduler[name] for name in ("beta_start", "beta_end", "num_train_timesteps")))
         weights["model_ema.decay"] = torch.tensor(0.9999)
         weights["model_ema.num_updates"] = torch.tensor(1000, dtype=torch.int32)
     if kind.scale_in_file:
         weights["scale_factor"] = torch.tensor(SCALE)
     if kind.tiny.text_encoder is not None:
-        weights["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        length = kind.tiny.text_encoder["max_position_embeddings"]
+        weights["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(length)[None]
     return weights
 
 
-def schedule(first: float, last: float) -> dict[str, Tensor]:
+def schedule(first: float, last: float, steps: int) -> dict[str, Tensor]:
     """Latent diffusion's noise schedule as its checkpoints store it, computed in float64."""
-    betas = torch.linspace(math.sqrt(first), math.sqrt(last), 1000, dtype=torch.float64) ** 2
+    betas = torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0)
     found = {
         "betas": betas,
