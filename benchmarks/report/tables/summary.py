@@ -53,7 +53,7 @@ def mean_ranks(records: Sequence[Record]) -> dict[str, dict[str, Value]]:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 within each row of values [R, M], the smallest first; equal values share the mean of their ranks."""
+    """Ranks from 1 within each row of values (R, M), the smallest first; equal values share the mean of their ranks."""
     own, other = values[:, :, None], values[:, None, :]
     return 1 + (other < own).sum(axis=2) + ((other == own).sum(axis=2) - 1) / 2
 
