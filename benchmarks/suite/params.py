@@ -278,7 +278,7 @@ def load(path: Path) -> Suite:
     try:
         return parse(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def check_methods(suite: Suite) -> None:
