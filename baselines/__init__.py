@@ -1,8 +1,9 @@
 """The methods: one file each, a recipe over `tfmq`.
 
-A file holds ``METHOD``, and with that is in the suite. It imports `tfmq` only; methods never import each other. A pass
-that only one method makes stands in that method's file. The module's docstring says what the method is and where its
-code and its paper differ.
+A file with a ``METHOD`` is part of the suite. It imports `tfmq` only; methods never import each other. A recipe that
+rows share is in a file whose name starts with ``_``, such as ``_brecq.py`` for TFMQ-DM and Q-Diffusion. A pass that
+only one method makes is in that method's file. The module's docstring says what the method is and where its code and
+its paper differ.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from tfmq.precision import Precision
 
 @dataclass(frozen=True)
 class Settings(ABC):
-    """What the settings of every method can say: a frozen dataclass extends this."""
+    """What the settings of every method have: a frozen dataclass extends this."""
 
     @abstractmethod
     def recipe(self) -> Recipe:
-        """The passes that are made, in order, with these settings."""
+        """The passes that these settings make, in order."""
 
 
 @dataclass(frozen=True)

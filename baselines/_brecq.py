@@ -36,7 +36,7 @@ class Config(Settings):
     Attributes:
         steps, images: uniformly spaced steps of the pool, and images at each, for learning roundings and step sizes.
         range_steps, range_images: the same for activation ranges; None takes every step of the schedule.
-        iterations, learning_rate, batch: of the rounding of each block.
+        iterations, learning_rate, batch: of learning the roundings of each block.
         temporal: how layers that depend on the time step alone are rounded. ``blocks``: the embedding layers one by
             one, each projection with its residual block; ``joint``: all together on the finite set of steps;
             ``frozen``: to nearest in min-max ranges; ``full_precision``: not at all.

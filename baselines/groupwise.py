@@ -29,7 +29,11 @@ from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Input channels in a group; the default is Q-DiT's."""
+    """Settings; the default is Q-DiT's.
+
+    Attributes:
+        group: input channels that share a weight range in each output channel.
+    """
 
     group: int = 128
 

@@ -17,7 +17,12 @@ from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Steps of the schedule and images at each step that activation ranges are taken from."""
+    """Settings of the activation ranges.
+
+    Attributes:
+        steps, images: uniformly spaced steps of the pool, and images at each, that ranges are taken from.
+        batch: rows evaluated at once.
+    """
 
     steps: int = 20
     images: int = 64

@@ -38,7 +38,7 @@ class Config(_tdq.Config):
         iterations, batch: of the training.
         learning_rate: of weights, biases and norms; a tenth of it for the weights' step sizes.
         network_learning_rate: of the networks.
-        warmup: part of the iterations in which the learning rates rise.
+        warmup: share of the iterations over which the learning rates rise.
     """
 
     fit_iterations: int = 0

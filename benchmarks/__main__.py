@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         add_shards(command)
     stage(
         "tables",
-        "Regenerate all tables, pages and figures in results/, and the table in README.md, from all records.",
+        "Regenerate all tables, pages and figures in results/, and the summary in README.md, from all records.",
         device=False,
     )
     return top
@@ -194,7 +194,7 @@ def _count(text: str) -> int:
 
 def _rate(text: str) -> float:
     if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return float(text)
 
 

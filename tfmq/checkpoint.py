@@ -77,8 +77,7 @@ def save_quantized(network: Network, path: str | Path, metadata: dict[str, objec
 
     Raises:
         ValueError: the network is not quantised, or only in part, or holds NaN or infinity; or ``path`` is a folder, or
-        in
-            none.
+            in a folder that does not exist.
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
@@ -126,7 +125,7 @@ def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _description_hash(described: Mapping[str, str]) -> str:
-    """SHA-256 of the description but for its own hash."""
+    """SHA-256 of the description without its own hash."""
     items = {key: value for key, value in described.items() if key != "description_sha256"}
     return hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
 
@@ -236,7 +235,7 @@ def _tensors(network: Network) -> dict[str, Tensor]:
 
 
 def _checked_tensors(network: Network) -> dict[str, Tensor]:
-    """The tensors of a network that is quantised to its last layer. Raises ValueError for one that is not."""
+    """The tensors of a network. Raises ValueError if any layer or activation is not quantised yet, or holds NaN."""
     check_quantized(network)
     unfinished = [path for path, layer in quantized_layers(network).items() if layer.codes is None]
     unfinished += [path for path, quantizer in activation_quantizers(network).items() if not quantizer.enabled]

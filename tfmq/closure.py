@@ -1,4 +1,4 @@
-"""What code decides a result: the files that a module imports, directly or not."""
+"""The code that a result depends on: the files that a module imports, directly or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tfmq", "baselines", "benchmarks")
-# Modules that only estimate: they decide no result.
+# Modules that only estimate costs: no result depends on them.
 ESTIMATES = frozenset({ROOT / "tfmq" / "cost.py"})
 
 
@@ -56,7 +56,7 @@ def _imported(path: Path, modified: int) -> frozenset[Path]:
 
 
 def _base(path: Path) -> Path:
-    """The folder that a file's absolute imports start from: the first one above it that is no package."""
+    """The folder that a file's absolute imports start from: the first one above it that is not a package."""
     folder = path.parent
     while (folder / "__init__.py").is_file():
         folder = folder.parent

@@ -1,8 +1,8 @@
 """Estimate the cost of a quantisation before running it: evaluations, optimiser steps and memory, pass by pass.
 
-Passes say it themselves, from shapes alone: the network is on the meta device. Memory is an estimate, since what
-kernels and the allocator use is only guessed: counted are the networks, the rows that wait between two blocks, and what
-the part of the network that takes most takes while it is learned or evaluated, which is run on the meta device for it.
+Each pass counts its own cost from shapes alone: the network is on the meta device. Memory is an estimate. It counts the
+networks, the rows that wait between two blocks, and what the most demanding block needs while it is learned or
+evaluated, for which that block runs on the meta device; what kernels and the allocator use is a guess.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def units_of(backbone: Backbone, paths: Iterable[str]) -> int:
 
 
 def evaluation_bytes(stream: BlockStream, block: Block) -> int:
-    """What evaluating a block takes: the batch, and WORKING_TENSORS times the largest output of a layer."""
+    """Bytes that evaluating a block takes: the batch, and WORKING_TENSORS times the largest output of a layer."""
     sizes = [0]
     inputs = stream.inputs(block)
     with torch.no_grad(), _watched(stream.network.get_submodule(block.path), sizes):
@@ -169,7 +169,7 @@ def evaluation_bytes(stream: BlockStream, block: Block) -> int:
 
 
 def backward_bytes(network: Network, loss: Callable[[], Tensor], own: Iterable[Tensor] = ()) -> int:
-    """What the backward pass of ``loss()`` needs, besides the network's parameters and tensors that learning owns."""
+    """Bytes that the backward pass of ``loss()`` needs, besides the network's parameters and the learner's ``own``."""
     known = {tensor.untyped_storage()._cdata for tensor in (*own, *network.parameters(), *network.buffers())}
     saved: dict[int, int] = {}
 

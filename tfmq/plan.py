@@ -72,7 +72,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Bits of query, key and value, and of the probabilities; ``symmetric`` and ``dynamic`` as in ``LayerPlan``."""
+    """Treatment of one attention module.
+
+    Attributes:
+        activation_bits: of query, key and value.
+        softmax_bits: of the probabilities.
+        symmetric, dynamic: as in ``LayerPlan``.
+    """
 
     activation_bits: int
     softmax_bits: int
@@ -92,10 +98,10 @@ class QuantizationPlan:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def described(self, activations: bool) -> list[object]:
-        """What decides how the network computes while activations are calibrated, or else while they are not yet.
+        """What of the plan decides how the network computes: all of it once ``activations`` are quantised, else a part.
 
-        Until then the widths and signs of calibrated grids change nothing; which attentions are quantised does, since
-        those run another kernel; dynamic grids quantise from the beginning.
+        Before activations are calibrated, the widths and signs of their grids change nothing. Which attentions are
+        quantised does, since those run another kernel; and dynamic grids quantise from the beginning.
         """
         if activations or any(layer.dynamic for layer in self.layers.values()):
             return [asdict(self)["layers"], asdict(self)["attentions"]]
@@ -239,7 +245,14 @@ def activation_quantizers(module: nn.Module) -> dict[str, FakeQuantize]:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How one Conv2d, Linear or attention product is treated; ``reason`` says why a side is not quantised."""
+    """How one Conv2d, Linear or attention product is treated.
+
+    Attributes:
+        path: of the module.
+        kind: ``conv2d``, ``linear``, ``lookup table``, or which product.
+        weight_bits, activation_bits: 32 where not quantised; a product of two activations has no weights.
+        reason: why weights or activations are not quantised, or an empty text.
+    """
 
     path: str
     kind: str

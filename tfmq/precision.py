@@ -1,4 +1,4 @@
-"""How many bits weights, activations and the softmax output get."""
+"""How many bits weights, activations and attention probabilities get."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ FULL = 32
 class Precision:
     """Bit widths of a quantised network, written ``w4a8``; 32 bits mean not quantised.
 
-    ``softmax_bits`` is the width of the attention probabilities; None takes ``activation_bits``.
+    Attributes:
+        weight_bits: 2 to 8, or 32.
+        activation_bits: 2 to 16, or 32.
+        softmax_bits: of the attention probabilities; None takes ``activation_bits``.
     """
 
     weight_bits: int

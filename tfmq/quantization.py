@@ -1,4 +1,4 @@
-"""The front door: quantise a network of diffusers in place, after training."""
+"""Quantise a network of diffusers in place: what `quantize_` checks, and the order in which it runs a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tfmq.precision import FULL, Precision
 from tfmq.session import QuantizationReport, Session
 from tfmq.workspace import Workspace
 
-# What a network takes besides latents and time steps, and the dimensions that this has.
+# What a network takes besides latents and time steps, and how many dimensions that has.
 CONDITIONS = {
     "none": ("no condition", 0),
     "context": ("a context (rows, tokens, channels)", 3),
@@ -44,11 +44,11 @@ def quantize_(
 ) -> QuantizationReport:
     """Quantise ``network`` in place; it keeps working in any diffusers pipeline.
 
-    A noise correction that a pass measures (PTQD, ``tfmq.passes.correction``) does not by itself: see
+    If a pass measures a noise correction (PTQD, ``tfmq.passes.correction``), a stock pipeline applies it only with a
     ``corrected_scheduler``.
 
     Args:
-        recipe: what is done to the network, in this order: passes of `tfmq.passes`.
+        recipe: passes of `tfmq.passes`, in the order in which they run.
         pool: what the passes draw their calibration rows from, recorded on ``network`` with the schedule that it will
             be sampled with.
         generator: the only source of randomness; the same state gives the same network.
@@ -83,7 +83,7 @@ def quantize_(
 
 
 def check_arguments(network: Network, precision: Precision, workspace: Workspace | None) -> None:
-    """Raise ValueError for what can not be quantised, such as a parameter that holds NaN or infinity."""
+    """Raise ValueError for what cannot be quantised, such as a parameter that holds NaN or infinity."""
     if workspace is not None and not isinstance(workspace, Workspace):
         raise ValueError(f"workspace is {workspace!r}: give a FolderWorkspace of a folder, or None")
     if precision.weight_bits == FULL:
@@ -95,7 +95,7 @@ def check_arguments(network: Network, precision: Precision, workspace: Workspace
 
 
 def check_rows(network: Network, backbone: Backbone, rows: CalibrationRows, name: str) -> None:
-    """Raise ValueError for rows that are none, or no inputs of ``network``; ``name`` is that of their pass."""
+    """Raise ValueError if the pass of that ``name`` has drawn no rows, or rows that ``network`` cannot take."""
     if not len(rows):
         raise ValueError(f"{name} draws no calibration row from the pool: let it draw at least one")
     channels = network.config.in_channels
@@ -114,10 +114,10 @@ def check_rows(network: Network, backbone: Backbone, rows: CalibrationRows, name
 
 @contextmanager
 def restored_on_failure(network: Network, full: Network, generator: torch.Generator, state: Tensor) -> Iterator[None]:
-    """Make ``network`` the full-precision ``full`` again, in place, where anything is raised inside.
+    """If anything is raised inside, make ``network`` the full-precision ``full`` again, in place.
 
-    The generator goes back to ``state``, so that the same call finds in its workspace what was learned. Submodules are
-    those of ``full`` then: references to earlier ones point nowhere.
+    The generator goes back to ``state``, so that the same call finds in its workspace what was learned. The submodules
+    are then those of ``full``; references to the earlier ones are stale.
     """
     try:
         yield

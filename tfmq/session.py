@@ -76,7 +76,7 @@ class QuantizationReport:
 
 @dataclass
 class Session:
-    """What passes work on.
+    """What passes work on, and what they have spent so far.
 
     Attributes:
         network: the network, with quantised layers in place that become quantised pass by pass.
@@ -87,7 +87,7 @@ class Session:
         pool: what calibration rows are drawn from.
         generator: the only source of randomness.
         workspace: keeps what is learned.
-        report: what was spent so far.
+        report: what was spent so far, and what passes tell of their choices.
     """
 
     network: Network
@@ -121,11 +121,11 @@ class Session:
         self.report.passes[-1].seconds += time.perf_counter() - start
 
     def count_evaluations(self, samples: int) -> None:
-        """Note so many sample evaluations of the network."""
+        """Add to the sample evaluations of the network that the present pass has spent."""
         self.report.passes[-1].unet_evaluations += samples
 
     def count_steps(self, steps: int) -> None:
-        """Note so many optimiser steps; ``learn`` does it by itself."""
+        """Add to the optimiser steps that the present pass has spent; ``learn`` does so by itself."""
         self.report.passes[-1].optimizer_steps += steps
 
     def learn(
@@ -205,7 +205,7 @@ class Session:
 
 
 def _decided(setting: object) -> object:
-    """What a setting decides, as JSON holds it: of a dataclass the fields that count in a comparison."""
+    """A setting as JSON, for its hash: of a dataclass, the fields that count in a comparison."""
     if dataclasses.is_dataclass(setting):
         fields = {f.name: _decided(getattr(setting, f.name)) for f in dataclasses.fields(setting) if f.compare}
         return [type(setting).__qualname__, fields]

@@ -1,4 +1,4 @@
-"""Checks of settings: what is misspelt or out of range is refused where it is written, not hours later."""
+"""Checks of settings: what is misspelt or out of range is refused at once, not hours later."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def unknown(name: str, value: object, allowed: Iterable[str]) -> ValueError:
 
 
 def check_choices(settings: object) -> None:
-    """Raise ValueError for a field of the dataclass ``settings`` whose type is a Literal, and its value none of it."""
+    """Raise ValueError for a field of the dataclass ``settings`` with a value that its Literal type does not allow."""
     for name, hint in get_type_hints(type(settings)).items():
         options = (hint,) if get_origin(hint) is Literal else get_args(hint)
         allowed = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
@@ -29,7 +29,7 @@ def check_choices(settings: object) -> None:
 
 
 def check_counts(settings: object, *names: str, least: int = 1) -> None:
-    """Raise ValueError for a field among ``names`` that is no whole number of at least ``least``."""
+    """Raise ValueError for a field among ``names`` that is not a whole number of at least ``least``."""
     for name in names:
         value = getattr(settings, name)
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
@@ -37,7 +37,7 @@ def check_counts(settings: object, *names: str, least: int = 1) -> None:
 
 
 def check_numbers(settings: object, *names: str, least: float = -math.inf, most: float = math.inf) -> None:
-    """Raise ValueError for a field among ``names`` that is no finite number from ``least`` to ``most``."""
+    """Raise ValueError for a field among ``names`` that is not a finite number from ``least`` to ``most``."""
     for name in names:
         value = getattr(settings, name)
         if not _is_number(value) or not least <= value <= most:
@@ -45,7 +45,7 @@ def check_numbers(settings: object, *names: str, least: float = -math.inf, most:
 
 
 def check_positive(settings: object, *names: str) -> None:
-    """Raise ValueError for a field among ``names`` that is no finite number above 0."""
+    """Raise ValueError for a field among ``names`` that is not a finite number above 0."""
     for name in names:
         value = getattr(settings, name)
         if not _is_number(value) or value <= 0:

@@ -1,8 +1,8 @@
 """Where a quantisation keeps what it has learned, and its calibration rows while they wait for a block.
 
-What a unit of learning ends with is kept under an address: the hash of all that decides it. So a run that was stopped
-goes on after its last unit, a run that begins like an earlier one takes over what that has learned, and one that
-differs, in a setting or in the code that a pass imports, finds nothing.
+The result of each unit of learning is kept under an address, the hash of all that decides it (`Session.address` in
+`tfmq.session`). So a run that was stopped goes on after its last unit, a run that begins like an earlier one takes over
+what that has learned, and one that differs, in a setting or in the code that a pass imports, finds nothing.
 """
 
 from __future__ import annotations

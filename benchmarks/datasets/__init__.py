@@ -45,7 +45,7 @@ class Images:
     def batches(self, size: int, rows: range | None = None) -> Iterator[Tensor]:
         """Batches uint8 [size, 3, R, R] of all images or of ``rows``, the last one as small as it comes.
 
-        The next batch is read while one is used. Raises ValueError for a file that is no image of the data set.
+        The next batch is read while one is used. Raises ValueError for a file that is not an image of the data set.
         """
         rows = range(self.count) if rows is None else rows
         with ThreadPoolExecutor(READERS) as readers:

@@ -107,7 +107,9 @@ def _moments(path: Path, arrays: np.lib.npyio.NpzFile, mean: str, covariance: st
     eigenvalues = torch.linalg.eigvalsh(symmetric)
     bound = TOLERANCE * eigenvalues[-1]
     if (found - symmetric).abs().max() > bound or eigenvalues[0] < -bound or bound <= 0:
-        raise ValueError(f"{covariance} in {path} is no covariance (symmetric, no negative eigenvalue): {ADVICE}")
+        raise ValueError(
+            f"{covariance} in {path} is not a covariance matrix (symmetric, no negative eigenvalue): {ADVICE}"
+        )
     return Moments(_array(path, arrays, mean, (size,)), symmetric, count)
 
 

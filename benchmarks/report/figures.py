@@ -20,7 +20,7 @@ STYLES = ("-", "--", ":")
 def temporal_error(curves: Mapping[str, np.ndarray], timesteps: np.ndarray, title: str) -> Figure:
     """Error of the quantised time-step features over the denoising steps, a line a method.
 
-    ``curves`` maps a method to its error at each step, shape [T] (1 - cosine similarity to full precision, averaged
+    ``curves`` maps a method to its error at each step, shape (T,) (1 - cosine similarity to full precision, averaged
     over projections); ``timesteps`` [T] are the scheduler's values, and run from left to right, the largest first. A
     time step that the scheduler repeats has one point, at the mean. The legend has the order of the curves at their
     end.
@@ -47,7 +47,7 @@ def temporal_error(curves: Mapping[str, np.ndarray], timesteps: np.ndarray, titl
 def sample_grid(images: Mapping[str, np.ndarray], columns: int = 8, titles: Sequence[str] = ()) -> Figure:
     """The first ``columns`` images of each method, a row a method: a column shows the same initial noise.
 
-    ``images`` maps the row's label to uint8 images [N, 3, H, W]; ``titles`` stand above the columns. Raises ValueError
+    ``images`` maps the row's label to uint8 images (N, 3, H, W); ``titles`` stand above the columns. Raises ValueError
     where a row has too few images.
     """
     short = [name for name, row in images.items() if len(row) < columns]
@@ -100,7 +100,7 @@ def intervals(values: Mapping[str, Mapping[str, Value]], title: str, label: str)
 
 
 def selection(cached: np.ndarray, projections: Sequence[str], timesteps: Sequence[int], title: str) -> Figure:
-    """Which temporal features are looked up in the cache and which computed: booleans [P, T], projections x steps.
+    """Which temporal features are looked up in the cache and which computed: booleans (P, T), projections x steps.
 
     A time step that the scheduler repeats has one column: the features depend on nothing else.
     """

@@ -121,7 +121,7 @@ def verdict(better: Value, worse: Value, direction: str) -> str:
 
 
 def difference(better: np.ndarray, worse: np.ndarray) -> Value:
-    """Mean over images [N] of ``better - worse``, with 1.96 standard errors to each side."""
+    """Mean over images (N,) of ``better - worse``, with 1.96 standard errors to each side."""
     pairs = better - worse
     margin = 1.96 * pairs.std(ddof=1) / len(pairs) ** 0.5
     middle = pairs.mean()

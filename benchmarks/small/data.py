@@ -127,5 +127,5 @@ def load_split(folder: Path, resolution: int, split: str) -> Tensor:
 def _member(members: tarfile.TarFile, name: str) -> bytes:
     file = members.extractfile(name)
     if file is None:
-        raise ValueError(f"{name} is no regular file in {members.name}.")
+        raise ValueError(f"{name} is not a regular file in {members.name}.")
     return file.read()

@@ -42,7 +42,7 @@ def extract_member(archive: Path, suffix: str, to: Path) -> None:
     except LookupError as error:
         raise Mismatch(f"it {error}") from None
     except _DAMAGED as error:
-        raise Mismatch(f"it is no zip archive, or damaged ({error})") from None
+        raise Mismatch(f"it is not a zip archive, or damaged ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,8 +57,8 @@ def fault(path: Path, name: str, member: str | None) -> str | None:
         start = file.read(2)
     if not zipfile.is_zipfile(path):
         if member is not None or name.endswith((".zip", ".npz")) or start == b"PK":
-            return "it is no zip archive, or not all of it"
-        return "it is no checkpoint of torch.save" if name.endswith(".ckpt") and start not in _SAVED else None
+            return "it is not a zip archive, or not all of it"
+        return "it is not a checkpoint of torch.save" if name.endswith(".ckpt") and start not in _SAVED else None
     try:
         with zipfile.ZipFile(path) as archive:
             if member is not None:

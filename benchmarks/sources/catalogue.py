@@ -75,7 +75,7 @@ def load(path: Path) -> dict[str, Source]:
     try:
         return parse(yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def find(sources: dict[str, Source], name: str) -> Source:

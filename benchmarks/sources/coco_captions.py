@@ -62,7 +62,7 @@ def captions_of(annotations: Path, ids: Sequence[int]) -> list[str]:
         year = document["info"]["year"]
         texts = {int(entry["id"]): " ".join(entry["caption"].split()) for entry in document["annotations"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Mismatch(f"its {annotations.name} is no COCO caption file ({error!r})") from None
+        raise Mismatch(f"its {annotations.name} is not a COCO caption file ({error!r})") from None
     if year != YEAR:
         raise Mismatch(f"its {annotations.name} is of {year}, but the lists of captions are of {YEAR}")
     missing = [each for each in ids if not texts.get(each)]

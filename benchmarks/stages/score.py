@@ -112,7 +112,7 @@ def _score(task: Task, cell: Cell, device: torch.device, extracted: Path) -> Non
 def _measure(
     task: Task, cell: Cell, device: torch.device, extracted: Path
 ) -> tuple[dict[str, Value], dict[str, torch.Tensor]]:
-    """All metrics, and the values of images [N] of those that are a mean over images."""
+    """All metrics, and the values of images (N,) of those that are a mean over images."""
     features, found = _evidence.read_parts(extracted)
     if "clip_cosines" in found:
         found["clip_cosines"] = found["clip_cosines"].T

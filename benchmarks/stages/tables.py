@@ -1,4 +1,4 @@
-"""tables: all records become the tables, the pages, the CSV and the figures, and the region of the top README."""
+"""tables: all records become the tables, the pages, the CSV and the figures, and the summary in the top README."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Draw = Callable[[str, str, figures.Figure], None]
 def run(suite: Suite) -> str:
     """Write everything that is generated from records; returns what the suite's README shows.
 
-    That is the comparison with the papers' numbers where the suite has one, else the summary over the tasks of the
-    leaderboard, or all of the first table where that has one task.
+    That is the comparison with the papers' numbers where the suite has one, else the best methods over the tasks of the
+    first table, or all of that table where it has one task.
 
     A cell without a record is shown as failed. A suite with papers' numbers is one that people run in parts: there such
     a cell is not measured beside the papers' number, and in no other table. Raises ValueError if no cell has a record,
@@ -61,20 +61,21 @@ def run(suite: Suite) -> str:
     }
     if suite.reported is None:
         first = next(iter(shown))
-        comparison = ""
-        table = tables.across_tasks(shown[first], known) or tables.RENDERERS[first](shown[first], known)
+        summary, comparison = tables.leaders(shown[first]), ""
+        front = summary or tables.RENDERERS[first](shown[first], known)
     else:
-        table = comparison = tables.paper(list(records.values()), suite, numbers)
+        summary = ""
+        front = comparison = tables.paper(list(records.values()), suite, numbers)
     drawn = _figures(suite, shown, known)
-    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, comparison))
+    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, summary, comparison))
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
     images = {cell: _image_values(cell) for cell, record in records.items() if record.metrics}
     found = findings.page(list(records.values()), images, known, small=suite.reported is None)
     files.write_text(files.RESULTS / "FINDINGS.md", found)
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
-    files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), table))
-    return table
+    files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), front))
+    return front
 
 
 def _read(suite: Suite, cell: Cell) -> Record:

@@ -36,7 +36,7 @@ CLIPS = {
 def run(name: str) -> Path:
     """Make the folder of a source and return it.
 
-    Raises ValueError with the nearest name for a source that is no evaluator, and if its file is missing or damaged.
+    Raises ValueError with the nearest name if the source is not an evaluator, and for a missing or damaged file.
     """
     if name != INCEPTION and name not in CLIPS:
         raise discover.unknown("evaluator", name, [INCEPTION, *CLIPS], "Those of sources.yaml are meant.")
@@ -70,7 +70,7 @@ def _inception(path: Path, folder: Path) -> None:
     except (RuntimeError, pickle.UnpicklingError, EOFError):  # their texts advise to trust the file
         tensors = None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise Mismatch("it is no dictionary of tensors, or damaged")
+        raise Mismatch("it is not a dictionary of tensors, or damaged")
     files.write_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
 
 

@@ -21,20 +21,32 @@ SCHEDULERS = ("ddim", "ddim_quad", "pndm")
 class Task:
     """A checkpoint, how to sample from it, and how the samples are scored.
 
-    ``version`` goes up with every change that moves numbers; results of different versions are never compared.
-    ``checkpoint``, ``data``, ``statistics``, ``prompts`` and ``clip`` are paths from the suite's folder. ``steps`` is
-    the count of denoising steps (``pndm`` evaluates the UNet once more, twice at the second time step; ``ddim_quad``
-    takes time steps whose square roots are evenly spaced up to that of 800), ``eta`` the share of noise that the DDIM
-    step adds (0 to 1), ``guidance_scale`` 1 means no guidance. ``images`` are scored per cell, sampled ``batch`` at a
-    time (rounding differs between batch sizes, so the batch is part of the task); ``calibration_images`` give a
-    calibration pool, ``reference_images`` the full-precision distribution (0: none, and no distance to it).
+    Paths are relative to the suite's folder.
 
-    What images are compared with is the first ``data_images`` (None: all) of ``data``, read by ``dataset`` (a file of
-    `benchmarks/datasets`), or the published ``statistics`` of a data set, or features of the one and moments of the
-    other. ``evaluator`` sees all images; ``second_evaluator`` gives one more distance to the data. ``prompts`` is a
-    folder with what images are made from, a prompt a line in ``calibration.txt`` and ``evaluation.txt``, and ``clip``
-    are those with the CLIPs that score how well they match; an unconditional task has neither. ``methods`` maps a
-    method to the settings that it has on this task alone.
+    Attributes:
+        version: goes up with every change that moves numbers; results of different versions are never compared.
+        family: a file of `benchmarks/models`, which loads the ``checkpoint``.
+        checkpoint: folder of the full-precision model.
+        resolution: pixels a side of the images.
+        scheduler: ``ddim``; ``ddim_quad``, whose time steps have evenly spaced square roots up to that of 800; or
+            ``pndm``, which evaluates the network once more, twice at the second time step.
+        steps: denoising steps.
+        eta: share of the noise that a DDIM step adds, from 0 (deterministic) to 1.
+        guidance_scale: of classifier-free guidance; 1 for none.
+        images: scored for each cell.
+        batch: images sampled at once; part of the task, since rounding differs between batch sizes.
+        calibration_images: of a calibration pool.
+        reference_images: full-precision samples that give the distribution to compare with; 0 for none.
+        evaluator: a file of `benchmarks/features`, which sees all images.
+        dataset: a file of `benchmarks/datasets`, which reads ``data``.
+        data: folder of the real images that samples are compared with.
+        data_images: how many of them, from the first; None for all.
+        statistics: published moments of a data set; with ``data`` too, images are compared with these moments and the
+            features of ``data``.
+        second_evaluator: gives one more distance to the data.
+        prompts: folder with ``calibration.txt`` and ``evaluation.txt``, a prompt a line; None without conditioning.
+        clip: folders of the CLIPs that score how well images match their prompts.
+        methods: settings that a method has on this task alone.
     """
 
     name: str
@@ -93,9 +105,13 @@ class Task:
 class Table:
     """Cells that are measured and shown together: every task with every method at every precision.
 
-    ``protocol`` says which layers are quantised. ``beside`` are methods that another table measures, under the shared
-    protocol; this one shows them too. The full-precision row is always there. ``seeds`` maps a precision to how many
-    calibration seeds its cells are measured with; the others have one, seed 0.
+    The full-precision row is always there.
+
+    Attributes:
+        protocol: which layers are quantised.
+        tasks, precisions, methods: what is measured.
+        beside: methods that another table measures, under the shared protocol, and this one shows too.
+        seeds: how many calibration seeds the cells of a precision are measured with; other precisions have one, seed 0.
     """
 
     protocol: str
@@ -130,11 +146,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Reported:
-    """Which numbers of papers stand beside a suite's own, and how near is near.
+    """Which numbers of papers stand beside a suite's own, and how far these may be from them.
 
-    ``tasks`` maps a task to the names that its numbers go by in `baselines/reported.csv`, ``tolerances`` a metric, or
-    ``size_mib`` for that of the UNet, to the largest difference from a reported number that counts as none. What the
-    papers report of full precision is a gate like those of `Suite.gates`.
+    What the papers report of full precision is a gate like those of `Suite.gates`.
+
+    Attributes:
+        tasks: the names that the numbers of a task go by in `baselines/reported.csv`.
+        tolerances: the largest difference from a reported number that counts as none, of a metric or of ``size_mib``,
+            the size of the network.
     """
 
     tasks: dict[str, tuple[str, ...]]
@@ -150,9 +169,11 @@ class Reported:
 class Suite:
     """All cells of a benchmark: those of its tables and one full-precision cell a task.
 
-    ``methods`` maps each method's name to the settings that differ from its defaults. ``gates`` bounds metrics of a
-    task's full-precision row, ``{task: {fd_data: [low, high]}}``: where it is outside, all cells of the task are shown
-    as unverified. ``reported`` shows the papers' numbers beside the suite's.
+    Attributes:
+        methods: by name, the settings that differ from a method's defaults.
+        gates: bounds of metrics of a task's full-precision row, ``{task: {fd_data: [low, high]}}``. Where it is
+            outside, all cells of the task are shown as unverified.
+        reported: which numbers of papers stand beside the suite's.
     """
 
     name: str
@@ -257,7 +278,7 @@ def load(path: Path) -> Suite:
     try:
         return parse(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def check_methods(suite: Suite) -> None:

@@ -19,13 +19,16 @@ SIMULATED, *_ = BACKENDS = ("simulated",)
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a task, a method, a precision such as ``w4a8``, a calibration seed, a protocol and a backend.
+    """One measurement.
 
-    A seed means calibration images of its own and the quantiser's random numbers; all seeds are scored on images from
-    the same noise, so full precision has seed 0 alone.
-    The protocol says which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
-    method's own paper, ``as_run`` those that its released code quantises.
-    The backend computes the quantised network: ``simulated`` rounds to low-bit grids and computes in float32.
+    Attributes:
+        task, method: names.
+        precision: such as ``w4a8``.
+        seed: of the calibration images and of the random numbers of quantising. All seeds are scored on images from
+            the same noise, so full precision has seed 0 alone.
+        protocol: which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
+            method's own paper, ``as_run`` those that its released code quantises.
+        backend: computes the quantised network: ``simulated`` rounds to low-bit grids and computes in float32.
     """
 
     task: str
@@ -73,11 +76,15 @@ class Value:
 class Cost:
     """What quantising and sampling took.
 
-    ``seconds`` is wall time by phase: of quantising (``calibrate`` and each pass, by its name), in one process, and of
-    ``sample``, which is summed over the processes that share it.
-    ``unet_evaluations`` counts the samples that went through the UNet while quantising, ``optimizer_steps`` the steps
-    of all reconstructions. Sizes are those of the UNet's weights as stored. ``execution`` says whether low-bit
-    arithmetic was ``simulated`` by fake quantisation or ``executed`` by integer kernels.
+    Attributes:
+        device: its name.
+        seconds: wall time by phase: ``calibrate`` and each pass, by its name, in one process; and ``sample``, summed
+            over the processes that share it.
+        peak_memory_mib: most memory that the process held.
+        unet_evaluations: samples that went through the network while quantising.
+        optimizer_steps: of all passes that learn.
+        size_mib, full_precision_size_mib: of the network's weights as stored.
+        execution: whether low-bit arithmetic was ``simulated`` by fake quantisation or ``executed`` by integer kernels.
     """
 
     device: str
@@ -103,10 +110,17 @@ class Cost:
 class Record:
     """The outcome of one cell.
 
-    ``settings`` holds ``task`` (the fields of the Task) and ``method`` (the resolved settings of the method).
-    ``status`` is one of STATUSES; all but ``measured`` need a ``reason``, and ``not applicable`` and ``failed`` have no
-    metrics. ``coverage`` says which layers are quantised, ``details`` holds what a method tells of its own choices,
-    ``inputs`` maps each input to its SHA-256.
+    Attributes:
+        task, task_version, method, precision, seed, protocol: of the cell.
+        settings: ``task`` (the fields of the Task) and ``method`` (the resolved settings of the method).
+        status: one of STATUSES; ``not applicable`` and ``failed`` have no metrics.
+        reason: why the cell is not ``measured``, or an empty text.
+        metrics: by name.
+        cost: what it took; None where nothing was made.
+        coverage: which layers are quantised.
+        details: what the method tells of its own choices.
+        inputs: SHA-256 of each input.
+        environment: versions and processor.
     """
 
     task: str

@@ -201,14 +201,14 @@ def _fits(cell: Cell, name: str) -> bool:
 
 
 def tell(remake: Remake, seconds: float) -> int:
-    """Print the committed leaderboard, what was not reproduced, and the outcome; returns the exit code."""
+    """Print the committed summary, what was not reproduced, and the outcome; returns the exit code."""
     from benchmarks.report import tables
     from benchmarks.upkeep.clock import spoken
 
     screen = remake.screen
     with suppress(OSError, ValueError):  # a README without the table
         region = tables.region(Path("README.md").read_text(encoding="utf-8")).strip()
-        print(f"\nThe committed leaderboard of all tasks:\n\n{region}\n")
+        print(f"\nThe committed results over all tasks:\n\n{region}\n")
         print("All tables and figures: results/README.md. What each method does: results/METHODS.md.")
     every = remake.suite.cells()
     print(

@@ -21,7 +21,12 @@ from tfmq.precision import FULL
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Bits of a table's codes (32: floats), and whether the layer stays for the steps that are not looked up."""
+    """How one table is made.
+
+    Attributes:
+        bits: of its codes; 32 for floats.
+        keeps_layer: whether the layer stays, for the steps that are not looked up.
+    """
 
     bits: int
     keeps_layer: bool

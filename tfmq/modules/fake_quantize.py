@@ -1,4 +1,4 @@
-"""Activation quantisers: observe a range, then freeze it; one range for all time steps, or a table of one a step."""
+"""Activation quantisers: observe a range, then freeze it; one for all time steps, or a table with one for each."""
 
 from __future__ import annotations
 

@@ -28,10 +28,13 @@ Condition = Literal["none", "context", "class"]
 
 @dataclass(frozen=True)
 class Block:
-    """One step of the forward pass: the module at ``path`` maps the hidden state to the next.
+    """One step of the forward pass, from one hidden state to the next.
 
-    ``pop`` concatenates the top of the skip stack to the input first; ``push`` puts the output on that stack. ``also``
-    are paths of further modules whose layers belong to the step.
+    Attributes:
+        path: of the module that makes it.
+        pop: first concatenates the top of the stack of skip connections to the input.
+        push: puts the output on that stack.
+        also: paths of further modules whose layers belong to the step.
     """
 
     path: str

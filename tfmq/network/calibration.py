@@ -169,7 +169,7 @@ class NormallyDistributed:
         rows: how many; under guidance, of each half.
         mean: of the drawn steps, as a share of the schedule from its clean end.
         deviation: likewise; None for sqrt(T / 2) steps of a schedule of T.
-        shuffled: in another random order.
+        shuffled: in random order, instead of that of the draw.
     """
 
     rows: int

@@ -18,7 +18,13 @@ from tfmq.settings import check_counts, check_numbers
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Steps of the schedule, DDIM's eta (0 deterministic, 1 ancestral), classifier-free guidance scale (1: none)."""
+    """How a network is sampled.
+
+    Attributes:
+        steps: of the schedule.
+        eta: DDIM's, 0 for deterministic and 1 for ancestral sampling.
+        guidance_scale: of classifier-free guidance; 1 for none.
+    """
 
     steps: int
     eta: float = 0.0
@@ -32,9 +38,11 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What each image is conditioned on, and its unconditional counterpart for guidance.
+    """What each image is conditioned on.
 
-    A context (B, tokens, D) for cross-attention, or int64 classes (B,).
+    Attributes:
+        context: (B, tokens, D) for cross-attention, or int64 classes (B,).
+        unconditional: its counterpart for guidance, of the same shape; None without guidance.
     """
 
     context: Tensor
@@ -48,7 +56,7 @@ class Step:
     Attributes:
         index: position in the schedule, 0 the noisiest.
         timestep: the schedule's time step.
-        latents: Network input (B, C, H, W), before guidance doubles it.
+        latents: input of the network (B, C, H, W), before guidance doubles it.
         noise: predicted noise (B, C, H, W), after guidance and correction.
     """
 

@@ -1,4 +1,4 @@
-"""What can be done to a network: one file a pass, and a recipe is a tuple of them.
+"""The passes: each does one thing to a network, in a file of its own, and a recipe is a tuple of them.
 
 A new pass is one file, here or, if only one method does it, in that method's own: a frozen dataclass of its settings
 that extends `Pass`.
@@ -45,9 +45,9 @@ class Memory:
     """Bytes that a pass holds besides the networks.
 
     Attributes:
-        held: in memory: calibration rows that wait between two blocks, and what the part of the network that takes most
-            takes, learned or evaluated.
-        on_disk: of rows that wait there, since they are more than the pass may hold in memory.
+        held: in memory: calibration rows that wait between two blocks, and what the most demanding block needs while
+            it is learned or evaluated.
+        on_disk: of rows that wait on a disk, since they are more than the pass may hold in memory.
     """
 
     held: int = 0
@@ -71,7 +71,7 @@ class Pass(ABC, Generic[Rows]):
     place; ``draw``, before the first pass runs, so that what a pass learns does not move what a later one draws; and
     ``run``. ``tfmq.cost`` calls ``cost`` and ``memory`` in the place of ``run``. Only ``run`` is required.
 
-    A field with ``compare=False`` decides nothing of the result, and is left out of the address under which results are
+    A field with ``compare=False`` does not affect the result, and is left out of the address under which results are
     kept.
 
     Attributes:
@@ -91,19 +91,19 @@ class Pass(ABC, Generic[Rows]):
         return plan
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> Rows | None:
-        """The calibration rows that it works on, or None. Pool and rows may be on the meta device."""
+        """The calibration rows that ``run`` works on, or None. Pool and rows may be on the meta device."""
         return None
 
     @abstractmethod
     def run(self, session: Session, rows: Rows) -> None:
-        """Do it to ``session.network``, with the rows that were drawn, which are on its device."""
+        """Work on ``session.network``, in place; ``rows`` are those that ``draw`` gave, on the network's device."""
 
     def cost(self, shapes: Shapes, rows: Rows) -> Cost:
-        """What ``run`` spends, or spends at most where data decide. Notes in ``shapes`` what it leaves behind."""
+        """What ``run`` spends, or the most it can where data decide; updates ``shapes`` as ``run`` the network."""
         return Cost()
 
     def memory(self, shapes: Shapes, rows: Rows) -> Memory | None:
-        """About what ``run`` holds; None where that is not known."""
+        """An estimate of what ``run`` holds in memory; None where that is not known."""
         return Memory()
 
 

@@ -1,4 +1,4 @@
-"""The ranges of activations, from calibration rows that pass the network."""
+"""The ranges of activations, observed while calibration rows pass through the network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tfmq.settings import check_choices, check_counts, check_numbers
 class ActivationRanges(Pass[CalibrationRows]):
     """Observe calibration rows in batches, and quantise every activation that no earlier pass does.
 
-    Inputs pass the observers unquantised. Does nothing where activations are not quantised, or dynamically.
+    Observers let their input pass unquantised, but for ``thresholds``. Does nothing where activations are not
+    quantised, or are quantised dynamically.
 
     Attributes:
         data: which rows of the pool are observed, in their order.

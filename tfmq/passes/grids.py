@@ -13,7 +13,7 @@ from tfmq.settings import check_counts
 
 @dataclass(frozen=True)
 class Grids(Pass):
-    """Change the default grids, which are asymmetric and calibrated: one per activation tensor, one per output channel.
+    """Change the default grids: asymmetric, calibrated, one an activation tensor and one an output channel of a weight.
 
     Attributes:
         split_shortcuts: own ranges for the two halves of concatenated shortcuts (Q-Diffusion).

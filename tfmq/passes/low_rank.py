@@ -35,8 +35,8 @@ class LowRankBranches(Pass[CalibrationRows]):
     """Smooth each layer and give it a low-rank branch; the residual is left for a later pass to round.
 
     Attributes:
-        rank: of the branch; a layer no larger than that in one of its dimensions gets none.
-        candidates: migration strengths that are tried, i / (candidates - 1); a single one is 0.5.
+        rank: of the branch; a layer with a dimension no larger than this gets no branch.
+        candidates: how many migration strengths are tried, i / (candidates - 1); a single one is 0.5.
         search_rows: calibration rows, spread evenly, on which candidates are compared.
         range: of the residual while they are compared, as in `tfmq.passes.weight_ranges.WeightRanges`.
         data: which rows of the pool the largest input of each channel is taken from.

@@ -1,7 +1,7 @@
 """Learning roundings and step sizes so that a part of the network reproduces its full-precision output.
 
-One loop each for roundings and step sizes serves single layers, blocks and the temporal information block: the passes
-that learn call these with a loss of their own.
+There is one loop for roundings and one for step sizes. Passes call them with a loss of their own, for a single layer, a
+block, or the temporal information block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from tfmq.settings import check_counts, check_numbers, check_positive
 
 @dataclass(frozen=True)
 class RoundingConfig:
-    """AdaRound's settings; the defaults are those of BRECQ, Q-Diffusion and TFMQ-DM."""
+    """Settings of learned rounding (AdaRound); the defaults are those of BRECQ, Q-Diffusion and TFMQ-DM.
+
+    Attributes:
+        iterations: optimiser steps for each unit that is learned.
+        batch: rows in each.
+        learning_rate: of Adam.
+        regularizer_weight: of the term that draws roundings to 0 or 1.
+        warmup: share of the iterations before that term sets in.
+        norm: exponent of the reconstruction loss.
+    """
 
     iterations: int = 20_000
     batch: int = 32
@@ -44,7 +53,14 @@ class RoundingConfig:
 
 @dataclass(frozen=True)
 class StepSizeConfig:
-    """Settings of activation step-size learning; the defaults are Q-Diffusion's."""
+    """Settings of learned step sizes of activations; the defaults are Q-Diffusion's.
+
+    Attributes:
+        iterations: optimiser steps for each unit that is learned.
+        batch: rows in each.
+        learning_rate: of Adam, annealed to 0 along a cosine.
+        norm: exponent of the reconstruction loss.
+    """
 
     iterations: int = 5_000
     batch: int = 32
@@ -204,7 +220,7 @@ def time_layer_data(
 
 
 def learning_bytes(stream: BlockStream, block: Block) -> int:
-    """What learning the roundings of a block takes: their state, and what the backward pass needs."""
+    """Bytes that learning the roundings of a block takes: their state, and what the backward pass needs."""
     layers = quantized_layers(stream.network.get_submodule(block.path)).values()
     state = sum(ROUNDING_TENSORS * layer.weight.nbytes for layer in layers)
     own = [tensor for layer in layers for tensor in _tensors(layer.learn_rounding())]

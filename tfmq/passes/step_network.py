@@ -59,8 +59,8 @@ def initial_step(quantizer: FakeQuantize, mean: Tensor, deviation: Tensor) -> Te
 class StepNetworks(nn.Module):
     """The networks of many quantisers, evaluated together: D -> 64 -> 64 -> 64 -> 1, ReLU between, softplus at the end.
 
-    Hidden layers start as He et al. say; the last ones at weight 0 and the bias that gives the static step size, so
-    that learning starts from there.
+    Hidden layers are initialised as He et al. do. Last layers have weight 0 and the bias that gives the static step
+    size, so that learning starts from there.
 
     Args:
         initial: static step size of each of the Q quantisers, (Q,).
@@ -162,7 +162,14 @@ def sample_activations(
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How networks are fitted to activations: AdamW, with a learning rate that falls to 0 along a cosine."""
+    """How networks are fitted to activations, by AdamW.
+
+    Attributes:
+        iterations: optimiser steps; 0 leaves the networks at the static step sizes.
+        batch: calibration rows in each.
+        learning_rate: annealed to 0 along a cosine.
+        weight_decay: of all parameters.
+    """
 
     iterations: int = 1000
     batch: int = 64

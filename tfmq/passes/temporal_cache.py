@@ -28,10 +28,10 @@ class TemporalCache(Pass):
     """Look temporal features up in tables of codes with the activations' bits.
 
     Attributes:
-        where: ``all``: everywhere, and the temporal information block is dropped: this goes first in a recipe. Else
-            disturbance-aware selection, by the smaller temporal-feature error (see ``temporal_feature_error``) of the
-            two, which goes last: once for each ``projection``, by the mean over steps, or at each ``step`` of each
-            projection. Ties are looked up.
+        where: ``all`` looks every feature up and drops the temporal information block; the pass then goes first in a
+            recipe. ``projection`` and ``step`` are disturbance-aware selection: whichever of looking up and computing
+            has the smaller temporal-feature error (see ``temporal_feature_error``), chosen once for each projection
+            by the mean over steps, or at each step of each projection. The pass then goes last. Ties are looked up.
     """
 
     where: Caching = "projection"

@@ -69,11 +69,15 @@ class LearnedStepWeight(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of the training.
+    """Settings of the training, by AdamW.
 
-    AdamW in three groups: weights, biases and norms take ``learning_rate``, the step networks
-    ``network_learning_rate``, both with ``weight_decay``; the weights' step sizes a tenth of ``learning_rate`` and no
-    decay. Rates rise linearly over the first ``warmup`` part of the iterations, then fall to 0 along a cosine.
+    Attributes:
+        iterations: optimiser steps.
+        batch: samples in each.
+        learning_rate: of weights, biases and norms; a tenth of it for the weights' step sizes.
+        network_learning_rate: of the step networks.
+        weight_decay: of all but the weights' step sizes, which have none.
+        warmup: share of the iterations over which the rates rise linearly; then they fall to 0 along a cosine.
     """
 
     iterations: int = 200_000
@@ -96,7 +100,7 @@ class QuantizationAwareTraining(Pass[CalibrationRows]):
 
     Attributes:
         training: settings of the training.
-        step_sizes: how the networks start; no earlier pass need have quantised anything.
+        step_sizes: how the networks are fitted before the training; no earlier pass has to quantise anything.
     """
 
     training: TrainingConfig = TrainingConfig()

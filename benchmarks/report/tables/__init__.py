@@ -6,7 +6,7 @@ from benchmarks.report.tables.markdown import label
 from benchmarks.report.tables.page import END, RENDERERS, START, region, replace_region, report
 from benchmarks.report.tables.paper import numbers_of, paper, reported_gates
 from benchmarks.report.tables.renderers import ablation, leaderboard, left_out, published
-from benchmarks.report.tables.summary import across_tasks, mean_ranks
+from benchmarks.report.tables.summary import across_tasks, leaders, mean_ranks
 
 __all__ = [
     "END",
@@ -21,6 +21,7 @@ __all__ = [
     "gated",
     "label",
     "leaderboard",
+    "leaders",
     "left_out",
     "mean_ranks",
     "numbers_of",

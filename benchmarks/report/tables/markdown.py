@@ -15,7 +15,9 @@ from benchmarks.suite.record import FULL_PRECISION, SHARED, Record, Value
 
 NOTHING = "–"
 SCHEDULERS = {"ddim": "DDIM", "ddim_quad": "DDIM (quadratic)", "pndm": "PNDM"}
-LEFT = ("Precision", "Method", "Its own protocol", "Note")
+# Columns of the summary, and all columns of text.
+PLACES = ("First", "Second", "Third")
+LEFT = ("Precision", "Method", *PLACES, "Its own protocol", "Note")
 SHARED_TEXT = (
     "Protocol `shared`: every method quantises the same layers (all Conv2d and Linear at the stated bits, the first and"
     " last layer at 8 bits, attention products and softmax at the activation bits)."
@@ -102,7 +104,7 @@ def cells_table(
             row[f"Over {count} seeds"] = _spread(values, metrics[QUALITY].digits) if len(values) == count else NOTHING
         if cost:
             row["Quantisation time"] = duration(record)
-            row["UNet (MiB)"] = NOTHING if record.cost is None else f"{record.cost.size_mib:.2f}"
+            row["Network (MiB)"] = NOTHING if record.cost is None else f"{record.cost.size_mib:.2f}"
         rows.append(row | {"Note": note(record)})
     return table(rows)
 

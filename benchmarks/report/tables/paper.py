@@ -128,7 +128,7 @@ def reported_gates(
 def paper(records: Sequence[Record], suite: Suite, numbers: Sequence[Number]) -> str:
     """Markdown with every number that is reported of the suite's tasks, and what ``records`` have beside it.
 
-    ``records`` are those that exist, of any status. Raises ValueError for names in ``reported`` that are none.
+    ``records`` are those that exist, of any status. Raises ValueError for unknown names in ``reported``.
     """
     _check(suite, numbers)
     shown = [found for task in suite.reported.tasks for found in _of_task(task, suite, numbers)]

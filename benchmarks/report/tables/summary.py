@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
 from benchmarks.metrics import Metric
 from benchmarks.report.tables.comparison import QUALITY, place
-from benchmarks.report.tables.markdown import NOTHING, label, number, table
+from benchmarks.report.tables.markdown import NOTHING, PLACES, label, number, table
 from benchmarks.suite.record import FULL_PRECISION, Record, Value
 from tfmq.precision import Precision
 
 DRAWS = 10_000
-# An interval of 95 % is so many standard errors wide.
+# The width of a 95 % interval in standard errors.
 WIDTH = 2 * 1.96
 
 
@@ -52,7 +53,7 @@ def mean_ranks(records: Sequence[Record]) -> dict[str, dict[str, Value]]:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 within each row of values [R, M], the smallest first; equal values share the mean of their ranks."""
+    """Ranks from 1 within each row of values (R, M), the smallest first; equal values share the mean of their ranks."""
     own, other = values[:, :, None], values[:, None, :]
     return 1 + (other < own).sum(axis=2) + ((other == own).sum(axis=2) - 1) / 2
 
@@ -81,6 +82,25 @@ def across_tasks(records: Sequence[Record], metrics: Mapping[str, Metric]) -> st
         f" intervals: the middle of {DRAWS:,} mean ranks, each with every cell's value redrawn from its own interval."
         " Redraws are independent, though all methods denoise the same noise, so the intervals are rather too wide; of"
         " other tasks they say nothing."
+    )
+    return f"{text}\n\n{table(rows)}"
+
+
+def leaders(records: Sequence[Record]) -> str:
+    """Markdown with the best three methods of `mean_ranks` at each precision; empty for fewer than two tasks."""
+    found = mean_ranks(records)
+    if not found:
+        return ""
+    rows = []
+    for precision, values in found.items():
+        best = [f"{label(method)}, {number(value, 2, interval=True)}" for method, value in values.items()]
+        places = dict(zip_longest(PLACES, best[: len(PLACES)], fillvalue=NOTHING))
+        rows.append({"Precision": precision} | places | {"Methods ranked": str(len(values))})
+    tasks = len({record.task for record in records})
+    text = (
+        f"The best methods at each precision, with their mean rank over {tasks} tasks"
+        " (1 is best) and its 95 % interval. Methods rank by their feature distance to the full-precision image of the"
+        " same noise, among those that are measured on every task. Where intervals overlap, the order is not settled."
     )
     return f"{text}\n\n{table(rows)}"
 

@@ -99,7 +99,7 @@ def match(architecture: Architecture, file: TorchFile) -> Expected:
             if any(_likeness(expected(other, size), file) > max(likeness, 0.5) for size in _sizes(other)):
                 raise Mismatch(f"it is a checkpoint of {other.title}, not of {architecture.title}")
     more = f" (the first of {len(faults)} faults)" if len(faults) > 1 else ""
-    raise Mismatch(f"it is no checkpoint of {architecture.title}: {faults[0]}{more}")
+    raise Mismatch(f"it is not a checkpoint of {architecture.title}: {faults[0]}{more}")
 
 
 def _sizes(architecture: Architecture) -> tuple[Size, Size]:

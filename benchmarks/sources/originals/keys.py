@@ -149,7 +149,7 @@ def _numbered(path: str, layers: int, attended: set[str]) -> str:
         case ["up_blocks", stage, part, index, *inner]:
             number = int(stage) * (layers + 1) + int(index)
             return f"output_blocks.{number}.{int(part == 'attentions')}.{_inner(inner, NUMBERED)}"
-    raise ValueError(f"{path} is no part of a UNet of latent diffusion")
+    raise ValueError(f"{path} is not part of a UNet of latent diffusion")
 
 
 def _by_resolution(path: str, levels: int) -> str:

@@ -71,7 +71,7 @@ def opened(path: Path) -> Iterator[TorchFile]:
             with _one_line():
                 container = _Archive(file) if start == b"PK" else _Sequence(file)
         if container is None or container.foreign:
-            raise Mismatch("it is no file of torch.save")
+            raise Mismatch("it is not a file of torch.save")
         yield TorchFile(container)
 
 

@@ -44,7 +44,7 @@ def test_damaged_archives_and_small_disks_leave_nothing(tmp_path, monkeypatch):
     good = archive.read_bytes()
     for damaged in (good[:-10], good[:2000] + b"!" + good[2001:], b"no archive"):
         archive.write_bytes(damaged)
-        with pytest.raises(ValueError, match="^it is no zip archive, or damaged"):
+        with pytest.raises(ValueError, match="^it is not a zip archive, or damaged"):
             extract_member(archive, "model.ckpt", tmp_path / "out")
     archive.write_bytes(good)
     usage = disk.shutil.disk_usage(".")

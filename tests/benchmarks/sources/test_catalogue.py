@@ -110,7 +110,7 @@ def test_sources_are_read_from_yaml(tmp_path):
     path.write_text(yaml.safe_dump({"a": ENTRY | {"sha256": None}}), encoding="utf-8")
     assert load(path) == {"a": Source("a.zip", ("https://host/a.zip",), "https://host", "MIT")}
     path.write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match="sources.yaml is no valid YAML"):
+    with pytest.raises(ValueError, match="sources.yaml is not valid YAML"):
         load(path)
     with pytest.raises(ValueError, match="there is no absent.yaml .*--suite paper"):
         load(Path("absent.yaml"))

@@ -117,7 +117,7 @@ def test_a_caption_file_that_is_none_is_named(tmp_path):
     instances = {"info": {"year": 2014}, "annotations": [{"id": 1, "bbox": []}]}
     for text in ("{", json.dumps(instances), "[]", json.dumps({"annotations": []})):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="captions_val2014.json is no COCO caption file"):
+        with pytest.raises(ValueError, match="captions_val2014.json is not a COCO caption file"):
             captions_of(path, [1])
 
 

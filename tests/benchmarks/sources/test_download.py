@@ -381,7 +381,7 @@ def test_an_archive_without_a_published_hash_is_read_against_its_own_checksums(s
     fetch("model", archive, zipped)
     good = path.read_bytes()
     for damaged, reason in (
-        (good[:-100_000], "it is no zip archive, or not all of it"),
+        (good[:-100_000], "it is not a zip archive, or not all of it"),
         (good[:1000] + bytes([good[1000] ^ 1]) + good[1001:], "it is a damaged archive"),
     ):
         path.write_bytes(damaged)
@@ -400,8 +400,8 @@ def test_a_checkpoint_without_a_published_hash_is_a_whole_file_of_torch_save(tmp
     own = pack(tmp_path / "mine.ckpt", **{"archive/data.pkl": BODY})
     good = own.read_bytes()
     for content, reason in (
-        (good[:-1000], "it is no zip archive, or not all of it"),
-        (b"<html>log in</html>", "it is no checkpoint of torch.save"),
+        (good[:-1000], "it is not a zip archive, or not all of it"),
+        (b"<html>log in</html>", "it is not a checkpoint of torch.save"),
         (b"", "it is empty"),
     ):
         own.write_bytes(content)

@@ -403,7 +403,7 @@ def test_settings_that_a_method_does_not_have_are_found_by_the_first_stage(suite
 def test_settings_that_are_no_yaml_or_missing_are_one_line(suite, run):
     Path("params.yaml").write_text("tasks: [")
     code, lines = run("tables")
-    assert code == 1 and len(lines) == 1 and "params.yaml is no valid YAML" in lines[0]
+    assert code == 1 and len(lines) == 1 and "params.yaml is not valid YAML" in lines[0]
     Path("params.yaml").unlink()
     assert "run from the repository's root" in run("tables")[1][0]
 

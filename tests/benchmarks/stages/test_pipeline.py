@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import baselines
 from benchmarks.metrics import metrics
+from benchmarks.report import tables
 from benchmarks.runtime import files
 
 DUMMY = '''
@@ -164,6 +165,8 @@ def test_tasks_and_seeds_are_summarised(suite, run, generate, score):
     page = Path("results/README.md").read_text()
     assert "## Leaderboard\n\n### Across tasks\n\nFeature distance to the full-precision image of" in page
     assert "Over 2 seeds" in page and "(figures/across-tasks.png)" in page
+    summary = tables.region(Path("README.md").read_text())
+    assert summary.startswith("The best methods at each precision") and f"## Summary\n\n{summary}\n" in page
     cells = pd.read_csv("results/cells.csv")
     assert (cells["seed"] == 1).sum() == 4
 

@@ -76,7 +76,7 @@ def test_nothing_is_made_of_a_damaged_or_missing_file(name):
 def test_other_content_is_refused_in_one_line_and_never_run(content):
     torch.save(content, FILES["inception"])
     publish(hashed=False)
-    with pytest.raises(ValueError, match="inception.pth is not inception: it is no dictionary of tensors") as error:
+    with pytest.raises(ValueError, match="inception.pth is not inception: it is not a dictionary of tensors") as error:
         weights.run("inception")
     assert "\n" not in str(error.value)
     assert not Path("canary").exists() and not list(Path("data").iterdir())

@@ -76,3 +76,16 @@ def test_the_leaderboard_begins_with_it_where_there_are_two_tasks(cell):
     assert text.index("### Across tasks") < text.index("### one") < text.index("### two")
     assert "Across tasks" not in tables.leaderboard(cells[:2], metrics())
     assert tables.mean_ranks(cells[:2]) == {} and tables.across_tasks(cells[:2], metrics()) == ""
+
+
+def test_the_summary_has_the_best_three_of_each_precision(cell):
+    names = ("qdiffusion", "tfmq", "ptqd", "nearest")
+    cells = [cell(task, name, 1.0 + i, 0.01) for task in ("one", "two") for i, name in enumerate(names)]
+    wide = {"qdiffusion": 1.0, "tfmq": 2.0}
+    cells += [cell(task, name, value, 4.0, precision="w8a8") for task in ("one", "two") for name, value in wide.items()]
+    text = tables.leaders(cells)
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["Precision", "First", "Second", "Third", "Methods ranked"]
+    assert rows[1][:2] == ["w8a8", "Q-Diffusion, 1.00 [1.00, 2.00]"] and rows[1][3:] == ["–", "2"]
+    assert rows[2] == ["w4a8", "Q-Diffusion, 1.00", "TFMQ-DM, 2.00", "PTQD, 3.00", "4"]
+    assert "over 2 tasks" in text and tables.leaders(cells[:4]) == ""

@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_model_says_which(file, asked, tmp_path):
 
 def test_a_model_of_no_known_architecture_is_refused(tmp_path):
     line = refused(torch.nn.Linear(3, 3).state_dict(), "ldm4", tmp_path)
-    assert "is no checkpoint of unconditional LDM-4" in line and "is missing" in line
+    assert "is not a checkpoint of unconditional LDM-4" in line and "is missing" in line
 
 
 def test_damage_stops_the_conversion(tmp_path):

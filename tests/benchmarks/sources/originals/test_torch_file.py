@@ -234,7 +234,7 @@ def test_every_truncation_is_found(archive, tmp_path):
     data = path.read_bytes()
     for length in [*range(1, 40), *range(40, len(data), 37), len(data) - 1]:
         path.write_bytes(data[:length])
-        with pytest.raises(Mismatch, match="it is (damaged or truncated|no file of torch.save)") as error:
+        with pytest.raises(Mismatch, match="it is (damaged or truncated|not a file of torch.save)") as error:
             read(path)
         assert "\n" not in str(error.value)
 
@@ -274,14 +274,14 @@ def test_a_flipped_bit_of_a_weight_is_named(tmp_path):
 def test_other_files_are_refused(content, tmp_path):
     path = tmp_path / "a.ckpt"
     path.write_bytes(content)
-    with pytest.raises(Mismatch, match="it is no file of torch.save"):
+    with pytest.raises(Mismatch, match="it is not a file of torch.save"):
         read(path)
 
 
 def test_other_archives_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("readme.txt", "nothing")
-    with pytest.raises(Mismatch, match="it is no file of torch.save"):
+    with pytest.raises(Mismatch, match="it is not a file of torch.save"):
         read(tmp_path / "a.ckpt")
 
 
