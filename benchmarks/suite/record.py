@@ -18,15 +18,12 @@ SHARED, *_ = PROTOCOLS = ("shared", "published", "as_run")
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement.
+    """One measurement: a task, a method, a precision such as ``w4a8``, a calibration seed, and a protocol.
 
-    Attributes:
-        task, method: names.
-        precision: such as ``w4a8``.
-        seed: of the calibration images and of the random numbers of quantising. All seeds are scored on images from
-            the same noise, so full precision has seed 0 alone.
-        protocol: which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
-            method's own paper, ``as_run`` those that its released code quantises.
+    A seed means calibration images of its own and the quantiser's random numbers; all seeds are scored on images from
+    the same noise, so full precision has seed 0 alone.
+    The protocol says which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
+    method's own paper, ``as_run`` those that its released code quantises.
     """
 
     task: str
