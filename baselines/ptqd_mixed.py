@@ -140,8 +140,9 @@ class MixedWidths(Pass):
         """See `Pass`."""
         generator = torch.Generator()
         shapes.calibrated = False
-        found = [step.memory(shapes, step.draw(shapes.pool, generator)) for step in (self.ranges, *self.step_sizes)]
+        found = [self.ranges.memory(shapes, self.ranges.draw(shapes.pool, generator))]
         shapes.calibrated = True
+        found += [step.memory(shapes, step.draw(shapes.pool, generator)) for step in self.step_sizes]
         return Memory(max(memory.held for memory in found), max(memory.on_disk for memory in found))
 
 

@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--task", required=True, help="a task of params.yaml")
     command = stage("plan", "Say what cells will cost: evaluations, steps, images, disk, memory and hours.")
     command.add_argument("--task", nargs="+", default=[], help="tasks of params.yaml (default: all)")
+    command.add_argument("--method", nargs="+", default=[], help="methods whose cells are planned (default: all)")
     command.add_argument(
         "--teraflops",
         type=_rate,
@@ -176,7 +177,7 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "prompts": lambda options: (),
     "weights": lambda options: (options.source,),
     "convert": lambda options: (params.load(PARAMS), options.task),
-    "plan": lambda options: (params.load(PARAMS), options.task, options.device, options.teraflops),
+    "plan": lambda options: (params.load(PARAMS), options.task, options.device, options.teraflops, options.method),
     "rehearse": _of_rehearsal,
     "calibrate": _of_task,
     "reference": _of_task,

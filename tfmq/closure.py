@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tfmq", "baselines", "benchmarks")
-# Modules that only estimate costs: no result depends on them.
-ESTIMATES = frozenset({ROOT / "tfmq" / "cost.py"})
+# Modules that only estimate: no result depends on them.
+ESTIMATES = frozenset({ROOT / "tfmq" / "cost.py", ROOT / "tfmq" / "live_bytes.py"})
 
 
 def closure(*entries: Path) -> list[Path]:

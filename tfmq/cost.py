@@ -1,32 +1,29 @@
 """Estimate the cost of a quantisation before running it: evaluations, optimiser steps and memory, pass by pass.
 
-Each pass counts its own cost from shapes alone: the network is on the meta device. Memory is an estimate. It counts the
-networks, the rows that wait between two blocks, and what the most demanding block needs while it is learned or
-evaluated, for which that block runs on the meta device; what kernels and the allocator use is a guess.
+Each pass counts its own cost from shapes alone: the network is on the meta device, and memory is that of the tensors
+which live there at once while it is evaluated and learned (`tfmq.live_bytes`). That is an estimate: of what kernels take
+for themselves only the copies of a convolution are counted, and nothing of the allocator.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
+from tfmq.live_bytes import FusedAttention, LiveBytes
+from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Block, Network, backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
-from tfmq.network.offload import BlockStream, Place, stream_bytes
+from tfmq.network.offload import BlockStream, Place, waiting_bytes
 from tfmq.passes import Cost, Memory, Recipe
 from tfmq.plan import SHARED, Protocol, QuantizationPlan, amended_plan, insert_quantizers, quantized_layers
 from tfmq.precision import Precision
 
 Measure = Callable[[BlockStream, Block], int]
-# Tensors of the largest size that coexist with these: gradients, and the workspace of kernels.
-WORKING_TENSORS = 3
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,14 @@ class Planned:
 
     Attributes:
         costs: of each pass, in order, with its name.
-        networks: bytes of the full-precision network, the quantised one and its codes.
+        networks: bytes of the full-precision network, and of the quantised one with its codes, groups and branches.
+        rows: bytes of the calibration rows of all passes, which are drawn before the first one.
         memories: of each pass, None where that is not known; empty if memory was not asked for.
     """
 
     costs: tuple[tuple[str, Cost], ...]
     networks: int
+    rows: int = 0
     memories: tuple[Memory | None, ...] = ()
 
     @property
@@ -54,7 +53,7 @@ class Planned:
         return (
             None
             if self._memories is None
-            else self.networks + max((memory.held for memory in self._memories), default=0)
+            else self.networks + self.rows + max((memory.held for memory in self._memories), default=0)
         )
 
     @property
@@ -76,7 +75,8 @@ class Shapes:
     """What passes count from, and what the passes before have left behind.
 
     Attributes:
-        network: with quantised layers in place, on the meta device.
+        network: with quantised layers in place, on the meta device; weights have ranges and are not rounded yet.
+        full: the full-precision network, likewise.
         backbone, plan, precision: of it.
         pool: its time steps and shapes; its latents may be on the meta device.
         rounded: paths of the layers whose weights are rounded.
@@ -85,6 +85,7 @@ class Shapes:
     """
 
     network: Network
+    full: Network
     backbone: Backbone
     plan: QuantizationPlan
     precision: Precision
@@ -104,20 +105,37 @@ class Shapes:
         dynamic = any(layer.dynamic for layer in self.plan.layers.values())
         return self.precision.quantizes_activations and not dynamic
 
-    def waiting(self, rows: CalibrationRows) -> int:
-        """Peak bytes that ``rows`` keep in one stream between two blocks."""
-        return stream_bytes(self.network, self.backbone, _on_meta(rows, 1)) * len(rows)
+    def stream(self, rows: CalibrationRows, batch: int, network: Network | None = None) -> BlockStream:
+        """At most ``batch`` of the rows before the first block of ``network``, by default the quantised one."""
+        few = _on_meta(rows, min(batch, len(rows)))
+        return BlockStream(network or self.network, self.backbone, few, len(few), Place(self.network.device))
 
-    def largest(self, rows: CalibrationRows, batch: int, measure: Measure) -> int:
-        """The most that ``measure(stream, block)`` finds at any block that ``batch`` of the rows pass at once."""
-        rows = _on_meta(rows, min(batch, len(rows)))
-        stream = BlockStream(self.network, self.backbone, rows, len(rows), Place(self.network.device))
-        most = 0
-        with _FusedAttention():
+    def waiting(self, rows: CalibrationRows) -> list[int]:
+        """Bytes that ``rows`` keep in one stream while each block is worked on."""
+        return [each * len(rows) for each in waiting_bytes(self.network, self.backbone, _on_meta(rows, 1))]
+
+    def of_blocks(self, rows: CalibrationRows, batch: int, measure: Measure) -> list[int]:
+        """What ``measure(stream, block)`` finds at each block that ``batch`` of the rows pass at once."""
+        stream, found = self.stream(rows, batch), []
+        with FusedAttention():
             for block in self.backbone.blocks:
-                most = max(most, measure(stream, block))
+                found.append(measure(stream, block))
                 stream.advance(block, stream.outputs(block, stream.inputs(block)))
-        return most
+        return found
+
+    def evaluated(self, rows: CalibrationRows, batch: int, network: Network | None = None) -> int:
+        """What evaluating the whole network on ``batch`` of the rows takes."""
+        with FusedAttention(), torch.no_grad(), LiveBytes() as live:
+            run_through(self.stream(rows, batch, network))
+        return live.most
+
+    def of_largest_layer(self, action: Callable[[QuantizedLayer], object]) -> int:
+        """What ``action`` takes on the quantised layer whose weight is the largest."""
+        layer = max(quantized_layers(self.network).values(), key=lambda layer: layer.weight.numel())
+        with torch.no_grad(), LiveBytes() as live:
+            action(layer)
+        restore_unrounded(layer)
+        return live.most
 
 
 def plan_cost(
@@ -136,11 +154,12 @@ def plan_cost(
         raise ValueError(f"cost is planned for a network on the meta device, and this one is on {network.device}")
     backbone = backbone_of(network)
     plan = amended_plan(network, backbone, precision, recipe, protocol)
-    twin = copy.deepcopy(network)
+    twin = copy.deepcopy(network).requires_grad_(False)
     insert_quantizers(twin, plan)
     for layer in quantized_layers(twin).values():
-        layer.ranged = True  # as each will be when it is learned
-    shapes = Shapes(twin, backbone, plan, precision, pool)
+        restore_unrounded(layer)
+    networks = full_precision_bytes(network) + _quantized_bytes(twin)
+    shapes = Shapes(twin, network, backbone, plan, precision, pool)
     generator = torch.Generator()
     drawn = [step.draw(pool, generator) for step in recipe]
     costs, memories = [], []
@@ -148,8 +167,8 @@ def plan_cost(
         if memory:
             memories.append(step.memory(shapes, rows))
         costs.append((step.name, step.cost(shapes, rows)))
-    codes = sum(layer.weight.numel() for layer in quantized_layers(twin).values())
-    return Planned(tuple(costs), 2 * full_precision_bytes(network) + codes, tuple(memories))
+    held = sum(_rows_bytes(rows) for rows in drawn if rows is not None)
+    return Planned(tuple(costs), networks, held, tuple(memories))
 
 
 def units_of(backbone: Backbone, paths: Iterable[str]) -> int:
@@ -159,62 +178,34 @@ def units_of(backbone: Backbone, paths: Iterable[str]) -> int:
     return len(embedding) + sum(any(block.holds(path) for path in rest) for block in backbone.blocks)
 
 
+def run_through(stream: BlockStream) -> Tensor:
+    """The prediction for all rows of a stream at once, with the gradients that are asked for."""
+    for block in stream.backbone.blocks:
+        stream.advance(block, stream.evaluate(stream.network, block, stream.inputs(block), slice(None)))
+    return stream.hidden
+
+
 def evaluation_bytes(stream: BlockStream, block: Block) -> int:
-    """Bytes that evaluating a block takes: the batch, and WORKING_TENSORS times the largest output of a layer."""
-    sizes = [0]
+    """Bytes that evaluating a block on all rows of a stream takes, besides these."""
     inputs = stream.inputs(block)
-    with torch.no_grad(), _watched(stream.network.get_submodule(block.path), sizes):
-        output = stream.evaluate(stream.network, block, inputs, slice(None))
-    return sum(part.nbytes for part in inputs) + output.nbytes + WORKING_TENSORS * max(sizes)
+    with torch.no_grad(), LiveBytes() as live:
+        stream.evaluate(stream.network, block, inputs, slice(None))
+    return live.most
 
 
-def backward_bytes(network: Network, loss: Callable[[], Tensor], own: Iterable[Tensor] = ()) -> int:
-    """Bytes that the backward pass of ``loss()`` needs, besides the network's parameters and the learner's ``own``."""
-    known = {tensor.untyped_storage()._cdata for tensor in (*own, *network.parameters(), *network.buffers())}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            saved[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss()
-    found = sum(saved.values()) + WORKING_TENSORS * max(saved.values(), default=0)
-    del value
-    return found
+def restore_unrounded(layer: QuantizedLayer) -> None:
+    """Let a layer on the meta device have a range and no codes, as each has before it is learned."""
+    layer.ranged, layer.codes, layer.rounding = True, None, None
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention in floating point without its matrix of probabilities, as CPUs and GPUs compute it.
+def _quantized_bytes(network: Network) -> int:
+    codes = sum(layer.weight.numel() for layer in quantized_layers(network).values())
+    return codes + sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
 
-    The meta device has the unfused form alone.
-    """
 
-    def __torch_function__(
-        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        if function is functional.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
-        return function(*args, **(kwargs or {}))
+def _rows_bytes(rows: CalibrationRows) -> int:
+    return sum(part.nbytes for part in vars(rows).values() if part is not None)
 
 
 def _on_meta(rows: CalibrationRows, count: int) -> CalibrationRows:
     return rows[:count].to(torch.device("meta"))
-
-
-@contextmanager
-def _watched(module: nn.Module, sizes: list[int]) -> Iterator[None]:
-    """Append to ``sizes`` the bytes that each layer below ``module`` puts out."""
-
-    def note(layer: nn.Module, args: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.nbytes)
-
-    handles = [layer.register_forward_hook(note) for layer in module.modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -50,7 +50,9 @@ class Family:
     Attributes:
         load: folder of a checkpoint and a device -> Model. Raises ValueError naming a missing or damaged file.
         save_tiny: writes a tiny checkpoint with random weights (from a seed) to a folder, for tests.
+        network: the part of a checkpoint's folder that holds the network.
     """
 
     load: Callable[[Path, torch.device], Model]
     save_tiny: Callable[[Path, int], None]
+    network: str = "unet"

@@ -72,4 +72,4 @@ def save_tiny(folder: Path, seed: int) -> None:
     manifest.write(folder)
 
 
-FAMILY = Family(load, save_tiny)
+FAMILY = Family(load, save_tiny, network="transformer")

@@ -17,8 +17,8 @@ def plan(planned: Mapping[str, Sequence[Item]], rates: Mapping[str, Rate]) -> st
     """A page of Markdown: what all tasks take in sum, where there are several, and a table of each."""
     parts = [
         "# Plan",
-        "Evaluations of the UNet are counted for one sample each. Hours are those of one device, or of one thread of a"
-        " CPU, from the time that one evaluation takes, a multiplication and an addition counted as two operations: a"
+        "Evaluations of the network are counted for one sample each. Hours are those of one device, or of one thread of"
+        " a CPU, from the time that one evaluation takes, a multiplication and an addition counted as two operations: a"
         f" quantised evaluation as {QUANTIZED:g}, a row that is learned on as {LEARNED:g} of full precision. Decoding,"
         " scoring and learning on time steps alone are not in the hours; data sets are not in the disk; memory is an"
         " estimate.",

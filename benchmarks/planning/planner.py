@@ -1,4 +1,4 @@
-"""What a suite will cost, said before it is run: evaluations of the UNet, steps, images, disk, memory and hours.
+"""What a suite will cost, said before it is run: evaluations of the network, steps, images, disk, memory and hours.
 
 Counts follow from settings and from the networks' structure alone, by the code that later does the work; hours follow
 from them and from one evaluation that was timed. Nothing here touches files.
@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -60,12 +60,34 @@ class KnownNetwork:
 
     @cached_property
     def bytes(self) -> int:
-        """Of the UNet in full precision."""
+        """Of the network in full precision."""
         return full_precision_bytes(self.unet)
 
     def latents(self, images: int) -> int:
         """Bytes that the latents of some images take."""
         return images * math.prod(self.latent_shape) * FLOAT
+
+    def random_pool(
+        self,
+        images: int,
+        settings: SamplingSettings,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> CalibrationSet:
+        """A calibration pool of random numbers, drawn on ``device``, with the shapes and time steps of a real one."""
+        shape = len(self.timesteps), images, *self.latent_shape
+        latents, noise = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
+        condition = partial(backbone_of(self.unet).random_condition, self.unet, images, self.tokens, device, generator)
+        return CalibrationSet(
+            latents=latents,
+            timesteps=self.timesteps,
+            noise=noise,
+            samples=torch.randn(shape[1:], device=device, generator=generator),
+            alphas=torch.linspace(0.01, 1, shape[0] + 1, dtype=torch.float64),
+            settings=settings,
+            context=condition(),
+            unconditional=None if settings.guidance_scale == 1 else condition(),
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +117,7 @@ class Item:
     """What one step of a task takes.
 
     Attributes:
-        calibration, quantising, sampling, reference: evaluations of the UNet for a sample, by what they are
+        calibration, quantising, sampling, reference: evaluations of the network for a sample, by what they are
             for; under guidance an image takes two a step.
         optimizer_steps: of all reconstructions.
         images: that stay.
@@ -118,44 +140,32 @@ class Item:
 
     @property
     def evaluations(self) -> int:
-        """All evaluations of the UNet."""
+        """All evaluations of the network."""
         return self.calibration + self.quantising + self.sampling + self.reference
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans the steps of one task of a suite."""
+    """Plans the steps of one task of a suite: of all its cells, or those of some methods alone."""
 
     suite: Suite
     task: Task
     network: KnownNetwork
     rate: Rate
+    methods: Sequence[str] = ()
     held: dict[tuple[str, bool], Planned] = field(default_factory=dict)
 
     def items(self) -> list[Item]:
         """What each step takes, from the calibration pool to the last cell, in the order in which they run."""
         cells = [cell for cell in self.suite.cells() if cell.task == self.task.name and cell.method != FULL_PRECISION]
-        return [self.calibrate(), self.reference(), self.full_precision(), *map(self.cell, cells)]
+        chosen = [cell for cell in cells if not self.methods or cell.method in self.methods]
+        return [self.calibrate(), self.reference(), self.full_precision(), *map(self.cell, chosen)]
 
     @cached_property
     def pool(self) -> CalibrationSet:
         """A calibration pool of the task's shapes and time steps, on the meta device."""
-        task, network = self.task, self.network
-        steps, images = len(network.timesteps), task.calibration_images
-        meta = torch.device("meta")
-        latents = torch.empty(steps, images, *network.latent_shape, device=meta)
-        width = getattr(network.unet.config, "cross_attention_dim", None)
-        context = None if width is None else torch.empty(images, network.tokens, width, device=meta)
-        return CalibrationSet(
-            latents=latents,
-            timesteps=network.timesteps,
-            noise=latents,
-            samples=torch.empty(images, *network.latent_shape, device=meta),
-            alphas=torch.empty(steps + 1, dtype=torch.float64),
-            settings=SamplingSettings(task.steps, task.eta, task.guidance_scale),
-            context=context,
-            unconditional=None if self.halves == 1 else context,
-        )
+        settings = SamplingSettings(self.task.steps, self.task.eta, self.task.guidance_scale)
+        return self.network.random_pool(self.task.calibration_images, settings, torch.device("meta"))
 
     @property
     def halves(self) -> int:
@@ -179,7 +189,7 @@ class Planner:
 
     @property
     def sampling_memory(self) -> int:
-        """What drawing a batch takes with the full-precision UNet."""
+        """What drawing a batch takes with the full-precision network."""
         return self.network.bytes + round(self.rate.memory * self.task.batch * self.halves)
 
     def calibrate(self) -> Item:

@@ -28,13 +28,14 @@ from benchmarks.sources.originals import expected
 from benchmarks.sources.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.stages import convert, fetch, prompts, weights
 from benchmarks.stages._setup import SCHEDULERS, task_of
-from benchmarks.suite import params
+from benchmarks.suite import discover, params
 from benchmarks.suite.params import Suite, Task
-from tfmq.network.backbone import Network
+from tfmq.network.backbone import Network, backbone_of, evaluate
 from tfmq.network.unet import set_attention_heads
 
 COMMON = "downloads besides checkpoints"
-UNET, SCHEDULER, TEXT = "unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"
+CONFIG = "config.json"
+SCHEDULER, TEXT = "scheduler/scheduler_config.json", "text_encoder/config.json"
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,22 @@ class Described:
     stored: int
 
 
-def run(suite: Suite, tasks: Sequence[str], device_name: str, teraflops: float | None = None) -> str:
-    """A table for each of ``tasks``, or for all; nothing is written.
+def run(
+    suite: Suite,
+    tasks: Sequence[str],
+    device_name: str,
+    teraflops: float | None = None,
+    methods: Sequence[str] = (),
+) -> str:
+    """A table for each of ``tasks``, or for all, with the cells of ``methods`` or all; nothing is written.
 
     Hours are those of the present device, or of one that does ``teraflops`` 10^12 floating-point operations a second.
     Raises ValueError for unknown names, and for a task whose checkpoint is not there and of no known architecture.
     """
     params.check_methods(suite)
+    for method in methods:
+        if method not in suite.methods:
+            raise discover.unknown("method", method, suite.methods, "Methods stand in params.yaml.")
     chosen = [task_of(suite, name) for name in tasks or suite.tasks]
     device = device_of(device_name)
     torch.set_num_threads(1)
@@ -75,7 +85,7 @@ def run(suite: Suite, tasks: Sequence[str], device_name: str, teraflops: float |
             timed[key] = dataclasses.replace(rate, assumed=other)
         rates[task.name] = timed[key]
         found = [*_downloads([task.name]), Item("checkpoint", disk=described.stored)]
-        planned[task.name] = [*found, *Planner(suite, task, network, rates[task.name]).items()]
+        planned[task.name] = [*found, *Planner(suite, task, network, rates[task.name], methods).items()]
     return plan(planned, rates)
 
 
@@ -85,11 +95,12 @@ def describe(task: Task) -> Described:
     Raises ValueError where there is neither.
     """
     folder = Path(task.checkpoint)
-    if (folder / UNET).is_file():
+    settings = folder / discover.family(task.family).network / CONFIG
+    if settings.is_file():
         text = folder / TEXT
         stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         tokens = _json(text)["max_position_embeddings"] if text.is_file() else 1
-        return Described(_json(folder / UNET), _json(folder / SCHEDULER), tokens, stored)
+        return Described(_json(settings), _json(folder / SCHEDULER), tokens, stored)
     if task.name not in TASKS:
         raise ValueError(f"{folder} is missing, and no architecture is known of {task.name}: run `dvc pull`")
     architecture = ARCHITECTURES[TASKS[task.name]]
@@ -114,7 +125,7 @@ def timesteps_of(task: Task, described: Described) -> torch.Tensor:
 
 
 def build(settings: Mapping[str, object], device: torch.device) -> Network:
-    """A UNet with random weights."""
+    """A network with random weights."""
     own = dict(settings)
     heads = own.pop("attention_heads", None)  # not among diffusers' own settings
     with torch.device(device):
@@ -132,18 +143,18 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
     """
     with FlopCounterMode(display=False) as counter:
         shapes = build(described.unet, torch.device("meta"))
-        shapes(*_inputs(shapes, described.tokens, 1))
+        evaluate(shapes, *_inputs(shapes, described.tokens, 1))
     unet = build(described.unet, device)
     inputs = _inputs(unet, described.tokens, rows)
     on_gpu = device.type == "cuda"
     try:
         if on_gpu:
-            unet(*inputs)
+            evaluate(unet, *inputs)
             torch.cuda.synchronize(device)
         restart_peak(device)
         before = torch.cuda.memory_allocated(device) / MIB if on_gpu else peak_memory(device)
         start = time.perf_counter()
-        unet(*inputs)
+        evaluate(unet, *inputs)
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
@@ -156,12 +167,12 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
     return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops())
 
 
-def _inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, ...]:
-    """Random latents, a time step and, for a conditional network, a random context."""
-    size, width = unet.config.sample_size, getattr(unet.config, "cross_attention_dim", None)
-    latents = torch.randn(rows, unet.config.in_channels, size, size, device=unet.device)
-    context = () if width is None else (torch.randn(rows, tokens, width, device=unet.device),)
-    return latents, torch.tensor(1, device=unet.device), *context
+def _inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Random latents, a time step and a random conditioning."""
+    size, device = unet.config.sample_size, unet.device
+    latents = torch.randn(rows, unet.config.in_channels, size, size, device=device)
+    condition = backbone_of(unet).random_condition(unet, rows, tokens, device)
+    return latents, torch.tensor(1, device=device), condition
 
 
 def _needs(task: Task) -> set[str]:

@@ -27,7 +27,7 @@ from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
 from tfmq.cost import plan_cost
-from tfmq.network.backbone import Network, full_precision_bytes
+from tfmq.network.backbone import Network, evaluate, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import SamplingSettings
 from tfmq.precision import Precision
@@ -120,21 +120,9 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
 def _pool(task: Task, network: KnownNetwork, config: object, device: torch.device) -> CalibrationSet:
     """Random rows at the time steps of the schedule, as many as the method's settings ask for."""
     wanted = max(getattr(config, name, None) or 1 for name in ("images", "range_images"))
-    steps, images = len(network.timesteps), min(wanted, task.calibration_images)
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(steps, images, *network.latent_shape, generator=generator).to(device)
-    width = getattr(network.unet.config, "cross_attention_dim", None)
-    context = None if width is None else torch.randn(images, network.tokens, width, generator=generator).to(device)
-    return CalibrationSet(
-        latents=latents,
-        timesteps=network.timesteps,
-        noise=torch.randn(latents.shape, generator=generator).to(device),
-        samples=latents[-1].clone(),
-        alphas=torch.linspace(0.01, 1, steps + 1, dtype=torch.float64),
-        settings=SamplingSettings(task.steps, task.eta, task.guidance_scale),
-        context=context,
-        unconditional=None if task.guidance_scale == 1 or context is None else torch.zeros_like(context),
-    )
+    settings = SamplingSettings(task.steps, task.eta, task.guidance_scale)
+    generator = torch.Generator(device).manual_seed(0)
+    return network.random_pool(min(wanted, task.calibration_images), settings, device, generator)
 
 
 def _on_meta(pool: CalibrationSet) -> CalibrationSet:
@@ -146,5 +134,6 @@ def _on_meta(pool: CalibrationSet) -> CalibrationSet:
 def _predict(unet: Network, pool: CalibrationSet) -> torch.Tensor:
     """The noise that a network predicts of the first image at the middle of the schedule, (1, C, H, W)."""
     middle = pool.steps // 2
-    context = () if pool.context is None else (pool.context[:1],)
-    return unet(pool.latents[middle, :1], pool.timesteps[middle].to(pool.latents.device), *context).sample.cpu()
+    context = None if pool.context is None else pool.context[:1]
+    timestep = pool.timesteps[middle].to(pool.latents.device)
+    return evaluate(unet, pool.latents[middle, :1], timestep, context).cpu()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Literal, TypeAlias
 
+import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
@@ -83,6 +84,20 @@ class Backbone(ABC):
     @abstractmethod
     def evaluate(network: Network, latents: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
         """The predicted noise (B, C, H, W) for latents (B, C, H, W), time steps () or (B,), and the conditioning."""
+
+    @abstractmethod
+    def random_condition(
+        self,
+        network: Network,
+        rows: int,
+        tokens: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """What ``evaluate`` takes as the conditioning of so many rows, at random, drawn on ``device``.
+
+        A context has so many ``tokens`` a row; where the network takes none, they do not count.
+        """
 
     @abstractmethod
     def encoding(self, network: Network, timesteps: Tensor) -> Tensor:

@@ -111,15 +111,20 @@ def stream_bytes(network: Network, backbone: Backbone, row: CalibrationRows) -> 
 
     A network and a row on the meta device will do.
     """
+    return max(waiting_bytes(network, backbone, row))
+
+
+def waiting_bytes(network: Network, backbone: Backbone, row: CalibrationRows) -> list[int]:
+    """Bytes that one calibration row keeps in one stream while each block is worked on; see `stream_bytes`."""
     stream = BlockStream(network, backbone, row, 1, Place(network.device))
-    peak = 0
+    found = []
     for block in backbone.blocks:
         outputs = stream.outputs(block, stream.inputs(block))
         # The hidden state may be the top of the stack.
         held = {id(tensor): tensor for tensor in (stream.hidden, *stream.skips, outputs)}
-        peak = max(peak, sum(tensor.nbytes for tensor in held.values()))
+        found.append(sum(tensor.nbytes for tensor in held.values()))
         stream.advance(block, outputs)
-    return peak
+    return found
 
 
 def place_for(

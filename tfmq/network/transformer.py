@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -66,6 +67,17 @@ class TransformerBackbone(Backbone):
         steps = timesteps.to(latents.device).expand(len(latents))
         # A network that predicts the variance too has its channels behind those of the noise.
         return network(latents, timestep=steps, class_labels=context).sample[:, : latents.shape[1]]
+
+    def random_condition(
+        self,
+        network: DiTTransformer2DModel,
+        rows: int,
+        tokens: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `Backbone`: classes, the one that means none among them."""
+        return torch.randint(network.config.num_embeds_ada_norm + 1, (rows,), device=device, generator=generator)
 
     def encoding(self, network: DiTTransformer2DModel, timesteps: Tensor) -> Tensor:
         """See `Backbone`."""

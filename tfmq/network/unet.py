@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
@@ -115,6 +116,19 @@ class UNetBackbone(Backbone):
     def evaluate(network: UNet, latents: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
         """See `Backbone`."""
         return network(latents, timesteps, *(() if context is None else (context,))).sample
+
+    def random_condition(
+        self,
+        network: UNet,
+        rows: int,
+        tokens: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """See `Backbone`."""
+        if self.condition == "none":
+            return None
+        return torch.randn(rows, tokens, network.config.cross_attention_dim, device=device, generator=generator)
 
     def encoding(self, network: UNet, timesteps: Tensor) -> Tensor:
         """See `Backbone`."""

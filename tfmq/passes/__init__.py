@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -54,9 +55,14 @@ class Memory:
     on_disk: int = 0
 
     @classmethod
-    def of(cls, working: int, waiting: int, most_waiting: int) -> Memory:
-        """The memory of a pass whose ``waiting`` bytes go to disk if they exceed ``most_waiting``."""
-        return cls(working + waiting) if waiting <= most_waiting else cls(working, waiting)
+    def of_blocks(cls, working: Sequence[int], waiting: Sequence[int], most_waiting: int) -> Memory:
+        """The memory of a pass that works block by block, from what it takes and how much waits at each.
+
+        What waits does so on a disk where it is more than ``most_waiting`` at any block.
+        """
+        if max(waiting) > most_waiting:
+            return cls(max(working), max(waiting))
+        return cls(max(map(sum, zip(working, waiting, strict=True))))
 
 
 Rows = TypeVar("Rows", bound="CalibrationRows | None")

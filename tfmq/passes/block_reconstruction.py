@@ -88,9 +88,10 @@ class BlockReconstruction(Pass[CalibrationRows]):
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
-        learned = shapes.largest(rows, self.rounding.batch, learning_bytes)
-        working = max(learned, shapes.largest(rows, self.batch, evaluation_bytes))
-        return Memory.of(working, 2 * shapes.waiting(rows), self.memory_bytes)
+        learned = shapes.of_blocks(rows, self.rounding.batch, partial(learning_bytes, shapes.unrounded))
+        evaluated = shapes.of_blocks(rows, self.batch, evaluation_bytes)
+        waiting = [2 * each for each in shapes.waiting(rows)]
+        return Memory.of_blocks(list(map(max, learned, evaluated)), waiting, self.memory_bytes)
 
 
 def _unrounded(network: Network, block: Block) -> dict[str, QuantizedLayer]:

@@ -22,7 +22,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from tfmq.cost import Shapes, evaluation_bytes
+from tfmq.cost import Shapes
 from tfmq.network.backbone import Network
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
@@ -161,7 +161,7 @@ class MeasureCorrection(Pass):
     def memory(self, shapes: Shapes, rows: None) -> Memory:
         """See `Pass`."""
         batch = shapes.pool.spaced(1, self.batch)
-        return Memory(shapes.largest(batch, len(batch), evaluation_bytes))
+        return Memory(shapes.evaluated(batch, len(batch)))
 
 
 def trajectory_evaluations(pool: CalibrationSet, images: int) -> int:

@@ -9,7 +9,8 @@ convolution to r channels followed by one of a single pixel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from tfmq.cost import Shapes, evaluation_bytes
+from tfmq.cost import Shapes, restore_unrounded
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
@@ -28,6 +29,7 @@ from tfmq.session import Session
 from tfmq.settings import check_choices, check_counts
 
 HALF = torch.float16
+Hook = Callable[[str, nn.Conv2d | nn.Linear, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,22 @@ class LowRankBranches(Pass[CalibrationRows]):
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
-        largest = max(self.batch, min(self.search_rows, len(rows)))
-        return Memory(shapes.largest(rows, largest, evaluation_bytes))
+        layers = {path: layer for path, layer in quantized_layers(shapes.network).items() if layer.rank}
+
+        def record(path: str, layer: nn.Conv2d | nn.Linear, x: Tensor, output: Tensor) -> None:
+            channel_largest(layer, x)
+
+        def choose(path: str, layer: nn.Conv2d | nn.Linear, x: Tensor, output: Tensor) -> None:
+            smoothing = layer.weight.new_empty(layer.weight.shape[1])
+            split_error(layers[path], layer.weight, smoothing, x, output, self.range)
+
+        with hooked(shapes.full, layers, record):
+            recorded = shapes.evaluated(rows, self.batch, shapes.full)
+        with hooked(shapes.full, layers, choose):
+            chosen = shapes.evaluated(rows, self.search_rows, shapes.full)
+        for layer in layers.values():
+            restore_unrounded(layer)
+        return Memory(max(recorded, chosen))
 
     def _evaluations(self, rows: CalibrationRows) -> int:
         return len(rows) + min(self.search_rows, len(rows))
@@ -134,6 +150,21 @@ def split_weight(layer: QuantizedLayer, weight: Tensor, smoothing: Tensor) -> No
     layer.weight = nn.Parameter(smoothed - product.view(weight.shape), requires_grad=False)
 
 
+def split_error(
+    layer: QuantizedLayer, weight: Tensor, smoothing: Tensor, x: Tensor, output: Tensor, range: WeightRange
+) -> Tensor:
+    """Split a weight as ``split_weight`` does, round the residual, and take the mean squared error of the output."""
+    split_weight(layer, weight, smoothing)
+    layer.find_weight_range(range)
+    layer.fold()
+    return (layer(x) - output).square().mean()
+
+
+def channel_largest(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    """The largest magnitude of each channel (I,) of the input of ``layer``."""
+    return x.transpose(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).abs().amax(1)
+
+
 @torch.no_grad()
 def add_branches(
     full: Network,
@@ -153,7 +184,7 @@ def add_branches(
     chosen: dict[str, float | None] = {}
 
     def record(path: str, layer: nn.Conv2d | nn.Linear, x: Tensor, output: Tensor) -> None:
-        found = x.transpose(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).abs().amax(1)
+        found = channel_largest(layer, x)
         if not torch.isfinite(found).all():
             raise ValueError(f"the activation at {path} holds NaN or infinity on the calibration set")
         largest[path] = torch.maximum(largest.get(path, found), found)
@@ -167,10 +198,7 @@ def add_branches(
             smoothings[strength] = smoothing_factors(largest[path], weight_largest, strength)
 
         def error(strength: float | None) -> float:
-            split_weight(twin, weight, smoothings[strength])
-            twin.find_weight_range(config.range)
-            twin.fold()
-            return (twin(x) - output).square().mean().item()
+            return split_error(twin, weight, smoothings[strength], x, output, config.range).item()
 
         def search() -> list[float]:
             chosen[path] = min(smoothings, key=error)
@@ -192,14 +220,17 @@ def add_branches(
     return chosen
 
 
-def _run_hooked(
-    network: Network,
-    paths: Iterable[str],
-    rows: CalibrationRows,
-    batch: int,
-    hook: Callable[[str, nn.Conv2d | nn.Linear, Tensor, Tensor], None],
-) -> None:
-    """Evaluate ``rows`` with ``hook(path, layer, input, output)`` called after each layer at ``paths``."""
+def _run_hooked(network: Network, paths: Iterable[str], rows: CalibrationRows, batch: int, hook: Hook) -> None:
+    """Evaluate ``rows`` with ``hook`` called after each layer at ``paths``."""
+    with hooked(network, paths, hook):
+        for start in tqdm(range(0, len(rows), batch), desc="low-rank branches", disable=None):
+            part = rows[slice(start, start + batch)]
+            evaluate(network, part.latents, part.timesteps.to(network.device), part.context)
+
+
+@contextmanager
+def hooked(network: Network, paths: Iterable[str], hook: Hook) -> Iterator[None]:
+    """Call ``hook(path, layer, input, output)`` after each layer of ``network`` at ``paths``."""
 
     def attach(path: str) -> RemovableHandle:
         layer = network.get_submodule(path)
@@ -207,9 +238,7 @@ def _run_hooked(
 
     handles = [attach(path) for path in paths]
     try:
-        for start in tqdm(range(0, len(rows), batch), desc="low-rank branches", disable=None):
-            part = rows[slice(start, start + batch)]
-            evaluate(network, part.latents, part.timesteps.to(network.device), part.context)
+        yield
     finally:
         for handle in handles:
             handle.remove()

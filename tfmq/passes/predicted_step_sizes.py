@@ -10,14 +10,17 @@ from functools import partial
 
 import torch
 
-from tfmq.cost import Shapes, evaluation_bytes
+from tfmq.cost import Shapes
 from tfmq.network.backbone import Backbone, Network
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, NormallyDistributed
 from tfmq.passes import Cost, Memory, Pass
+from tfmq.passes.activation_ranges import checked_inputs
 from tfmq.passes.step_network import (
+    ActivationSamples,
     FitConfig,
     StepNetworks,
     fit_networks,
+    fitting_bytes,
     sample_activations,
     tabulate,
     with_silu_grids,
@@ -93,5 +96,10 @@ class PredictedStepSizes(Pass[CalibrationRows]):
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
-        sampled = len(activation_quantizers(shapes.network)) * self.values * len(rows) * 4
-        return Memory(sampled + shapes.largest(rows, self.batch, evaluation_bytes))
+        network, quantizers = shapes.network, activation_quantizers(shapes.network)
+        with checked_inputs(network):
+            evaluated = shapes.evaluated(rows, self.batch)
+        values = torch.empty(len(rows), len(quantizers), self.values, device=network.device)
+        samples = ActivationSamples(values, rows.timesteps)
+        encode = partial(shapes.backbone.encoding, network)
+        return Memory(values.nbytes + max(evaluated, fitting_bytes(quantizers, samples, encode, self.fit.batch)))

@@ -7,19 +7,21 @@ block, or the temporal information block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tfmq.cost import backward_bytes
+from tfmq.cost import restore_unrounded
+from tfmq.live_bytes import LiveBytes
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Block, Network
 from tfmq.network.offload import BlockStream
 from tfmq.numerics.rounding import annealed_beta
-from tfmq.plan import quantized_layers
+from tfmq.plan import activation_quantizers, quantized_layers
 from tfmq.session import Session
 from tfmq.settings import check_counts, check_numbers, check_positive
 
@@ -73,9 +75,8 @@ class StepSizeConfig:
 
 
 Loss = Callable[[Tensor], Tensor]
-# Tensors of a weight's shape while its rounding is learned: alpha, its gradient, Adam's two; floor, free scale, h,
-# slope and the stretched sigmoid of AdaRound; the gradient of the rounded weight.
-ROUNDING_TENSORS = 10
+# What Adam keeps of each parameter: running means of its gradient and of the square.
+ADAM_TENSORS = 2
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, norm: float) -> Tensor:
@@ -219,22 +220,49 @@ def time_layer_data(
     return seen["inputs"], seen["targets"]
 
 
-def learning_bytes(stream: BlockStream, block: Block) -> int:
-    """Bytes that learning the roundings of a block takes: their state, and what the backward pass needs."""
-    layers = quantized_layers(stream.network.get_submodule(block.path)).values()
-    state = sum(ROUNDING_TENSORS * layer.weight.nbytes for layer in layers)
-    own = [tensor for layer in layers for tensor in _tensors(layer.learn_rounding())]
-    inputs = stream.inputs(block)
-
-    def loss() -> Tensor:
-        output = stream.evaluate(stream.network, block, inputs, slice(None))
-        return reconstruction_loss(output, torch.empty_like(output), 2.0)
-
-    found = state + backward_bytes(stream.network, loss, own)
+def rounding_bytes(layers: Sequence[QuantizedLayer], loss: Callable[[], Tensor]) -> int:
+    """Bytes that learning the roundings of layers on the meta device takes, from the second iteration on."""
+    with torch.enable_grad(), LiveBytes() as live:
+        roundings = [layer.learn_rounding() for layer in layers]
+        state = [torch.empty_like(rounding.alpha) for rounding in roundings for _ in range(ADAM_TENSORS)]
+        for rounding in roundings:
+            rounding.alpha.grad = torch.empty_like(rounding.alpha)
+        value = loss()
+        for rounding in roundings:
+            rounding.alpha.grad = None
+        value.backward()
+        for rounding in roundings:
+            rounding.add_penalty_gradient(1.0, 2.0)
+    del state
     for layer in layers:
-        layer.rounding = None
-    return found
+        restore_unrounded(layer)
+    return live.most
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.buffers(), *module.parameters()]
+def learning_bytes(paths: Collection[str], stream: BlockStream, block: Block) -> int:
+    """Bytes that learning the roundings of those layers of a block takes whose path is among ``paths``."""
+    quantized = quantized_layers(stream.network)
+    layers = [layer for path, layer in quantized.items() if block.holds(path) and path in paths]
+    return rounding_bytes(layers, partial(block_loss, stream, block)) if layers else 0
+
+
+def step_size_bytes(paths: Collection[str], stream: BlockStream, block: Block) -> int:
+    """Bytes that learning the step sizes of a block's activations at ``paths`` takes; these are layers and attentions."""
+    below = tuple(f"{path}." for path in paths)
+    found = activation_quantizers(stream.network)
+    quantizers = [q for path, q in found.items() if block.holds(path) and path.startswith(below)]
+    if not quantizers:
+        return 0
+    with torch.enable_grad(), LiveBytes() as live:
+        for quantizer in quantizers:
+            quantizer.scale, quantizer.enabled = quantizer.scale.clone().requires_grad_(), True
+        block_loss(stream, block).backward()
+    for quantizer in quantizers:
+        quantizer.scale, quantizer.enabled = quantizer.scale.detach(), False
+    return live.most
+
+
+def block_loss(stream: BlockStream, block: Block) -> Tensor:
+    """The loss of a block on a batch of all rows of a stream, against targets on the meta device."""
+    output = stream.evaluate(stream.network, block, stream.inputs(block), torch.arange(len(stream.rows)))
+    return reconstruction_loss(output, torch.empty_like(output), 2.0)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from tfmq.live_bytes import LiveBytes
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.calibration import CalibrationRows
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize
+from tfmq.passes.reconstruction import ADAM_TENSORS
 from tfmq.plan import QuantizationPlan, activation_quantizers
 from tfmq.settings import check_counts, check_numbers, check_positive
 
@@ -200,8 +202,7 @@ def fit_networks(
     """
     timesteps, step = samples.timesteps.unique(return_inverse=True)
     encodings = encode(timesteps.to(samples.values.device))
-    grids = dict.fromkeys(quantizer.grid for quantizer in quantizers.values())
-    groups = [_Group.of(grid, quantizers, samples.values) for grid in grids]
+    groups = _groups(quantizers, samples.values)
     optimizer = torch.optim.AdamW(
         networks.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -210,15 +211,41 @@ def fit_networks(
     with torch.enable_grad():
         for _ in tqdm(range(config.iterations), desc="step networks", disable=None):
             rows = torch.randint(len(step), (config.batch,), generator=generator)
-            scales = networks(encodings).T[step[rows]]
-            first, *others = (group.error(scales, rows) for group in groups)
-            loss = sum(others, first)
+            loss = _loss(networks, groups, encodings, step, rows)
             trace.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     return trace
+
+
+def fitting_bytes(
+    quantizers: dict[str, FakeQuantize], samples: ActivationSamples, encode: Callable[[Tensor], Tensor], batch: int
+) -> int:
+    """What ``fit_networks`` takes besides the samples, which are on the meta device, and what the networks do."""
+    device = samples.values.device
+    timesteps, step = samples.timesteps.unique(return_inverse=True)
+    with torch.enable_grad(), LiveBytes() as live:
+        encodings = encode(timesteps.to(device))
+        networks = StepNetworks(torch.empty(len(quantizers), device=device), encodings.shape[1], torch.Generator())
+        groups = _groups(quantizers, samples.values)
+        state = [torch.empty_like(each) for each in networks.parameters() for _ in range(ADAM_TENSORS)]
+        _loss(networks, groups, encodings, step, torch.arange(batch) % len(step)).backward()
+    del state
+    return live.most
+
+
+def _groups(quantizers: dict[str, FakeQuantize], values: Tensor) -> list[_Group]:
+    grids = dict.fromkeys(quantizer.grid for quantizer in quantizers.values())
+    return [_Group.of(grid, quantizers, values) for grid in grids]
+
+
+def _loss(networks: StepNetworks, groups: list[_Group], encodings: Tensor, step: Tensor, rows: Tensor) -> Tensor:
+    """The sum of all quantisers' relative errors on ``rows``; ``step`` has each row's position among the encodings."""
+    scales = networks(encodings).T[step[rows]]
+    first, *others = (group.error(scales, rows) for group in groups)
+    return sum(others, first)
 
 
 @dataclass(frozen=True)

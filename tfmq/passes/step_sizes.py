@@ -14,7 +14,14 @@ from tfmq.network.backbone import Block, Network
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
 from tfmq.network.offload import BlockStream, place_for
 from tfmq.passes import Cost, Memory, Pass
-from tfmq.passes.reconstruction import StepSizeConfig, learn_scales, loss_against, on_rows, time_layer_data
+from tfmq.passes.reconstruction import (
+    StepSizeConfig,
+    learn_scales,
+    loss_against,
+    on_rows,
+    step_size_bytes,
+    time_layer_data,
+)
 from tfmq.plan import activation_quantizers
 from tfmq.session import Session
 from tfmq.settings import check_counts
@@ -82,8 +89,10 @@ class StepSizes(Pass[CalibrationRows]):
         """See `Pass`."""
         if not self._units(shapes):
             return Memory()
-        working = shapes.largest(rows, self.batch, evaluation_bytes)
-        return Memory.of(working, shapes.waiting(rows), self.memory_bytes)
+        paths = {*shapes.plan.layers, *shapes.plan.attentions} - {*shapes.tabulated, *shapes.backbone.time_embedding}
+        learned = shapes.of_blocks(rows, self.learning.batch, partial(step_size_bytes, paths))
+        evaluated = shapes.of_blocks(rows, self.batch, evaluation_bytes)
+        return Memory.of_blocks(list(map(max, learned, evaluated)), shapes.waiting(rows), self.memory_bytes)
 
     def _units(self, shapes: Shapes) -> int:
         """How many units have a step size to learn."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tfmq.cost import Shapes
 from tfmq.modules.layers import QuantizedLayer
-from tfmq.passes import Cost, Pass
-from tfmq.passes.reconstruction import RoundingConfig, learn_roundings, reconstruction_loss
+from tfmq.passes import Cost, Memory, Pass
+from tfmq.passes.reconstruction import RoundingConfig, learn_roundings, reconstruction_loss, rounding_bytes
 from tfmq.plan import quantized_layers
 from tfmq.session import Session
 
@@ -55,6 +55,22 @@ class TemporalReconstruction(Pass):
         layers = shapes.unrounded & set(shapes.backbone.temporal)
         shapes.rounded |= layers
         return Cost(optimizer_steps=self.rounding.iterations if layers else 0)
+
+    def memory(self, shapes: Shapes, rows: None) -> Memory:
+        """See `Pass`."""
+        paths = shapes.unrounded & set(shapes.backbone.temporal)
+        layers = [layer for path, layer in quantized_layers(shapes.network).items() if path in paths]
+        if not layers:
+            return Memory()
+        timesteps = shapes.pool.timesteps.unique().to(shapes.network.device)
+
+        def loss() -> Tensor:
+            targets = shapes.backbone.temporal_features(shapes.full, timesteps)
+            features = shapes.backbone.temporal_features(shapes.network, timesteps[: self.rounding.batch])
+            losses = [reconstruction_loss(f, t[: len(f)], 2.0) for f, t in zip(features, targets, strict=True)]
+            return torch.stack(losses).sum()
+
+        return Memory(rounding_bytes(layers, loss))
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from tfmq.cost import Shapes
+from tfmq.cost import Shapes, restore_unrounded, run_through
+from tfmq.live_bytes import FusedAttention, LiveBytes
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize, quantize
 from tfmq.numerics.observer import search
-from tfmq.passes import Cost, Pass
+from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.predicted_step_sizes import PredictedStepSizes
+from tfmq.passes.reconstruction import ADAM_TENSORS
 from tfmq.passes.step_network import StepNetworks, set_tables
 from tfmq.plan import QuantizationPlan, activation_quantizers, quantized_layers
 from tfmq.session import Session
@@ -130,9 +132,10 @@ class QuantizationAwareTraining(Pass[CalibrationRows]):
         shapes.rounded |= shapes.unrounded
         return self.step_sizes.cost(shapes, rows) + Cost(trained, iterations, trained)
 
-    def memory(self, shapes: Shapes, rows: CalibrationRows) -> None:
-        """Not known: the whole network is trained at once."""
-        return None
+    def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
+        """See `Pass`."""
+        fitted, trained = self.step_sizes.memory(shapes, rows), training_bytes(shapes, self.training.batch)
+        return Memory(max(fitted.held, trained))
 
 
 def train(
@@ -184,6 +187,42 @@ def train(
     for path, layer in layers.items():
         learned[path].finish(layer)
     return trace
+
+
+def training_bytes(shapes: Shapes, batch: int) -> int:
+    """What ``train`` takes from the second iteration on, where gradients are kept until the next backward pass."""
+    network, pool, device = shapes.network, shapes.pool, shapes.network.device
+    layers, quantizers = quantized_layers(network), activation_quantizers(network)
+    timesteps = pool.timesteps.unique()
+    rows = pool.rows(torch.arange(batch) % pool.steps, torch.arange(batch) % pool.images)[:batch]
+    network.step_tracker.steps = timesteps
+    for layer in layers.values():
+        layer.rounding = LearnedStepWeight(layer.weight, layer.weight_bits)
+    with FusedAttention(), torch.enable_grad(), LiveBytes() as live:
+        encodings = shapes.backbone.encoding(network, timesteps.to(device))
+        networks = StepNetworks(torch.empty(len(quantizers), device=device), encodings.shape[1], torch.Generator())
+        network.requires_grad_(True)
+        parameters = [*network.parameters(), *networks.parameters()]
+        state = [torch.empty_like(parameter) for parameter in parameters for _ in range(ADAM_TENSORS)]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        set_tables(quantizers, networks(encodings))
+        stream = shapes.stream(rows, batch)
+        stream.time = shapes.backbone.time_input(network, rows.timesteps.unique().to(device))
+        predicted = run_through(stream)
+        loss = F.mse_loss(predicted, torch.empty_like(predicted))
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+    del state
+    for parameter in network.parameters():
+        parameter.grad = None
+    network.requires_grad_(False)
+    for layer in layers.values():
+        restore_unrounded(layer)
+    for quantizer in quantizers.values():
+        quantizer.scale, quantizer.enabled = quantizer.scale.detach(), False
+    return live.most
 
 
 def _rate(iteration: int, config: TrainingConfig) -> float:

@@ -7,7 +7,9 @@ from typing import Literal
 
 from tqdm.auto import tqdm
 
-from tfmq.passes import Pass
+from tfmq.cost import Shapes
+from tfmq.modules.layers import QuantizedLayer
+from tfmq.passes import Memory, Pass
 from tfmq.plan import quantized_layers
 from tfmq.session import Session
 from tfmq.settings import check_choices
@@ -36,6 +38,10 @@ class WeightRanges(Pass):
         for layer in tqdm(quantized_layers(session.network).values(), desc=self.name, disable=None):
             layer.find_weight_range(self.range)
 
+    def memory(self, shapes: Shapes, rows: None) -> Memory:
+        """See `Pass`. A search tries one candidate after the other where a weight is large, and rounds to compare."""
+        return Memory(shapes.of_largest_layer(_round))
+
 
 @dataclass(frozen=True)
 class RoundToNearest(Pass):
@@ -48,3 +54,12 @@ class RoundToNearest(Pass):
         for layer in quantized_layers(session.network).values():
             if layer.codes is None:
                 layer.fold()
+
+    def memory(self, shapes: Shapes, rows: None) -> Memory:
+        """See `Pass`."""
+        return Memory(shapes.of_largest_layer(_round))
+
+
+def _round(layer: QuantizedLayer) -> None:
+    layer.find_weight_range("minmax")
+    layer.fold()

@@ -13,10 +13,12 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from benchmarks import __main__ as command_line
+from benchmarks.runtime import files
 from benchmarks.sources.originals.architectures import ARCHITECTURES
 from benchmarks.stages import plan
-from benchmarks.suite import params
+from benchmarks.suite import discover, params
 from tests.tfmq import networks
+from tfmq.network.backbone import evaluate
 
 
 def read(text):
@@ -55,6 +57,46 @@ def test_counts_are_those_of_the_records_and_sizes_those_of_the_files(suite, gen
     assert "(0.5 TFLOP/s); it took" in capsys.readouterr().out
 
 
+@pytest.fixture
+def with_transformer(suite):
+    """The tiny suite with a second task, of a diffusion transformer."""
+    discover.family("dit").save_tiny(Path("data/classes"), 0)
+    document = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    changes = {"family": "dit", "checkpoint": "data/classes", "prompts": "prompts", "guidance_scale": 3.0}
+    document["tasks"]["classes"] = document["tasks"]["toy"] | changes
+    document["tables"]["leaderboard"]["tasks"].append("classes")
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+
+
+def test_a_transformer_is_planned_like_a_unet(with_transformer, capsys):
+    assert command_line.main(["plan", "--device", "cpu", "--task", "classes"]) == 0
+    out = capsys.readouterr().out
+    rows = read(out)["classes"]
+    assert count(rows["calibrate"]["Pool"]) == 2 * 3 * 4, "two evaluations for each image and step, by guidance"
+    for name in ("nearest/w4a8", "tfmq/w4a8"):
+        assert count(rows[name]["Quantising"]) > 0 and rows[name]["Memory (GiB)"] != "?"
+    stored = sum(path.stat().st_size for path in Path("data/classes").rglob("*") if path.is_file())
+    assert plan.describe(params.load(Path("params.yaml")).tasks["classes"]).stored == stored
+    assert "s on one thread of a CPU, 1 at once" in out
+
+
+def test_a_transformer_can_be_rehearsed(with_transformer, run):
+    arguments = ("rehearse", "--task", "classes", "--table", "leaderboard", "--method", "nearest")
+    assert run(*arguments, "--set", "images=1", "steps=2") == (0, [])
+    found = files.read_json(Path("results/rehearsals/classes-nearest-w4a8.json"))
+    assert found["effort"]["unet_evaluations"] == 2 * 2 and 0 < found["relative_error"] < 1
+
+
+def test_cells_of_some_methods_are_planned_alone(suite, run, capsys):
+    assert command_line.main(["plan", "--device", "cpu", "--method", "nearest"]) == 0
+    steps = read(capsys.readouterr().out)["toy"]
+    assert "full_precision" in steps and "calibrate" in steps
+    cells = {name for name in steps if "/" in name}
+    assert cells == {"nearest/w4a8", "nearest/w4a32", "nearest-published/w4a8"}
+    code, (line,) = run("plan", "--method", "nearst")
+    assert code == 1 and line.startswith("error: unknown method 'nearst': did you mean 'nearest'?")
+
+
 @pytest.mark.parametrize("kind", ["unconditional", "text"])
 def test_operations_are_those_of_the_layers_by_hand(kind):
     unet, tokens, counted = networks.KINDS[kind].build(), 5, []
@@ -70,7 +112,7 @@ def test_operations_are_those_of_the_layers_by_hand(kind):
     for module in unet.modules():
         module.register_forward_hook(count)
     with torch.no_grad():
-        unet(*plan._inputs(unet, tokens, 1))
+        evaluate(unet, *plan._inputs(unet, tokens, 1))
     described = plan.Described({**unet.config, "_class_name": type(unet).__name__}, {}, tokens, 0)
     assert plan._time(described, torch.device("cpu"), 2).operations == sum(counted)
 

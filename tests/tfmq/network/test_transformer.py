@@ -111,6 +111,14 @@ def test_where_all_features_are_looked_up_the_time_embedding_is_gone():
         assert covered[path] == "lookup table"
 
 
+def test_a_random_condition_is_a_class_or_none():
+    network, generator = transformer(classes=3), torch.Generator().manual_seed(0)
+    found = backbone_of(network).random_condition(network, 200, 7, torch.device("cpu"), generator)
+    assert found.dtype == torch.int64 and found.unique().tolist() == [0, 1, 2, 3], "three classes and none"
+    with torch.no_grad():
+        evaluate(network, networks.noise(4), STEPS, found[:4])
+
+
 def test_classes_are_asked_for():
     network = transformer()
     unconditional = networks.pool(networks.unconditional())

@@ -19,6 +19,16 @@ def inputs(unet: torch.nn.Module) -> tuple[torch.Tensor, ...]:
     return (networks.noise(2), TIMESTEPS) + ((context,) if hasattr(unet, "encoder_hid_proj") else ())
 
 
+@torch.no_grad()
+def test_a_random_condition_is_a_context_or_none():
+    cpu, generator = torch.device("cpu"), networks.generator()
+    assert backbone_of(networks.unconditional()).random_condition(networks.unconditional(), 2, 5, cpu) is None
+    unet = networks.conditional()
+    found = backbone_of(unet).random_condition(unet, 2, 7, cpu, generator)
+    assert found.shape == (2, 7, 12)
+    unet(networks.noise(2), TIMESTEPS, found)
+
+
 @pytest.mark.parametrize("build", [networks.unconditional, networks.conditional])
 @torch.no_grad()
 def test_blocks_in_order_are_the_forward_pass(build):
