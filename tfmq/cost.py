@@ -1,8 +1,8 @@
 """Estimate the cost of a quantisation before running it: evaluations, optimiser steps and memory, pass by pass.
 
 Each pass counts its own cost from shapes alone: the network is on the meta device, and memory is that of the tensors
-which live there at once while it is evaluated and learned (`tfmq.live_bytes`). That is an estimate: of what kernels take
-for themselves only the copies of a convolution are counted, and nothing of the allocator.
+which live there at once while it is evaluated and learned (`tfmq.live_bytes`). That is an estimate: of what kernels
+take for themselves only the copies of a convolution are counted, and nothing of the allocator.
 """
 
 from __future__ import annotations

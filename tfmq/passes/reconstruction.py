@@ -247,7 +247,7 @@ def learning_bytes(paths: Collection[str], stream: BlockStream, block: Block) ->
 
 
 def step_size_bytes(paths: Collection[str], stream: BlockStream, block: Block) -> int:
-    """Bytes that learning the step sizes of a block's activations at ``paths`` takes; these are layers and attentions."""
+    """Bytes that learning the step sizes of a block's layers and attentions at ``paths`` takes."""
     below = tuple(f"{path}." for path in paths)
     found = activation_quantizers(stream.network)
     quantizers = [q for path, q in found.items() if block.holds(path) and path.startswith(below)]
