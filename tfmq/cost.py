@@ -125,8 +125,9 @@ class Shapes:
 
     def evaluated(self, rows: CalibrationRows, batch: int, network: Network | None = None) -> int:
         """What evaluating the whole network on ``batch`` of the rows takes."""
+        stream = self.stream(rows, batch, network)
         with FusedAttention(), torch.no_grad(), LiveBytes() as live:
-            run_through(self.stream(rows, batch, network))
+            run_through(stream)
         return live.most
 
     def of_largest_layer(self, action: Callable[[QuantizedLayer], object]) -> int:

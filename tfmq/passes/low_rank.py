@@ -29,6 +29,8 @@ from tfmq.session import Session
 from tfmq.settings import check_choices, check_counts
 
 HALF = torch.float16
+# What a split replaces in a layer.
+REPLACED = ("weight", "codes", "smoothing", "up", "down", "weight_scale", "weight_zero_point")
 Hook = Callable[[str, nn.Conv2d | nn.Linear, Tensor, Tensor], None]
 
 
@@ -87,8 +89,11 @@ class LowRankBranches(Pass[CalibrationRows]):
             channel_largest(layer, x)
 
         def choose(path: str, layer: nn.Conv2d | nn.Linear, x: Tensor, output: Tensor) -> None:
-            smoothing = layer.weight.new_empty(layer.weight.shape[1])
-            split_error(layers[path], layer.weight, smoothing, x, output, self.range)
+            twin, smoothing = layers[path], layer.weight.new_empty(layer.weight.shape[1])
+            before = {name: getattr(twin, name) for name in REPLACED}
+            split_error(twin, layer.weight, smoothing, x, output, self.range)
+            for name, tensor in before.items():  # in whose place the new ones stand, and not beside them
+                setattr(twin, name, tensor)
 
         with hooked(shapes.full, layers, record):
             recorded = shapes.evaluated(rows, self.batch, shapes.full)

@@ -119,5 +119,5 @@ def test_other_networks_are_refused():
 def test_parts_that_streaming_would_leave_out_are_refused():
     unet = networks.unconditional()
     unet.class_embedding = torch.nn.Embedding(3, 4)
-    with pytest.raises(ValueError, match=r"the network has class_embedding\.weight"):
+    with pytest.raises(ValueError, match=r"the UNet has class_embedding\.weight"):
         backbone_of(unet)
