@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -71,13 +72,13 @@ def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _copies(function: Callable, args: tuple[object, ...], found: object) -> int:
+def _copies(function: Callable, args: Sequence[object], found: object) -> int:
     """What the kernels of an operator copy."""
     if function is CONVOLUTION:
         return _bytes(_tensors((args, found)))
     if function is CONVOLUTION_BACKWARD:  # one kernel for the input's gradient, then one for the weight's
-        gradient, x, weight = args[:3]
-        of_input, of_weight, _ = found
+        gradient, x, weight = _tensors(args[:3])
+        of_input, of_weight, _ = cast("tuple[Tensor | None, ...]", found)
         return max(_bytes([gradient, weight, of_input]), _bytes([gradient, x, of_weight]))
     return 0
 
