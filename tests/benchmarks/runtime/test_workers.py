@@ -74,7 +74,10 @@ def test_a_cpu_has_a_process_a_core():
 def test_ctrl_c_ends_the_workers_though_they_do_not_hear_it(tmp_path):
     """A unit that sleeps for a minute, stopped after it has begun."""
     code = (
-        "import sys, time; from pathlib import Path; import torch; from benchmarks.runtime.workers import run_units\n"
+        "import signal, sys, time; from pathlib import Path; import torch\n"
+        "from benchmarks.runtime.workers import run_units\n"
+        # Where the tests run in the background, Ctrl-C is ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def do(unit):\n    Path(sys.argv[1], str(unit)).touch()\n    time.sleep(60)\n"
         "run_units([1, 2], do, 2, torch.device('cpu'))"
     )
