@@ -192,8 +192,8 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_planned_to_be_held_is_what_lives_at_once_in_a_quantisation(name, monkeypatch):
     """All tensors of a quantisation are counted, on the CPU, but for those of the pool."""
-    # Where weights are as small as here, as many candidates are tried at once as fill a MiB.
-    monkeypatch.setattr("tfmq.numerics.observer._chunk", lambda rows, most: 1)
+    # Of ranges for weights as small as here, as many are tried at once as fill a MiB: more than all else.
+    monkeypatch.setattr("tfmq.numerics.observer.SEARCH_CANDIDATES", 1)
     build, recipe = networks.conditional, RECIPES[name]
     pool = networks.KINDS["class"].pool(build())
     planned = plan_cost(meta(build), W4A8, recipe, pool)
