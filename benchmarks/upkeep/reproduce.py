@@ -69,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", type=int, metavar="N", help="processes (default: one a core, or one a GPU)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="move what was made to a new folder at the end")
     parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="compare with the records that an earlier run has left in FOLDER (its --keep), and not with the committed"
+        " ones: that run may be of another commit",
+    )
+    parser.add_argument(
         "--carry-over",
         action="store_true",
         help="if every cell is identical, bit for bit, and nothing but code has changed since the results were made:"
@@ -96,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     Raises ValueError for names that the suite does not have, and for values that make no sense.
     """
     # Not above: these take seconds, in which Ctrl-C has to be heard.
-    from benchmarks.runtime import workers
+    from benchmarks.runtime import files, workers
     from benchmarks.runtime.devices import device_of
     from benchmarks.suite import params
     from benchmarks.upkeep import carry_over
@@ -124,7 +131,10 @@ def run(options: argparse.Namespace) -> int:
     minutes = options.minutes or (None if options.names or options.random else MINUTES)
     device = device_of(options.device)
     shards = options.shards or workers.default_shards(device)
-    committed, root = read_records(suite), Path.cwd()
+    root = Path.cwd()
+    if options.against is not None and not (options.against / files.RECORDS).is_dir():
+        raise ValueError(f"--against {options.against} has no {files.RECORDS}: give a folder that --keep has left")
+    committed = read_records(suite, root if options.against is None else options.against)
     scratch, lock = open_scratch(root, device)
     os.chdir(scratch)
     seconds = None if minutes is None else minutes * 60 - (time.monotonic() - began)
@@ -166,8 +176,8 @@ def _carried_over(remake: Remake, root: Path, code: int) -> int:
     return 0
 
 
-def read_records(suite: Suite) -> dict[Cell, Record]:
-    """The records in results/ of the suite's cells, as far as they are there.
+def read_records(suite: Suite, root: Path) -> dict[Cell, Record]:
+    """The records in results/ under ``root`` of the suite's cells, as far as they are there.
 
     Raises ValueError for one that cannot be read.
     """
@@ -176,7 +186,7 @@ def read_records(suite: Suite) -> dict[Cell, Record]:
 
     found = {}
     for cell in suite.cells():
-        path = files.record_file(cell)
+        path = root / files.record_file(cell)
         if path.is_file():
             try:
                 found[cell] = Record.from_json(path.read_text(encoding="utf-8"))

@@ -44,7 +44,7 @@ def test_every_stage_of_the_pipeline_has_an_expected_time(root, monkeypatch):
     suite = params.load(Path("params.yaml"))
     listed = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
     names = subprocess.run(listed, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
-    expected = everything.expected(suite, read_records(suite), 2)
+    expected = everything.expected(suite, read_records(suite, root), 2)
     assert set(expected) == set(names)
     order = everything.in_order(suite)
     assert sorted(order) == sorted(names)

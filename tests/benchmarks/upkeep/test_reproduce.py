@@ -15,7 +15,7 @@ import pytest
 from benchmarks.runtime import files
 from benchmarks.suite import params
 from benchmarks.suite.record import Cell
-from benchmarks.upkeep import INTERRUPTED, STOPPED, reproduce
+from benchmarks.upkeep import INTERRUPTED, STOPPED, carry_over, reproduce
 
 
 @pytest.fixture
@@ -147,6 +147,27 @@ def test_what_was_made_can_be_kept(measured, capsys):
     assert not (measured / "kept/data").exists() and (measured / "data/toy").is_dir()
     assert reproduce.main(["toy/nearest/w4a8", "--keep", "kept"]) == 1
     assert "error: --keep kept exists already: give a new folder" in capsys.readouterr().err
+
+
+def test_an_earlier_run_can_be_compared_with(measured, capsys):
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--keep", "before"]) == 0
+    record = measured / "results/records/toy/nearest/w4a8.json"
+    record.write_text(record.read_text().replace('"psnr"', '"of_another_processor"'))
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--against", "before"]) == 0
+    assert "2 identical, bit for bit" in capsys.readouterr().out
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1"]) == 1
+    assert reproduce.main(["toy/nearest/w4a8", "--against", "data"]) == 1
+    assert "error: --against data has no results/records" in capsys.readouterr().err
+
+
+def test_results_are_carried_over_where_all_cells_are_identical(measured, capsys, monkeypatch):
+    carried = []
+    monkeypatch.setattr(carry_over, "check", carried.append)
+    monkeypatch.setattr(carry_over, "carry_over", lambda root: carried.append(root) or 7)
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--minutes", "0.01", "--carry-over"]) == 1
+    assert "Nothing is carried over" in capsys.readouterr().out and carried == [Path()]
+    assert reproduce.main(["toy/nearest/w4a8", "--shards", "1", "--carry-over"]) == 0
+    assert "Carried over: dvc.lock has this code in 7 stages." in capsys.readouterr().out and carried[2] == measured
 
 
 def test_mistakes_are_one_line_each(measured, capsys):
