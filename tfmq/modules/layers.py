@@ -164,7 +164,7 @@ class QuantizedLayer(KeepsTypes):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weight = self.weight.data
         super()._apply(fn, recurse)
-        if self.weight.dtype != weight.dtype and self.codes is not None and not weight.is_meta:
+        if self.weight.dtype != weight.dtype and self.codes is not None and not self.weight.is_meta:
             values = self._dequantized(self.codes)
             # A weight that something else has changed is cast as it is: the codes do not have it.
             if torch.equal(values.to(weight), weight):
