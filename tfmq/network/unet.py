@@ -175,7 +175,7 @@ class UNetBackbone(Backbone):
     @staticmethod
     def check_size(network: UNet, height: int, width: int) -> None:
         """See `Backbone`. A UNet2DConditionModel fits what it upsamples to any size, where that is interpolation."""
-        steps = [up.upsamplers[0] for up in network.up_blocks if up.upsamplers]
+        steps = [up.upsamplers[0] for up in network.up_blocks if getattr(up, "upsamplers", None)]
         interpolated = all(isinstance(step, Upsample2D) and not step.use_conv_transpose for step in steps)
         if isinstance(network, UNet2DConditionModel) and interpolated:
             return
