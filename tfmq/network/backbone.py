@@ -160,7 +160,8 @@ def backbone_of(network: Network) -> Backbone:
 
 def evaluate(network: Network, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
     """The predicted noise (B, C, H, W); see `Backbone.evaluate`. Latents and context are cast to the network's type."""
-    if latents.dtype != next(network.parameters()).dtype:
+    first = next(network.parameters(), latents)
+    if first.dtype != latents.dtype:
         latents = latents.to(network.dtype)
     if context is not None and context.is_floating_point() and context.dtype != latents.dtype:
         context = context.to(latents.dtype)
