@@ -19,7 +19,10 @@ from benchmarks.report import tables
 
 RECORDS = "results/records"
 MISSING = ("deleted", "not in cache")
-REMEDY = "Run `nox -s bench -- --all` and commit results/ and dvc.lock."
+REMEDY = (
+    "Run `nox -s bench -- --all` and commit results/ and dvc.lock. Where only code has changed and computes the same,"
+    " reproduce cells with `nox -s reproduce -- CELL ... --carry-over` instead, and commit dvc.lock."
+)
 
 
 def stale(
@@ -34,13 +37,13 @@ def stale(
     all stages now. A path that git ignores may be missing (a clone does not have it); a path in git may not.
     """
     lines = [f"{stage} was never run" for stage in stages if stage not in lock]
-    causes: dict[str, list[str]] = {}
+    stages_by_cause: dict[str, list[str]] = {}
     for stage, entries in status.items():
         if stage in stages and stage not in lock:
             continue
-        for cause in _causes(entries, ignored):
-            causes.setdefault(cause, []).append(stage)
-    lines += [f"{cause}: {_some(names)}" for cause, names in causes.items()]
+        for cause in causes(entries, ignored):
+            stages_by_cause.setdefault(cause, []).append(stage)
+    lines += [f"{cause}: {_some(names)}" for cause, names in stages_by_cause.items()]
     return lines + _broken_chain({name: lock[name] for name in stages if name in lock})
 
 
@@ -63,12 +66,35 @@ def find(root: Path) -> list[str]:
         return [f"results/ is there but dvc.lock is not. {REMEDY}"] if (root / "results").exists() else []
     lock = yaml.safe_load(lock_file.read_text(encoding="utf-8"))["stages"]
     stages = _run(root, sys.executable, "-m", "dvc", "stage", "list", "--name-only").split()
-    status = json.loads(_run(root, sys.executable, "-m", "dvc", "status", "--json"))
-    unmade = _unmade(root, list(status))
-    status = {stage: entries for stage, entries in status.items() if stage not in unmade}
+    changed = status(root)
+    unmade = _unmade(root, list(changed))
+    changed = {stage: entries for stage, entries in changed.items() if stage not in unmade}
     records = sorted(path.relative_to(root).as_posix() for path in (root / RECORDS).rglob("*.json"))
-    lines = stale(status, lock, stages, lambda path: _ignored(root, path)) + orphans(records, lock, stages)
+    lines = stale(changed, lock, stages, lambda path: _ignored(root, path)) + orphans(records, lock, stages)
     return lines + _readme(root)
+
+
+def status(root: Path) -> dict[str, list[object]]:
+    """What DVC finds changed in the repository at ``root``, by stage."""
+    return json.loads(_run(root, sys.executable, "-m", "dvc", "status", "--json"))
+
+
+def causes(entries: Sequence[object], ignored: Callable[[str], bool]) -> list[str]:
+    """What has changed of one stage, from its entries in `dvc status`; ``ignored`` paths may be missing."""
+    found = []
+    for entry in entries:
+        if isinstance(entry, str):  # "changed command", "changed checksum"
+            found.append(entry)
+            continue
+        for path, state in entry.get("changed deps", {}).items():
+            if isinstance(state, dict):
+                found += [f"{path}: {key} is {change} since" for key, change in state.items()]
+            elif state not in MISSING or not ignored(path):
+                found.append(f"{path} is {state} since")
+        for path, state in entry.get("changed outs", {}).items():
+            if state not in MISSING or not ignored(path):
+                found.append(f"{path} is {state}, but only its stage may write it")
+    return found
 
 
 def main() -> None:
@@ -86,23 +112,6 @@ def _unmade(root: Path, stages: Sequence[str]) -> set[str]:
         if lock.exists():
             made |= {f"{file}:{name}" for name in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]}
     return {stage for stage in stages if ":" in stage and stage not in made}
-
-
-def _causes(entries: Sequence[object], ignored: Callable[[str], bool]) -> list[str]:
-    found = []
-    for entry in entries:
-        if isinstance(entry, str):  # "changed command", "changed checksum"
-            found.append(entry)
-            continue
-        for path, state in entry.get("changed deps", {}).items():
-            if isinstance(state, dict):
-                found += [f"{path}: {key} is {change} since" for key, change in state.items()]
-            elif state not in MISSING or not ignored(path):
-                found.append(f"{path} is {state} since")
-        for path, state in entry.get("changed outs", {}).items():
-            if state not in MISSING or not ignored(path):
-                found.append(f"{path} is {state}, but only its stage may write it")
-    return found
 
 
 def _broken_chain(lock: Mapping[str, Mapping[str, object]]) -> list[str]:

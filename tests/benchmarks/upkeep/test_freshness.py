@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import tables
-from benchmarks.upkeep import freshness
+from benchmarks.upkeep import carry_over, freshness
 
 PIPELINE = """
 stages:
@@ -129,3 +129,28 @@ def test_before_the_first_run_nothing_is_stale(tmp_path):
     (tmp_path / "results").mkdir()
     (line,) = freshness.find(tmp_path)
     assert "dvc.lock is not" in line
+
+
+# -- carrying over ----------------------------------------------------------------------------------------------------
+
+
+def test_results_are_carried_over_to_other_code_alone(clone):
+    (clone / "code.py").write_text("moved = here\n")
+    with pytest.raises(ValueError, match="nothing to carry over"):
+        carry_over.check(clone)
+    before = (clone / "dvc.lock").read_text()
+    (clone / "dvc.yaml").write_text(PIPELINE.replace('"${item.method}.txt"]', '"${item.method}.txt", code.py]'))
+    assert freshness.find(clone) == ["code.py is modified since: generate@nearest"]
+    carry_over.check(clone)
+    assert carry_over.carry_over(clone) == 2
+    assert freshness.find(clone) == []
+    kept = [line for line in before.splitlines() if "md5" in line and line not in (clone / "dvc.lock").read_text()]
+    assert kept == [], "what work/ held is known by its hash alone, and that has to stay"
+
+
+@pytest.mark.parametrize("changed", ["nearest.txt", "params.yaml", "dvc.yaml"])
+def test_nothing_is_carried_over_to_other_data_settings_or_commands(clone, changed):
+    text = (clone / changed).read_text()
+    (clone / changed).write_text(text.replace("4", "8").replace("nearest\n", "changed\n").replace("cp ", "cp -p "))
+    with pytest.raises(ValueError, match="only code of the other stages can be carried over"):
+        carry_over.check(clone)
