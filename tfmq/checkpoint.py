@@ -20,6 +20,7 @@ from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.cache import CachePlan, cached_projections, insert_cache
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Network, backbone_of
+from tfmq.network.number_types import TYPES, cast, number_type
 from tfmq.network.unet import set_attention_heads
 from tfmq.passes.correction import NoiseCorrection, attach_correction, correction_of
 from tfmq.plan import (
@@ -76,8 +77,8 @@ def save_quantized(network: Network, path: str | Path, metadata: dict[str, objec
         metadata: JSON-able facts to keep with it: method, settings, hashes of base checkpoint and calibration pool.
 
     Raises:
-        ValueError: the network is not quantised, or only in part, or holds NaN or infinity; or ``path`` is a folder, or
-            in a folder that does not exist.
+        ValueError: the network is not quantised, or only in part, or holds NaN or infinity, or has more than one number
+            type, as under layerwise casting; or ``path`` is a folder, or in a folder that does not exist.
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
@@ -97,6 +98,9 @@ def save_quantized(network: Network, path: str | Path, metadata: dict[str, objec
         "correction": json.dumps(None if correction is None else correction.biases.shape),
         "metadata": json.dumps(metadata),
     }
+    kind = str(number_type(network)).removeprefix("torch.")
+    if kind != "float32":
+        described["number_type"] = kind
     _write(path, tensors, described)
 
 
@@ -139,7 +143,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
 
 
 def load_quantized(path: str | Path) -> Network:
-    """Rebuild the quantised network of a checkpoint; needs nothing but the file.
+    """Rebuild the quantised network of a checkpoint, in the number type that it had; needs nothing but the file.
 
     Warns if the network carries a noise correction (PTQD): stock pipelines apply it only with a
     ``corrected_scheduler``.
@@ -156,7 +160,10 @@ def load_quantized(path: str | Path) -> Network:
         raise ValueError(f"{path} holds a {described.get('unet_class')}; known are {', '.join(NETWORKS)}")
     config = {key: value for key, value in json.loads(described["unet_config"]).items() if not key.startswith("_")}
     heads = config.pop("attention_heads", None)
-    network = NETWORKS[described["unet_class"]](**config).eval().requires_grad_(False)
+    kind = described.get("number_type", "float32")
+    if kind not in TYPES:
+        raise ValueError(f"{path} is of type {kind}; this version reads {', '.join(TYPES)}")
+    network = cast(NETWORKS[described["unet_class"]](**config).eval().requires_grad_(False), TYPES[kind])
     if heads is not None:
         set_attention_heads(network, heads)
     plan = json.loads(described["plan"])

@@ -18,6 +18,7 @@ from tfmq.live_bytes import FusedAttention, LiveBytes
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Block, Network, backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.number_types import in_float32, pool_in_float32
 from tfmq.network.offload import BlockStream, Place, waiting_bytes
 from tfmq.passes import Cost, Memory, Recipe
 from tfmq.plan import SHARED, Protocol, QuantizationPlan, amended_plan, insert_quantizers, quantized_layers
@@ -155,11 +156,14 @@ def plan_cost(
         raise ValueError(f"cost is planned for a network on the meta device, and this one is on {network.device}")
     backbone = backbone_of(network)
     plan = amended_plan(network, backbone, precision, recipe, protocol)
+    given, network, pool = network, in_float32(network), pool_in_float32(pool)
     twin = copy.deepcopy(network).requires_grad_(False)
     insert_quantizers(twin, plan)
     for layer in quantized_layers(twin).values():
         restore_unrounded(layer)
     networks = full_precision_bytes(network) + _quantized_bytes(twin)
+    if given is not network:  # which is kept beside them until it is known that nothing fails
+        networks += sum(parameter.nbytes for parameter in given.parameters())
     shapes = Shapes(twin, network, backbone, plan, precision, pool)
     generator = torch.Generator()
     drawn = [step.draw(pool, generator) for step in recipe]

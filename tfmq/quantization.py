@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tfmq.network.backbone import Backbone, Network, backbone_of
+from tfmq.network.backbone import Backbone, Network, backbone_of, check_inputs
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.number_types import cast_back, in_float32, number_type, pool_in_float32
 from tfmq.passes import Recipe
 from tfmq.plan import (
     SHARED,
@@ -20,6 +21,7 @@ from tfmq.plan import (
     check_unquantized,
     coverage,
     insert_quantizers,
+    quantized_layers,
 )
 from tfmq.precision import FULL, Precision
 from tfmq.session import QuantizationReport, Session
@@ -47,6 +49,8 @@ def quantize_(
     If a pass measures a noise correction (PTQD, ``tfmq.passes.correction``), a stock pipeline applies it only with a
     ``corrected_scheduler``.
 
+    A network in float16, bfloat16 or float64 is quantised as its copy in float32 would be, and cast back at the end.
+
     Args:
         recipe: passes of `tfmq.passes`, in the order in which they run.
         pool: what the passes draw their calibration rows from, recorded on ``network`` with the schedule that it will
@@ -58,26 +62,32 @@ def quantize_(
     Raises:
         ValueError: weights or activations hold NaN or infinity, activations are constant, there are no calibration
             rows, or they do not match the network's inputs or do not fit in memory, the recipe leaves a layer
-            unquantised, or the network is quantised already or of a structure that is not supported. After this or any
-            other error the network computes what it did before, and the generator is where it was.
+            unquantised, or the network is quantised already, or of a structure or in number types that are not
+            supported. After this or any other error the network computes what it did before, and the generator is where
+            it was.
     """
     check_arguments(network, precision, workspace)
     backbone = backbone_of(network)
     plan = amended_plan(network, backbone, precision, recipe, protocol)
-    state = generator.get_state()
+    state, pool = generator.get_state(), pool_in_float32(pool)
     drawn = [step.draw(pool, generator) for step in recipe]
     for step, rows in zip(recipe, drawn, strict=True):
         if rows is not None:
             check_rows(network, backbone, rows, step.name)
     network.eval().requires_grad_(False)
-    full = copy.deepcopy(network)
+    given = copy.deepcopy(network)
+    full = in_float32(given)
     session = Session(network, full, backbone, plan, precision, protocol, pool, generator, workspace or Workspace())
-    with restored_on_failure(network, full, generator, state):
+    with restored_on_failure(network, given, generator, state):
+        if full is not given:
+            network.float()
         insert_quantizers(network, plan)
         for step, rows in zip(recipe, drawn, strict=True):
             with session.running(step, rows):
                 step.run(session, None if rows is None else rows.to(network.device))
         check_finished(network)
+        if full is not given:
+            cast_back(network, given, {f"{path}.weight" for path in quantized_layers(network)})
     session.report.coverage = coverage(network)
     return session.report
 
@@ -89,6 +99,7 @@ def check_arguments(network: Network, precision: Precision, workspace: Workspace
     if precision.weight_bits == FULL:
         raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
     check_unquantized(network)
+    number_type(network)
     for name, parameter in network.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")
@@ -110,6 +121,7 @@ def check_rows(network: Network, backbone: Backbone, rows: CalibrationRows, name
         raise ValueError(
             f"the pool is conditioned on {has}, and a {type(network).__name__} takes {takes}: record it on this network"
         )
+    check_inputs(network, rows.latents, rows.context)
 
 
 @contextmanager

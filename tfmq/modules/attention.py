@@ -96,15 +96,16 @@ class QuantizedAttention(nn.Module):
 
     def _products(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Both products, all (images * heads, tokens, channels): of all images at once, or some after the other."""
-        images = len(query) // attn.heads
+        images, index = len(query) // attn.heads, self.tracker.index
         at_once = max(1, self.most_bytes // (attn.heads * query.shape[1] * key.shape[1] * query.element_size()))
         observer = getattr(self.probabilities, "observer", None)
         if images <= at_once or type(observer) not in (NoneType, RangeObserver):
-            return self._of_images(attn, query, key, value, mask, slice(None))
+            return self._of_images(attn, query, key, value, mask, index)
         parts, extremes = [], []
         for start in range(0, images, at_once):
             chosen = slice(start, min(start + at_once, images))
             inside = slice(chosen.start * attn.heads, chosen.stop * attn.heads)
+            step = index if isinstance(index, int) else index[chosen]
             part = (query[inside], key[inside], value[inside], None if mask is None else mask[inside])
             if observer is not None:
                 probabilities = attn.get_attention_scores(part[0], part[1], part[3])
@@ -112,19 +113,19 @@ class QuantizedAttention(nn.Module):
                 parts.append(torch.bmm(probabilities, part[2]))
             elif torch.is_grad_enabled():
                 parts.append(
-                    checkpoint(self._of_images, attn, *part, chosen, use_reentrant=False, preserve_rng_state=False)
+                    checkpoint(self._of_images, attn, *part, step, use_reentrant=False, preserve_rng_state=False)
                 )
             else:
-                parts.append(self._of_images(attn, *part, chosen))
+                parts.append(self._of_images(attn, *part, step))
         if observer is not None:
             self.probabilities(torch.stack([torch.cat(extremes[0::2]), torch.cat(extremes[1::2])], 1))
         return torch.cat(parts)
 
     def _of_images(
-        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, chosen: slice
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, step: int | Tensor
     ) -> Tensor:
-        """Both products of the ``chosen`` images of a batch; the tensors are theirs alone."""
+        """Both products of some images of a batch; the tensors and ``step``, an index of the tracker, are theirs."""
         by_image = attn.get_attention_scores(query, key, mask).unflatten(0, (-1, attn.heads))
-        with self.tracker.narrowed(chosen):
+        with self.tracker.at(step):
             probabilities = self.probabilities(by_image)
         return torch.bmm(probabilities.flatten(0, 1), value)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.modules.fake_quantize import StepTracker
+from tfmq.modules.number_types import KeepsTypes
 from tfmq.network.backbone import Backbone, Network
 from tfmq.numerics.affine import Grid, dequantize, quantize
 from tfmq.numerics.observer import minmax
@@ -32,7 +33,7 @@ class CachePlan:
     keeps_layer: bool
 
 
-class CachedProjection(nn.Module):
+class CachedProjection(KeepsTypes):
     """Takes the place of a time projection.
 
     Buffers:
@@ -55,8 +56,8 @@ class CachedProjection(nn.Module):
         steps = len(tracker.steps)
         dtype = torch.float32 if plan.bits == FULL else torch.uint8 if plan.bits <= 8 else torch.int32
         self.register_buffer("codes", torch.zeros(steps, layer.out_features, dtype=dtype))
-        self.register_buffer("scale", torch.ones(steps))
-        self.register_buffer("zero_point", torch.zeros(steps))
+        self.register_buffer("scale", torch.ones(steps, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.zeros(steps, dtype=torch.float32))
         self.register_buffer("looked_up", torch.ones(steps, dtype=torch.bool))
 
     @property
@@ -78,14 +79,14 @@ class CachedProjection(nn.Module):
         return dequantize(self.codes[rows], self.scale[rows, None], self.zero_point[rows, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C) for the current step of the tracker; ``x`` (B, D) only tells B, unless the layer has to answer."""
+        """(B, C) for the current step of the tracker; ``x`` (B, D) only tells B and type, unless the layer answers."""
         index = self.tracker.index
         looked_up = self.looked_up[index]
         if self.layer is None or looked_up.all():
-            return self.features(index).expand(len(x), -1)
+            return self.features(index).to(x.dtype).expand(len(x), -1)
         if not looked_up.any():
             return self.layer(x)
-        return torch.where(looked_up[:, None], self.features(index), self.layer(x))
+        return torch.where(looked_up[:, None], self.features(index).to(x.dtype), self.layer(x))
 
 
 def insert_cache(network: Network, plans: Mapping[str, CachePlan], backbone: Backbone) -> None:

@@ -13,6 +13,7 @@ class DynamicQuantize(nn.Module):
 
     Where a slice is one token of a matrix product, this is the per-token dynamic quantisation of the language-model and
     diffusion-transformer literature (ZeroQuant, arXiv 2206.01861, section 4.1). A slice with NaN comes out as NaN.
+    Ranges are float32 at least: float16 and bfloat16 are quantised in float32, and come out in their own type.
 
     Args:
         bits: width of the codes.
@@ -30,6 +31,8 @@ class DynamicQuantize(nn.Module):
         self.grid = Grid.signed(bits) if symmetric else Grid.unsigned(bits)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float16, torch.bfloat16):
+            return self.forward(x.float()).to(x.dtype)
         slices = x.flatten(1) if self.dim is None else x
         dim = 1 if self.dim is None else self.dim
         # torch.aminmax along a dimension takes ten times as long on a CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tfmq.modules.number_types import KeepsTypes
 from tfmq.numerics.affine import Grid, fake_quantize
 from tfmq.numerics.observer import RangeObserver, SearchObserver, ThresholdObserver
 
@@ -21,16 +23,45 @@ class StepTracker:
     A forward pre-hook on the network (``watch``) feeds it, so that the network works inside any pipeline. Steps are
     looked up by value, never counted: a stock scheduler may repeat or skip steps.
 
+    The current step is that of the thread which asks, so that threads may share one network. A thread that was told
+    none, such as those of a backward pass on a GPU, gets the one that was told last.
+
     Attributes:
         steps: int64 (S,), the finite set, in ascending order; empty where no quantiser has a table.
-        index: position of the current step in ``steps``: an int, or (B,) where the rows of a batch differ.
-        current: the (first) current time step.
     """
 
     def __init__(self) -> None:
         self.steps = torch.empty(0, dtype=torch.int64)
-        self.index: int | Tensor = 0
-        self.current: int | None = None
+        self._own = threading.local()
+        self._last_index: int | Tensor = 0
+        self._last: int | None = None
+
+    @property
+    def index(self) -> int | Tensor:
+        """Position of the current step in ``steps``: an int, or (B,) where the rows of a batch differ."""
+        return getattr(self._own, "index", self._last_index)
+
+    @index.setter
+    def index(self, index: int | Tensor) -> None:
+        self._own.index = self._last_index = index
+
+    @property
+    def current(self) -> int | None:
+        """The (first) current time step."""
+        return getattr(self._own, "current", self._last)
+
+    @current.setter
+    def current(self, current: int | None) -> None:
+        self._own.current = self._last = current
+
+    def __getstate__(self) -> dict[str, object]:
+        # What belongs to threads cannot be copied; the copy begins with the step of the thread that makes it.
+        return {"steps": self.steps, "index": self.index, "current": self.current}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self._own = threading.local()
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def watch(self, network: nn.Module) -> None:
         network.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -54,21 +85,24 @@ class StepTracker:
         self.index = int(index[0]) if (index == index[0]).all() else index
 
     @contextmanager
-    def narrowed(self, rows: slice) -> Iterator[None]:
-        """Let the quantisers inside see some rows of the batch alone."""
-        whole = self.index
-        self.index = whole if isinstance(whole, int) else whole[rows]
+    def at(self, index: int | Tensor) -> Iterator[None]:
+        """Let what this thread evaluates inside be at ``index``, such as that of some rows of the batch."""
+        before = getattr(self._own, "index", None)
+        self._own.index = index
         try:
             yield
         finally:
-            self.index = whole
+            if before is None:
+                del self._own.index
+            else:
+                self._own.index = before
 
     def where(self) -> str:
         """The current time step, for error messages."""
         return "" if self.current is None else f" at time step {self.current}"
 
 
-class FakeQuantize(nn.Module):
+class FakeQuantize(KeepsTypes):
     """Quantise-dequantise one activation tensor per tensor and, where it has a table, per time step.
 
     Lifecycle: ``observe()`` starts recording (the input passes unchanged), ``freeze()`` turns the recorded range into
@@ -85,7 +119,8 @@ class FakeQuantize(nn.Module):
         path: where it stands in the network, for error messages.
 
     Buffers:
-        scale, zero_point: float32, (1,) or (S,) with one entry for each of ``tracker.steps``.
+        scale, zero_point: float32, (1,) or (S,) with one entry for each of ``tracker.steps``; the input is quantised in
+            this type, whatever its own, and comes out in its own.
         step_bits: uint8 (S,), the width of the codes at each of them, or None where it is ``bits`` at all.
     """
 
@@ -102,8 +137,8 @@ class FakeQuantize(nn.Module):
         self.path = "activation"
         self.enabled = False
         self.observer: RangeObserver | None = None
-        self.register_buffer("scale", torch.ones(1))
-        self.register_buffer("zero_point", torch.zeros(1))
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.float32))
         self.register_buffer("step_bits", None)
 
     @property

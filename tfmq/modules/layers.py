@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfmq.modules.dynamic import DynamicQuantize
 from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize, StepTracker
+from tfmq.modules.number_types import KeepsTypes
 from tfmq.numerics.affine import Grid, dequantize, quantize
 from tfmq.numerics.observer import minmax, search, thresholds
 from tfmq.numerics.rounding import AdaRound
@@ -16,7 +20,7 @@ from tfmq.precision import FULL
 RANGES = {"minmax": minmax, "search": search, "thresholds": thresholds}
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(KeepsTypes):
     """What the quantised Conv2d and Linear share. Weights are affine per output channel, the bias stays as it is.
 
     ``weight`` holds the full-precision weight until ``fold`` replaces it by its dequantised codes; from then on the
@@ -24,6 +28,9 @@ class QuantizedLayer(nn.Module):
 
     With a low-rank branch (SVDQuant) the input is divided by ``smoothing`` first, ``weight`` is what the
     branch leaves of the smoothed weight, and the branch takes the smoothed input unquantised.
+
+    Casting to another type casts weight and bias. A folded weight is then made of its codes anew, so that casting there
+    and back loses nothing; all buffers keep their types.
 
     Attributes:
         weight_bits, activation_bits: 32 where not quantised.
@@ -75,11 +82,12 @@ class QuantizedLayer(nn.Module):
         self.ranged = False
         self.rounding = None
         self.register_buffer("codes", None)
-        self.register_buffer("weight_scale", torch.ones(self.weight.shape[0], len(splits)))
-        self.register_buffer("weight_zero_point", torch.zeros(self.weight.shape[0], len(splits)))
+        scales = (self.weight.shape[0], len(splits))
+        self.register_buffer("weight_scale", torch.ones(scales, dtype=torch.float32))
+        self.register_buffer("weight_zero_point", torch.zeros(scales, dtype=torch.float32))
         if rank:
             outputs, inputs, *kernel = self.weight.shape
-            self.register_buffer("smoothing", torch.ones(inputs))
+            self.register_buffer("smoothing", torch.ones(inputs, dtype=torch.float32))
             self.register_buffer("down", torch.zeros(rank, inputs, *kernel, dtype=torch.float16))
             self.register_buffer("up", torch.zeros(outputs, rank, *[1] * len(kernel), dtype=torch.float16))
         if activation_bits == FULL:
@@ -144,18 +152,30 @@ class QuantizedLayer(nn.Module):
 
     @property
     def consistent(self) -> bool:
-        """Whether the weight is that of the codes."""
+        """Whether the weight is that of the codes, in the weight's type."""
         if self.codes is None:
             return False
-        values = dequantize(self.codes, self._spread(self.weight_scale), self._spread(self.weight_zero_point))
-        return torch.equal(values.to(self.weight.dtype), self.weight)
+        return torch.equal(self._dequantized(self.codes).to(self.weight.dtype), self.weight)
+
+    def _dequantized(self, codes: Tensor) -> Tensor:
+        return dequantize(codes, self._spread(self.weight_scale), self._spread(self.weight_zero_point))
+
+    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        weight = self.weight.data
+        super()._apply(fn, recurse)
+        if self.weight.dtype != weight.dtype and self.codes is not None and not self.weight.is_meta:
+            values = self._dequantized(self.codes)
+            # A weight that something else has changed is cast as it is: the codes do not have it.
+            if torch.equal(values.to(weight), weight):
+                self.weight.copy_(values)
+        return self
 
     @torch.no_grad()
     def load_codes(self, codes: Tensor) -> None:
         """Take integer codes (uint8, shape of the weight) with the present scales as the weight."""
         self.codes = codes
-        values = dequantize(codes, self._spread(self.weight_scale), self._spread(self.weight_zero_point))
-        self.weight = nn.Parameter(values.to(self.weight.dtype), requires_grad=False)
+        self.weight = nn.Parameter(self._dequantized(codes).to(self.weight.dtype), requires_grad=False)
 
     def effective_weight(self) -> Tensor:
         return self.weight if self.rounding is None else self.rounding()
@@ -172,7 +192,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.rank:
             return self._conv_forward(self.input_quantizer(x), self.effective_weight(), self.bias)
-        x = x / self.smoothing.view(-1, 1, 1)
+        x = (x / self.smoothing.view(-1, 1, 1)).to(x.dtype)
         branch = F.conv2d(self._conv_forward(x, self.down.to(x.dtype), None), self.up.to(x.dtype), self.bias)
         return branch + self._conv_forward(self.input_quantizer(x), self.effective_weight(), None)
 
@@ -187,7 +207,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.rank:
             return F.linear(self.input_quantizer(x), self.effective_weight(), self.bias)
-        x = x / self.smoothing
+        x = (x / self.smoothing).to(x.dtype)
         branch = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias)
         return branch + F.linear(self.input_quantizer(x), self.effective_weight())
 

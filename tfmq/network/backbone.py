@@ -115,8 +115,25 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def run_block(self, network: Network, block: Block, hidden: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-        """Output of one block for a hidden state (B, ...), rows (B, ...) of ``time_input``, and context or classes."""
+    def run_block(
+        self,
+        network: Network,
+        block: Block,
+        hidden: Tensor,
+        time: Tensor,
+        context: Tensor | None,
+        size: torch.Size | None = None,
+    ) -> Tensor:
+        """Output of one block for a hidden state (B, ...), rows (B, ...) of ``time_input``, and context or classes.
+
+        ``size`` is (height, width) of the skip connection that comes next, to which a block that upsamples fits its
+        output; without it, it doubles both.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def check_size(network: Network, height: int, width: int) -> None:
+        """Raise ValueError for latents of a size that the forward pass of ``network`` does not take."""
 
     @abstractmethod
     def drop_time_embedding(self, network: Network) -> None:
@@ -142,8 +159,36 @@ def backbone_of(network: Network) -> Backbone:
 
 
 def evaluate(network: Network, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
-    """The predicted noise (B, C, H, W); see `Backbone.evaluate`."""
+    """The predicted noise (B, C, H, W); see `Backbone.evaluate`. Latents and context are cast to the network's type."""
+    first = next(network.parameters(), latents)
+    if first.dtype != latents.dtype:
+        latents = latents.to(network.dtype)
+    if context is not None and context.is_floating_point() and context.dtype != latents.dtype:
+        context = context.to(latents.dtype)
     return kind_of(network).evaluate(network, latents, timesteps, context)
+
+
+def check_inputs(network: Network, latents: Tensor, context: Tensor | None) -> None:
+    """Raise ValueError for latents, or a context or classes beside them, that ``network`` cannot take."""
+    shape, channels = tuple(latents.shape), network.config.in_channels
+    if len(shape) != 4 or shape[1] != channels or not all(shape):
+        raise ValueError(
+            f"latents of shape {shape}: the network takes (images, {channels}, height, width), at least one image of "
+            "at least one pixel"
+        )
+    kind_of(network).check_size(network, *shape[2:])
+    if context is None:
+        return
+    if context.shape[:1] != latents.shape[:1]:
+        raise ValueError(
+            f"{len(latents)} images and a conditioning of shape {tuple(context.shape)}: give a row of it for each image"
+        )
+    taken = getattr(network.config, "cross_attention_dim", None)
+    if isinstance(taken, int) and context.is_floating_point() and (context.dim() != 3 or context.shape[2] != taken):
+        raise ValueError(
+            f"a context of shape {tuple(context.shape)}: the network takes (images, tokens, {taken}), so give what the "
+            "text encoder puts out that it was trained with"
+        )
 
 
 def full_precision_bytes(network: Network) -> int:

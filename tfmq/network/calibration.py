@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tfmq.network.backbone import Network
-from tfmq.network.sampling import Conditioning, SamplingSettings, Step, sample
+from tfmq.network.sampling import Conditioning, SamplingSettings, Step, check_guidance, check_rows, sample
 from tfmq.settings import check_counts, check_numbers
 
 
@@ -220,12 +220,16 @@ def collect_calibration(
 ) -> CalibrationSet:
     """Record the pool in one sampling pass over ``noise`` (N, C, H, W): T evaluations an image for T steps.
 
+    The pool is float32, whatever the type of the network: what a network in half precision takes and puts out, exactly.
+
     Raises ValueError for no noise, a batch below 1, and what ``sample`` refuses.
     """
     if not len(noise):
         raise ValueError(f"noise of shape {tuple(noise.shape)} holds no image: give at least one")
     if batch < 1:
         raise ValueError(f"batch is {batch}: it must be at least 1")
+    check_guidance(conditioning, settings.guidance_scale)
+    check_rows(network, noise, conditioning, settings.guidance_scale)
     steps: list[list[Step]] = []
     samples: list[Tensor] = []
     for start in tqdm(range(0, len(noise), batch), desc="calibration pool", disable=None):
@@ -245,12 +249,12 @@ def collect_calibration(
             callback=recorded.append,
         )
         steps.append(recorded)
-        samples.append(final.cpu())
+        samples.append(final.cpu().float())
     timesteps = torch.tensor([step.timestep for step in steps[0]])
     return CalibrationSet(
-        latents=torch.cat([torch.stack([step.latents for step in part]).cpu() for part in steps], 1),
+        latents=torch.cat([torch.stack([step.latents for step in part]).cpu().float() for part in steps], 1),
         timesteps=timesteps,
-        noise=torch.cat([torch.stack([step.noise for step in part]).cpu() for part in steps], 1),
+        noise=torch.cat([torch.stack([step.noise for step in part]).cpu().float() for part in steps], 1),
         samples=torch.cat(samples),
         alphas=cumulative_alphas(scheduler, timesteps),
         settings=settings,
@@ -276,4 +280,7 @@ def cumulative_alphas(scheduler: SchedulerMixin, timesteps: Tensor) -> Tensor:
 
 def _on_cpu(tensor: Tensor | None) -> Tensor | None:
     # Text encoders leave a graph behind where the caller did not turn gradients off.
-    return None if tensor is None else tensor.detach().cpu()
+    if tensor is None:
+        return None
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -81,7 +81,8 @@ class BlockStream:
         context = None if self.rows.context is None else self.rows.context[rows]
         parts = [part[rows].to(network.device) for part in inputs]
         hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        return self.backbone.run_block(network, block, hidden, self.time[self.step[rows]], context)
+        size = self.skips[-1].shape[2:] if self.skips else None
+        return self.backbone.run_block(network, block, hidden, self.time[self.step[rows]], context, size)
 
     @torch.no_grad()
     def outputs(self, block: Block, inputs: Inputs) -> Tensor:

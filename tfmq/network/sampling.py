@@ -12,7 +12,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from tfmq.network.backbone import Network, evaluate
+from tfmq.network.backbone import Network, check_inputs, evaluate
 from tfmq.settings import check_counts, check_numbers
 
 
@@ -107,6 +107,18 @@ def check_guidance(conditioning: Conditioning | None, guidance_scale: float) -> 
     )
 
 
+def check_rows(network: Network, noise: Tensor, conditioning: Conditioning | None, guidance_scale: float) -> None:
+    """Raise ValueError for noise, or a half of the conditioning beside it, that ``network`` cannot take."""
+    check_inputs(network, noise, None if conditioning is None else conditioning.context)
+    if conditioning is None or conditioning.unconditional is None or guidance_scale == 1.0:
+        return
+    context, unconditional = (tuple(half.shape) for half in (conditioning.context, conditioning.unconditional))
+    if context != unconditional:
+        raise ValueError(
+            f"a context of shape {context} and an unconditional one of {unconditional}: give both halves of one shape"
+        )
+
+
 class CorrectedScheduler(SchedulerMixin):
     """A scheduler that corrects the predicted noise itself; ``tfmq.corrected_scheduler`` makes one."""
 
@@ -125,6 +137,8 @@ def sample(
 ) -> Tensor:
     """Denoise ``noise`` (B, C, H, W) to latents, exactly as the stock diffusers pipelines do.
 
+    Noise, step noise and context are cast to the type of the network, such as float16, which is that of the latents.
+
     Args:
         step_noise: (steps, B, C, H, W), the noise that eta > 0 adds at each step.
         correction: maps (time step, noise after guidance, eta) to the noise and the eta of that scheduler step.
@@ -133,10 +147,12 @@ def sample(
 
     Raises:
         ValueError: the network predicted NaN or infinity, with the step and the first layer; eta is above 0 and the
-            scheduler takes none; there is guidance without both halves of the conditioning; or the correction that
-            ``network`` carries was measured on another schedule, or is applied by the scheduler already.
+            scheduler takes none; there is guidance without both halves of the conditioning; the network does not take
+            the shape of the noise, or of a half of the conditioning beside it; or the correction that ``network``
+            carries was measured on another schedule, or is applied by the scheduler already.
     """
     check_guidance(conditioning, settings.guidance_scale)
+    check_rows(network, noise, conditioning, settings.guidance_scale)
     if isinstance(scheduler, CorrectedScheduler):
         raise ValueError("the scheduler corrects the noise already, and sample does: give the plain scheduler")
     scheduler = copy.deepcopy(scheduler)
@@ -148,7 +164,7 @@ def sample(
     accepts_eta = "eta" in inspect.signature(scheduler.step).parameters
     if settings.eta > 0 and not accepts_eta:
         raise ValueError(f"{type(scheduler).__name__} takes no eta, and eta is {settings.eta}: set it to 0")
-    latents = noise * scheduler.init_noise_sigma
+    latents = noise.to(network.dtype) * scheduler.init_noise_sigma
     for index, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         predicted = predict_noise(network, scaled, timestep, conditioning, settings.guidance_scale)
@@ -166,7 +182,7 @@ def sample(
             if settings.eta > 0:
                 if step_noise is None:
                     raise ValueError("eta > 0 needs step_noise, the noise that each step adds")
-                extra["variance_noise"] = step_noise[index]
+                extra["variance_noise"] = step_noise[index].to(latents.dtype)
         latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
     return latents
 

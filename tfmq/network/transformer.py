@@ -93,7 +93,13 @@ class TransformerBackbone(Backbone):
         return [block.norm1.emb.timestep_embedder(encoding) for block in network.transformer_blocks]
 
     def run_block(
-        self, network: DiTTransformer2DModel, block: Block, hidden: Tensor, time: Tensor, context: Tensor | None
+        self,
+        network: DiTTransformer2DModel,
+        block: Block,
+        hidden: Tensor,
+        time: Tensor,
+        context: Tensor | None,
+        size: torch.Size | None = None,
     ) -> Tensor:
         """See `Backbone`."""
         module = network.get_submodule(block.path)
@@ -107,6 +113,16 @@ class TransformerBackbone(Backbone):
         side, patch = int(hidden.shape[1] ** 0.5), network.config.patch_size
         pixels = hidden.unflatten(2, (patch, patch, network.out_channels)).unflatten(1, (side, side))
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(hidden), network.out_channels, side * patch, side * patch)
+
+    @staticmethod
+    def check_size(network: DiTTransformer2DModel, height: int, width: int) -> None:
+        """See `Backbone`. diffusers puts the patches together to a square, whatever they were cut from."""
+        patch = network.config.patch_size
+        if height != width or height % patch:
+            raise ValueError(
+                f"latents of {height}x{width}: a {type(network).__name__} takes squares of a multiple of {patch}, the "
+                "size of its patches"
+            )
 
     def drop_time_embedding(self, network: DiTTransformer2DModel) -> None:
         """See `Backbone`."""

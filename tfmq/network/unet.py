@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from tfmq.network.backbone import Backbone, Block
@@ -148,9 +149,19 @@ class UNetBackbone(Backbone):
             features.append(resnet.time_emb_proj(activated))
         return features
 
-    def run_block(self, network: UNet, block: Block, hidden: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    def run_block(
+        self,
+        network: UNet,
+        block: Block,
+        hidden: Tensor,
+        time: Tensor,
+        context: Tensor | None,
+        size: torch.Size | None = None,
+    ) -> Tensor:
         """See `Backbone`."""
         module = network.get_submodule(block.path)
+        if isinstance(module, Upsample2D) and size is not None and (size[0], size[1]) != _doubled(hidden):
+            return module(hidden, size)
         if isinstance(module, ResnetBlock2D):
             return module(hidden, time)
         if isinstance(module, Transformer2DModel):
@@ -160,6 +171,20 @@ class UNetBackbone(Backbone):
                 hidden = network.conv_act(network.conv_norm_out(hidden))
             return module(hidden)
         return module(hidden)
+
+    @staticmethod
+    def check_size(network: UNet, height: int, width: int) -> None:
+        """See `Backbone`. A UNet2DConditionModel fits what it upsamples to any size, where that is interpolation."""
+        steps = [up.upsamplers[0] for up in network.up_blocks if getattr(up, "upsamplers", None)]
+        interpolated = all(isinstance(step, Upsample2D) and not step.use_conv_transpose for step in steps)
+        if isinstance(network, UNet2DConditionModel) and interpolated:
+            return
+        multiple = 2 ** len(steps)
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"latents of {height}x{width}: a {type(network).__name__} that halves them {len(steps)} times takes "
+                f"multiples of {multiple}"
+            )
 
     def drop_time_embedding(self, network: UNet) -> None:
         """See `Backbone`."""
@@ -206,6 +231,10 @@ def restore_attention_heads(unet: UNet) -> None:
     heads = unet.config.get("attention_heads")
     if heads is not None:
         set_attention_heads(unet, heads)
+
+
+def _doubled(hidden: Tensor) -> tuple[int, int]:
+    return 2 * hidden.shape[2], 2 * hidden.shape[3]
 
 
 def _pairs(

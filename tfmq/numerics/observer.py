@@ -145,8 +145,8 @@ class RangeObserver:
 
     def __init__(self, momentum: float | None, steps: int = 0) -> None:
         self.momentum = momentum
-        self.low = torch.full((max(steps, 1),), torch.nan)
-        self.high = torch.full((max(steps, 1),), torch.nan)
+        self.low = torch.full((max(steps, 1),), torch.nan, dtype=torch.float32)
+        self.high = torch.full((max(steps, 1),), torch.nan, dtype=torch.float32)
 
     def update(self, x: Tensor, step: int = 0) -> None:
         """Take in one batch of finite values, all of one time step."""
@@ -222,6 +222,6 @@ def _histogram(x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = (end.item() for end in torch.aminmax(x))
     counts = torch.histc(x, HISTOGRAM_BINS, low, high)
     width = (high - low) / HISTOGRAM_BINS
-    values = low + width * (torch.arange(HISTOGRAM_BINS, device=x.device) + 0.5)
+    values = low + width * (torch.arange(HISTOGRAM_BINS, dtype=torch.float32, device=x.device) + 0.5)
     kept = counts > 0
     return values[kept][None], counts[kept][None]

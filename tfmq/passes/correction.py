@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.cost import Shapes
+from tfmq.modules.number_types import KeepsTypes
 from tfmq.network.backbone import Network
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
@@ -52,8 +53,9 @@ def residual_deviation(noise: Tensor, error: Tensor, slope: Tensor) -> Tensor:
 
 
 def corrected_noise(predicted: Tensor, slope: float, bias: Tensor) -> Tensor:
-    """(eps_hat - bias) / (1 + slope) for a prediction (B, C, H, W) and biases (C,)."""
-    return (predicted - bias.to(predicted).view(-1, 1, 1)) / (1 + slope)
+    """(eps_hat - bias) / (1 + slope) for a prediction (B, C, H, W) and biases (C,), in float32 at least."""
+    bias = bias.to(predicted.device, torch.promote_types(predicted.dtype, torch.float32))
+    return ((predicted - bias.view(-1, 1, 1)) / (1 + slope)).to(predicted.dtype)
 
 
 def ddim_sigma(alpha: float, previous: float, eta: float) -> float:
@@ -71,7 +73,7 @@ def reduced_sigma(sigma: float, alpha: float, previous: float, deviation: float)
     return math.sqrt(max(sigma**2 - (factor * deviation) ** 2, 0))
 
 
-class NoiseCorrection(nn.Module):
+class NoiseCorrection(KeepsTypes):
     """The corrections of all time steps, as a correction hook of `tfmq.network.sampling.sample`.
 
     It applies to the prediction after guidance. With eta = 0 there is no noise to reduce and only slope and bias act.
@@ -95,9 +97,9 @@ class NoiseCorrection(nn.Module):
     def __init__(self, steps: int, channels: int) -> None:
         super().__init__()
         self.register_buffer("timesteps", torch.zeros(steps, dtype=torch.int64))
-        self.register_buffer("slopes", torch.zeros(steps))
-        self.register_buffer("biases", torch.zeros(steps, channels))
-        self.register_buffer("deviations", torch.zeros(steps))
+        self.register_buffer("slopes", torch.zeros(steps, dtype=torch.float32))
+        self.register_buffer("biases", torch.zeros(steps, channels, dtype=torch.float32))
+        self.register_buffer("deviations", torch.zeros(steps, dtype=torch.float32))
         self.register_buffer("alphas", torch.ones(steps, dtype=torch.float64))
         self.register_buffer("previous_alphas", torch.ones(steps, dtype=torch.float64))
 

@@ -37,12 +37,15 @@ SAMPLER = "07b_ptqd_sampler"
 
 
 class Network(torch.nn.Module):
-    """A function as a UNet."""
+    """A function as a UNet of one level."""
 
-    def __init__(self, function):
+    up_blocks = ()
+
+    def __init__(self, function, channels=3):
         super().__init__()
         self.function = function
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.config = SimpleNamespace(in_channels=channels)
 
     def forward(self, latents, timestep, context=None):
         return SimpleNamespace(sample=self.function(latents, int(timestep), context))
@@ -140,7 +143,7 @@ def test_under_guidance_the_error_is_that_of_the_guided_noise():
                 [values[f"guided.{kind}_{halves[float(c[0, 0])]}"][i % images, None] for i, c in enumerate(context)]
             )
 
-        return Network(predict)
+        return Network(predict, noise.shape[1])
 
     conditioning = Conditioning(torch.ones(images, 1, 1), -torch.ones(images, 1, 1))
     settings = SamplingSettings(steps=1, guidance_scale=values["guided.scale"].item())
@@ -231,7 +234,7 @@ def test_trajectory_equals_the_published_one(match):
 
     seen = []
     final = sample(
-        Network(predict),
+        Network(predict, start.shape[1]),
         Scheduler(alphas),
         start,
         SamplingSettings(steps, float(match["eta"]), values["scale"].item()),
