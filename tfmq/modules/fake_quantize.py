@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tfmq.numerics.affine import Grid, fake_quantize
 from tfmq.numerics.observer import RangeObserver, SearchObserver, ThresholdObserver
+from tfmq.numerics.steps import exact_steps, step_value
 
 ActivationRange = Literal["minmax", "search", "thresholds"]
 
@@ -22,7 +23,8 @@ class StepTracker:
     looked up by value, never counted: a stock scheduler may repeat or skip steps.
 
     Attributes:
-        steps: int64 (S,), the finite set, in ascending order; empty where no quantiser has a table.
+        steps: (S,), the finite set, in ascending order, int64, or float32 where some are fractional; empty where no
+            quantiser has a table.
         index: position of the current step in ``steps``: an int, or (B,) where the rows of a batch differ.
         current: the (first) current time step.
     """
@@ -30,7 +32,7 @@ class StepTracker:
     def __init__(self) -> None:
         self.steps = torch.empty(0, dtype=torch.int64)
         self.index: int | Tensor = 0
-        self.current: int | None = None
+        self.current: int | float | None = None
 
     def watch(self, network: nn.Module) -> None:
         network.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -40,15 +42,17 @@ class StepTracker:
 
     def set(self, timestep: Tensor | int | float) -> None:
         """Look up a time step, or one for each row. Raises ValueError for a step outside the finite set."""
-        values = torch.as_tensor(timestep).detach().reshape(-1).to("cpu", torch.int64)
-        self.current = int(values[0])
+        values = exact_steps(timestep).reshape(-1)
+        self.current = step_value(values[0])
         if not len(self.steps):
             return
-        index = torch.searchsorted(self.steps, values).clamp_max(len(self.steps) - 1)
-        unknown = values[self.steps[index] != values]
+        common = torch.promote_types(self.steps.dtype, values.dtype)
+        steps, values = self.steps.to(common), values.to(common).contiguous()
+        index = torch.searchsorted(steps, values).clamp_max(len(steps) - 1)
+        unknown = values[steps[index] != values]
         if len(unknown):
             raise ValueError(
-                f"no activation range for time step {int(unknown[0])}: this network was calibrated for the "
+                f"no activation range for time step {step_value(unknown[0])}: this network was calibrated for the "
                 f"{len(self.steps)} steps {self.steps.tolist()}; sample with that schedule, or calibrate for yours"
             )
         self.index = int(index[0]) if (index == index[0]).all() else index
