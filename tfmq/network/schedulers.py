@@ -42,7 +42,7 @@ EXACT = {
     "DPMSolverSinglestepScheduler": Exact("sde"),
     "EulerAncestralDiscreteScheduler": Exact("always", NO_SAMPLE),
     "EulerDiscreteScheduler": Exact("never"),
-    "HeunDiscreteScheduler": Exact("never", NO_SAMPLE),
+    "HeunDiscreteScheduler": Exact("never"),
     "KDPM2AncestralDiscreteScheduler": Exact("always", NO_SAMPLE),
     "KDPM2DiscreteScheduler": Exact("never", NO_SAMPLE),
     "LCMScheduler": Exact("always"),

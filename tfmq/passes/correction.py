@@ -68,9 +68,9 @@ def reduced_sigma(
     """The sigma that is left to add, where the prediction already carries noise of a ``deviation``.
 
     A predicted noise enters a DDIM step times lambda = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a), so that
-    sigma'^2 = max(sigma^2 - lambda^2 deviation^2, 0). With k = ``predicts``, a network that predicts p = k_x x_0 + k_e e
-    gives e = (sqrt(a) p - k_x x) / d and x_0 = (k_e x - sqrt(1 - a) p) / d, where d = k_e sqrt(a) - k_x sqrt(1 - a), so
-    that lambda = (sqrt(a (1 - a' - sigma^2)) - sqrt(a' (1 - a))) / d.
+    sigma'^2 = max(sigma^2 - lambda^2 deviation^2, 0). A network that predicts p = k_x x_0 + k_e e, with
+    k = ``predicts``, gives e = (sqrt(a) p - k_x x) / d and x_0 = (k_e x - sqrt(1 - a) p) / d, where
+    d = k_e sqrt(a) - k_x sqrt(1 - a), so that lambda = (sqrt(a (1 - a' - sigma^2)) - sqrt(a' (1 - a))) / d.
     """
     if predicts == (0.0, 1.0):
         factor = math.sqrt(max(1 - previous - sigma**2, 0)) - math.sqrt(previous * (1 - alpha) / alpha)
