@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from baselines import Settings
-from tfmq.network.calibration import CalibrationRows, CalibrationSet, NormallyDistributed, normal_steps
+from tfmq.network.calibration import CalibrationSet, NormallyDistributed, normal_steps
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
@@ -55,4 +56,4 @@ class Mispaired(NormallyDistributed):
         rows = pool.rows(drawn, images)
         put_out = torch.cat([pool.latents[1:], pool.samples[None]])[drawn, images]
         halves = len(rows) // self.rows
-        return CalibrationRows(put_out.repeat(halves, 1, 1, 1), drawn.repeat(halves), rows.context)
+        return replace(rows, latents=put_out.repeat(halves, 1, 1, 1), timesteps=drawn.repeat(halves))

@@ -22,6 +22,7 @@ from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Network, backbone_of
 from tfmq.network.number_types import TYPES, cast, number_type
 from tfmq.network.unet import set_attention_heads
+from tfmq.numerics.steps import exact_steps
 from tfmq.passes.correction import NoiseCorrection, attach_correction, correction_of
 from tfmq.plan import (
     AttentionPlan,
@@ -95,13 +96,18 @@ def save_quantized(network: Network, path: str | Path, metadata: dict[str, objec
         "step_bits": json.dumps(
             [n for n, part in activation_quantizers(network).items() if part.step_bits is not None]
         ),
-        "correction": json.dumps(None if correction is None else correction.biases.shape),
+        "correction": json.dumps(None if correction is None else _described(correction)),
         "metadata": json.dumps(metadata),
     }
     kind = str(number_type(network)).removeprefix("torch.")
     if kind != "float32":
         described["number_type"] = kind
     _write(path, tensors, described)
+
+
+def _described(correction: NoiseCorrection) -> list[int | bool]:
+    """The arguments of ``NoiseCorrection``; that it predicts the noise goes without saying."""
+    return [*correction.biases.shape, *(() if correction.predicts is None else (False,))]
 
 
 def _write(path: Path, tensors: dict[str, Tensor], described: dict[str, str]) -> None:
@@ -171,7 +177,7 @@ def load_quantized(path: str | Path) -> Network:
     attentions = {name: AttentionPlan(**attention) for name, attention in plan["attentions"].items()}
     backbone = backbone_of(network)
     insert_quantizers(network, QuantizationPlan(layers, attentions, plan["reasons"]))
-    network.step_tracker.steps = torch.tensor(json.loads(described["steps"]), dtype=torch.int64)
+    network.step_tracker.steps = exact_steps(json.loads(described["steps"]))
     cache = {name: CachePlan(**table) for name, table in json.loads(described["cache"]).items()}
     insert_cache(network, cache, backbone)
     for name in json.loads(described["step_bits"]):
@@ -179,6 +185,8 @@ def load_quantized(path: str | Path) -> Network:
     correction = json.loads(described["correction"])
     if correction is not None:
         attach_correction(network, NoiseCorrection(*correction))
+        # A schedule with fractional steps has them as float32.
+        network.noise_correction.timesteps = torch.empty_like(stored["noise_correction.timesteps"])
     _restore(network, stored, path)
     return network
 

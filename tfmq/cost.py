@@ -17,9 +17,10 @@ from torch import Tensor
 from tfmq.live_bytes import FusedAttention, LiveBytes
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Block, Network, backbone_of, full_precision_bytes
-from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.calibration import CalibrationSet
 from tfmq.network.number_types import in_float32, pool_in_float32
 from tfmq.network.offload import BlockStream, Place, waiting_bytes
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Recipe
 from tfmq.plan import SHARED, Protocol, QuantizationPlan, amended_plan, insert_quantizers, quantized_layers
 from tfmq.precision import Precision
@@ -177,8 +178,8 @@ def plan_cost(
 
 
 def units_of(backbone: Backbone, paths: Iterable[str]) -> int:
-    """How many of the time-embedding layers, and of the blocks, are or hold any of ``paths``."""
-    embedding = set(backbone.time_embedding) & set(paths)
+    """How many of the layers of embeddings, and of the blocks, are or hold any of ``paths``."""
+    embedding = set(backbone.embedding) & set(paths)
     rest = set(paths) - embedding
     return len(embedding) + sum(any(block.holds(path) for path in rest) for block in backbone.blocks)
 
@@ -209,7 +210,7 @@ def _quantized_bytes(network: Network) -> int:
 
 
 def _rows_bytes(rows: CalibrationRows) -> int:
-    return sum(part.nbytes for part in vars(rows).values() if part is not None)
+    return sum(part.nbytes for part in rows.tensors.values())
 
 
 def _on_meta(rows: CalibrationRows, count: int) -> CalibrationRows:

@@ -13,7 +13,7 @@ from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.cache import CachedProjection
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.layers import QuantizedLayer, quantized_layer
-from tfmq.network.backbone import Backbone, Network
+from tfmq.network.backbone import Backbone, Network, refuse_unknown
 from tfmq.precision import FULL, Precision
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
     check_unquantized(network)
     tracker = StepTracker()
     tracker.watch(network)
+    network.register_forward_pre_hook(refuse_unknown, with_kwargs=True)
     network.step_tracker = tracker
     network.full_precision_reasons = dict(plan.reasons)
     for path, layer in plan.layers.items():

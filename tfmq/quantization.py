@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tfmq.network.backbone import Backbone, Network, backbone_of, check_inputs
-from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.backbone import Backbone, Network, backbone_of, check_further_inputs, check_inputs
+from tfmq.network.calibration import CalibrationSet
 from tfmq.network.number_types import cast_back, in_float32, number_type, pool_in_float32
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Recipe
 from tfmq.plan import (
     SHARED,
@@ -109,19 +110,14 @@ def check_rows(network: Network, backbone: Backbone, rows: CalibrationRows, name
     """Raise ValueError if the pass of that ``name`` has drawn no rows, or rows that ``network`` cannot take."""
     if not len(rows):
         raise ValueError(f"{name} draws no calibration row from the pool: let it draw at least one")
-    channels = network.config.in_channels
-    if rows.latents.dim() != 4 or rows.latents.shape[1] != channels:
-        raise ValueError(
-            f"the pool's latents are of shape {tuple(rows.latents.shape)}: the network takes {channels} channels, "
-            f"(rows, {channels}, height, width)"
-        )
     takes, dims = CONDITIONS[backbone.condition]
     if (0 if rows.context is None else rows.context.dim()) != dims:
         has = "nothing" if rows.context is None else f"something of shape {tuple(rows.context.shape)}"
         raise ValueError(
             f"the pool is conditioned on {has}, and a {type(network).__name__} takes {takes}: record it on this network"
         )
-    check_inputs(network, rows.latents, rows.context)
+    check_inputs(network, rows.latents, rows.context, rows.inputs)
+    check_further_inputs(network, rows.inputs)
 
 
 @contextmanager

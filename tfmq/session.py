@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tfmq.closure import code_hash
 from tfmq.network.backbone import Backbone, Network
-from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Pass
 from tfmq.plan import Coverage, Protocol, QuantizationPlan
 from tfmq.precision import Precision
@@ -106,7 +107,7 @@ class Session:
 
     @property
     def finite_set(self) -> Tensor:
-        """The distinct time steps of the schedule, int64 (S,), ascending, on the CPU."""
+        """The distinct time steps of the schedule, (S,), ascending, on the CPU."""
         return self.pool.timesteps.unique().cpu()
 
     @contextmanager
@@ -187,8 +188,7 @@ class Session:
             return ""
         found = self._rows_hashes[index]
         if found is None:
-            given = {"latents": rows.latents, "timesteps": rows.timesteps, "context": rows.context}
-            found = _tensors_hash((name, tensor) for name, tensor in given.items() if tensor is not None)
+            found = _tensors_hash(rows.tensors.items())
             self._rows_hashes[index] = found
         return found
 

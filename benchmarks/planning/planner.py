@@ -86,7 +86,7 @@ class KnownNetwork:
             alphas=torch.linspace(0.01, 1, shape[0] + 1, dtype=torch.float64),
             settings=settings,
             context=condition(),
-            unconditional=None if settings.guidance_scale == 1 else condition(),
+            unconditional=None if settings.guidance_scale <= 1 else condition(),
         )
 
 
@@ -170,7 +170,7 @@ class Planner:
     @property
     def halves(self) -> int:
         """Evaluations that an image takes at a step: two under guidance."""
-        return 1 if self.task.guidance_scale == 1 else 2
+        return 1 if self.task.guidance_scale <= 1 else 2
 
     @property
     def passes(self) -> int:

@@ -144,7 +144,7 @@ def conditioning_of(model: Model, task: Task, purpose: str, images: range, seed:
     if model.conditioning is None:
         return None
     conditioning = model.conditioning(prompts_of(task, purpose, images, seed))
-    return conditioning if task.guidance_scale != 1 else dataclasses.replace(conditioning, unconditional=None)
+    return conditioning if task.guidance_scale > 1 else dataclasses.replace(conditioning, unconditional=None)
 
 
 def batches(images: int, batch: int) -> list[range]:

@@ -25,6 +25,7 @@ from benchmarks.suite.record import FULL_PRECISION, Cell
 from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.sampling import Step, predict_noise, sample
+from tfmq.numerics.steps import exact_steps, step_value
 from tfmq.passes.correction import correction_of
 from tfmq.passes.temporal_cache import temporal_feature_error
 from tfmq.precision import Precision
@@ -156,7 +157,7 @@ def _sample_batch(work: Work, name: str) -> None:
         tensors["size_mib"] = torch.tensor(full_precision_bytes(unet) / MIB, dtype=torch.float64)
         tensors["trajectory.latents"] = torch.stack([step.latents for step in steps]).cpu()
         tensors["trajectory.noise"] = torch.stack([step.noise for step in steps]).cpu()
-        tensors["trajectory.timesteps"] = torch.tensor([step.timestep for step in steps])
+        tensors["trajectory.timesteps"] = exact_steps([step.timestep for step in steps])
     files.write_tensors(work.folder / name, tensors)
 
 
@@ -172,7 +173,7 @@ def _measure_errors(work: Work) -> None:
     for latents, noise, timestep in zip(*(trajectory[k] for k in ("latents", "noise", "timesteps")), strict=True):
         predicted = predict_noise(unet, latents, timestep, conditioning, work.task.guidance_scale)
         if correction is not None:
-            predicted, _ = correction(int(timestep), predicted, work.task.eta)
+            predicted, _ = correction(step_value(timestep), predicted, work.task.eta)
         errors.append((predicted - noise).flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1))
     temporal = temporal_feature_error(unet, model.unet, backbone_of(model.unet), trajectory["timesteps"])
     tensors = {"trajectory": torch.stack(errors, 1).cpu(), "temporal": temporal.float().cpu()}

@@ -33,8 +33,9 @@ def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
 def read_pool(task: Task, seed: int, device: torch.device) -> CalibrationSet:
     """The pool of a seed, on ``device``; what belongs to steps rather than images stays on the CPU."""
     tensors = files.read_tensors(files.calibration(task.name) / files.pool(seed))
-    moved = {name: tensor if name in ("timesteps", "alphas") else tensor.to(device) for name, tensor in tensors.items()}
-    return CalibrationSet(**moved, settings=sampling_settings(task))
+    of_steps = ("timesteps", "alphas", "predicts")
+    moved = {name: tensor if name in of_steps else tensor.to(device) for name, tensor in tensors.items()}
+    return CalibrationSet.of(moved, sampling_settings(task))
 
 
 def _record(task: Task, device: torch.device, folder: Path, seed: int) -> None:

@@ -77,7 +77,7 @@ def run(
         network = KnownNetwork(
             build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens
         )
-        rows = 1 if device.type == "cpu" else task.batch * (1 if task.guidance_scale == 1 else 2)
+        rows = 1 if device.type == "cpu" else task.batch * (1 if task.guidance_scale <= 1 else 2)
         key = json.dumps([described.unet, rows], sort_keys=True, default=str)
         if key not in timed:
             rate = _time(described, device, rows)

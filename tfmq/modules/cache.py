@@ -98,7 +98,8 @@ def insert_cache(network: Network, plans: Mapping[str, CachePlan], backbone: Bac
         cached = CachedProjection(network.get_submodule(path), plan, network.step_tracker)
         network.set_submodule(path, cached.to(network.device))
     projections = [network.get_submodule(path) for path in backbone.time_projections]
-    if all(isinstance(projection, CachedProjection) and projection.layer is None for projection in projections):
+    dropped = [isinstance(each, CachedProjection) and each.layer is None for each in projections]
+    if dropped and all(dropped):
         backbone.drop_time_embedding(network)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tfmq.modules.number_types import KeepsTypes
 from tfmq.numerics.affine import Grid, fake_quantize
 from tfmq.numerics.observer import RangeObserver, SearchObserver, ThresholdObserver
+from tfmq.numerics.steps import exact_steps, step_value
 
 ActivationRange = Literal["minmax", "search", "thresholds"]
 
@@ -27,14 +28,15 @@ class StepTracker:
     none, such as those of a backward pass on a GPU, gets the one that was told last.
 
     Attributes:
-        steps: int64 (S,), the finite set, in ascending order; empty where no quantiser has a table.
+        steps: (S,), the finite set, in ascending order, int64, or float32 where some are fractional; empty where no
+            quantiser has a table.
     """
 
     def __init__(self) -> None:
         self.steps = torch.empty(0, dtype=torch.int64)
         self._own = threading.local()
         self._last_index: int | Tensor = 0
-        self._last: int | None = None
+        self._last: int | float | None = None
 
     @property
     def index(self) -> int | Tensor:
@@ -46,12 +48,12 @@ class StepTracker:
         self._own.index = self._last_index = index
 
     @property
-    def current(self) -> int | None:
+    def current(self) -> int | float | None:
         """The (first) current time step."""
         return getattr(self._own, "current", self._last)
 
     @current.setter
-    def current(self, current: int | None) -> None:
+    def current(self, current: int | float | None) -> None:
         self._own.current = self._last = current
 
     def __getstate__(self) -> dict[str, object]:
@@ -71,15 +73,17 @@ class StepTracker:
 
     def set(self, timestep: Tensor | int | float) -> None:
         """Look up a time step, or one for each row. Raises ValueError for a step outside the finite set."""
-        values = torch.as_tensor(timestep).detach().reshape(-1).to("cpu", torch.int64)
-        self.current = int(values[0])
+        values = exact_steps(timestep).reshape(-1)
+        self.current = step_value(values[0])
         if not len(self.steps):
             return
-        index = torch.searchsorted(self.steps, values).clamp_max(len(self.steps) - 1)
-        unknown = values[self.steps[index] != values]
+        common = torch.promote_types(self.steps.dtype, values.dtype)
+        steps, values = self.steps.to(common), values.to(common).contiguous()
+        index = torch.searchsorted(steps, values).clamp_max(len(steps) - 1)
+        unknown = values[steps[index] != values]
         if len(unknown):
             raise ValueError(
-                f"no activation range for time step {int(unknown[0])}: this network was calibrated for the "
+                f"no activation range for time step {step_value(unknown[0])}: this network was calibrated for the "
                 f"{len(self.steps)} steps {self.steps.tolist()}; sample with that schedule, or calibrate for yours"
             )
         self.index = int(index[0]) if (index == index[0]).all() else index

@@ -7,13 +7,17 @@ is one file beside `unet` and `transformer`, named in ``KINDS``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import Literal, TypeAlias
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
+
+from tfmq.network.conditioning import ADAPTER, CHANNELS, DOWN, MID, Inputs
 
 Network: TypeAlias = UNet2DModel | UNet2DConditionModel | DiTTransformer2DModel
 
@@ -25,6 +29,7 @@ KINDS = {
 }
 # What a network is conditioned on besides the time step: nothing, a context for cross-attention, or a class.
 Condition = Literal["none", "context", "class"]
+NO_INPUTS: Inputs = {}
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,16 @@ class Block:
         pop: first concatenates the top of the stack of skip connections to the input.
         push: puts the output on that stack.
         also: paths of further modules whose layers belong to the step.
+        adds: further inputs (see `tfmq.network.conditioning`) that are added to its output, where there are any.
+        pop_adds: likewise to what it pops.
     """
 
     path: str
     pop: bool = False
     push: bool = False
     also: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
+    pop_adds: str = ""
 
     def holds(self, path: str) -> bool:
         """Whether the module at ``path`` is a part of this step."""
@@ -60,6 +69,8 @@ class Backbone(ABC):
         roles: paths of layers, or attention modules, by the roles that a protocol may treat in its own way.
         shortcut_splits: shortcut convolutions over concatenated features -> channels (decoder, skip).
         condition: what the network is conditioned on besides the time step.
+        condition_embedding: linear layers before the blocks that depend on further inputs (SDXL, LCM) and whose outputs
+            go into what blocks take of the time step; in forward order.
     """
 
     blocks: tuple[Block, ...]
@@ -69,6 +80,7 @@ class Backbone(ABC):
     roles: dict[str, tuple[str, ...]] = field(hash=False)
     shortcut_splits: dict[str, tuple[int, int]] = field(hash=False)
     condition: Condition
+    condition_embedding: tuple[str, ...] = ()
 
     @classmethod
     @abstractmethod
@@ -80,9 +92,32 @@ class Backbone(ABC):
         """The temporal information block of TFMQ-DM: all layers that depend on the time step alone."""
         return self.time_embedding + self.time_projections
 
+    @property
+    def embedding(self) -> tuple[str, ...]:
+        """Layers that are learned one by one before the blocks: those that embed the time step and conditions."""
+        before = tuple(path for path in self.time_projections if not any(block.holds(path) for block in self.blocks))
+        return self.time_embedding + before + self.condition_embedding
+
     @staticmethod
     @abstractmethod
-    def evaluate(network: Network, latents: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
+    def known_arguments(network: Network) -> frozenset[str]:
+        """The arguments of the network's forward that may be given; others are refused, if they are not None."""
+
+    @staticmethod
+    def required_inputs(network: Network) -> tuple[str, ...]:
+        """The further inputs (see `tfmq.network.conditioning`) without which the network can not be evaluated."""
+        return ()
+
+    @staticmethod
+    def known_inputs(network: Network) -> tuple[str, ...]:
+        """The further inputs that the network may take, of lists the name without the number."""
+        return ()
+
+    @staticmethod
+    @abstractmethod
+    def evaluate(
+        network: Network, latents: Tensor, timesteps: Tensor, context: Tensor | None, inputs: Inputs = NO_INPUTS
+    ) -> Tensor:
         """The predicted noise (B, C, H, W) for latents (B, C, H, W), time steps () or (B,), and the conditioning."""
 
     @abstractmethod
@@ -104,8 +139,11 @@ class Backbone(ABC):
         """The sinusoidal encoding (N, D) of time steps (N,)."""
 
     @abstractmethod
-    def time_input(self, network: Network, timesteps: Tensor) -> Tensor:
-        """What blocks take of time steps (N,), one row for each: the time embedding, or the steps themselves."""
+    def time_input(self, network: Network, timesteps: Tensor, inputs: Inputs = NO_INPUTS) -> Tensor:
+        """What blocks take of time steps (N,), one row for each: the time embedding, or the steps themselves.
+
+        Further inputs, (N, ...) each, go in where the network has a ``condition_embedding``.
+        """
 
     @abstractmethod
     def temporal_features(self, network: Network, timesteps: Tensor) -> list[Tensor]:
@@ -158,23 +196,68 @@ def backbone_of(network: Network) -> Backbone:
     return kind_of(network).of(network)
 
 
-def evaluate(network: Network, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
-    """The predicted noise (B, C, H, W); see `Backbone.evaluate`. Latents and context are cast to the network's type."""
+def evaluate(
+    network: Network,
+    latents: Tensor,
+    timesteps: Tensor,
+    context: Tensor | None = None,
+    inputs: Inputs = NO_INPUTS,
+) -> Tensor:
+    """The predicted noise (B, C, H, W); see `Backbone.evaluate`. What floats is cast to the network's type."""
     first = next(network.parameters(), latents)
     if first.dtype != latents.dtype:
         latents = latents.to(network.dtype)
     if context is not None and context.is_floating_point() and context.dtype != latents.dtype:
         context = context.to(latents.dtype)
-    return kind_of(network).evaluate(network, latents, timesteps, context)
+    if inputs:
+        inputs = {name: value.to(latents.dtype) for name, value in inputs.items()}
+    return kind_of(network).evaluate(network, latents, timesteps, context, inputs)
 
 
-def check_inputs(network: Network, latents: Tensor, context: Tensor | None) -> None:
-    """Raise ValueError for latents, or a context or classes beside them, that ``network`` cannot take."""
-    shape, channels = tuple(latents.shape), network.config.in_channels
+def refuse_unknown(network: Network, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    """Raise ValueError, with its name, for an argument of a forward call that the backbone does not know.
+
+    A forward pre-hook of quantised networks. Arguments that are None, or empty, change nothing and pass.
+    """
+    names = tuple(signature(type(network).forward).parameters)[1:]
+    known = kind_of(network).known_arguments(network)
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        given = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+        for each, part in given.items():
+            if part is not None and name not in known and each not in known:
+                raise ValueError(
+                    f"the quantised {type(network).__name__} was called with {each}, which it was not calibrated for: "
+                    f"it takes {', '.join(sorted(known))}; leave it out, or use the full-precision network"
+                )
+
+
+def check_further_inputs(network: Network, inputs: Inputs) -> None:
+    """Raise ValueError for further inputs that a network does not take, or lacks."""
+    kind, name = kind_of(network), type(network).__name__
+    known = kind.known_inputs(network)
+    for given in inputs:
+        if given.partition(".")[0] not in known:
+            takes = ", ".join(known) or "none"
+            raise ValueError(f"the input {given} is none that a {name} takes: it takes {takes}")
+    for needed in kind.required_inputs(network):
+        if needed not in inputs:
+            raise ValueError(
+                f"the pool has no {needed}, which this {name} takes: record it with a Conditioning of them"
+            )
+    if any(given.startswith(DOWN) for given in inputs) and MID not in inputs:
+        raise ValueError(f"the pool has {DOWN} without {MID}: give both, or those of an adapter as {ADAPTER}")
+
+
+def check_inputs(network: Network, latents: Tensor, context: Tensor | None, inputs: Inputs = NO_INPUTS) -> None:
+    """Raise ValueError for latents, or what goes with them, that ``network`` cannot take; see `Backbone.evaluate`."""
+    shape = tuple(latents.shape)
+    added = inputs[CHANNELS].shape[1] if CHANNELS in inputs else 0
+    channels = network.config.in_channels - added
     if len(shape) != 4 or shape[1] != channels or not all(shape):
+        besides = f", {added} of its channels from the input {CHANNELS}" if added else ""
         raise ValueError(
-            f"latents of shape {shape}: the network takes (images, {channels}, height, width), at least one image of "
-            "at least one pixel"
+            f"latents of shape {shape}: the network takes (images, {channels}, height, width){besides}, at least one "
+            "image of at least one pixel"
         )
     kind_of(network).check_size(network, *shape[2:])
     if context is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -12,53 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tfmq.network.backbone import Network
-from tfmq.network.sampling import Conditioning, SamplingSettings, Step, check_guidance, check_rows, sample
+from tfmq.network.conditioning import Conditioning, Inputs
+from tfmq.network.rows import CalibrationRows
+from tfmq.network.sampling import SamplingSettings, Step, check_guidance, check_rows, guides, sample
+from tfmq.network.schedulers import cumulative_alphas, prediction_of, prediction_weights
+from tfmq.numerics.steps import exact_steps
 from tfmq.settings import check_counts, check_numbers
-
-
-@dataclass(frozen=True)
-class CalibrationRows:
-    """Inputs of the network, drawn from a pool.
-
-    Attributes:
-        latents: float32 (N, C, H, W).
-        timesteps: int64 (N,).
-        context: (N, tokens, D), classes (N,), or None for an unconditional network.
-    """
-
-    latents: Tensor
-    timesteps: Tensor
-    context: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        lengths = {name: len(value) for name, value in vars(self).items() if value is not None}
-        if len(set(lengths.values())) > 1:
-            found = ", ".join(f"{count} {name}" for name, count in lengths.items())
-            raise ValueError(f"calibration rows of {found}: give as many of each")
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitem__(self, rows: Tensor | slice) -> CalibrationRows:
-        context = None if self.context is None else self.context[rows]
-        return CalibrationRows(self.latents[rows], self.timesteps[rows], context)
-
-    def to(self, device: torch.device) -> CalibrationRows:
-        """The rows with latents and context on ``device``; time steps stay where they are."""
-        context = None if self.context is None else self.context.to(device)
-        return CalibrationRows(self.latents.to(device), self.timesteps, context)
-
-    def shuffled(self, generator: torch.Generator) -> CalibrationRows:
-        return self[torch.randperm(len(self), generator=generator)]
-
-    def batches(self, size: int) -> Iterator[CalibrationRows]:
-        """The rows in their order, ``size`` at a time."""
-        return (self[slice(start, start + size)] for start in range(0, len(self), size))
-
-    def batches_of_steps(self, size: int) -> Iterator[CalibrationRows]:
-        """At most ``size`` rows at a time, all of one time step: one step after another, each in the rows' order."""
-        for timestep in self.timesteps.unique():
-            yield from self[(self.timesteps == timestep).nonzero().flatten()].batches(size)
 
 
 @dataclass(frozen=True)
@@ -67,13 +27,18 @@ class CalibrationSet:
 
     Attributes:
         latents: float32 (steps, images, C, H, W), noisiest step first.
-        timesteps: int64 (steps,), those of the schedule; one that it repeats (PNDM) stands there as often.
+        timesteps: (steps,), those of the schedule, int64, or float32 where it has fractional ones; one that it repeats
+            (PNDM, Heun) stands there as often.
         noise: float32 (steps, images, C, H, W), the full-precision prediction at each step, after guidance.
         samples: float32 (images, C, H, W), the final latents.
         alphas: float64 (steps + 1,), cumulative alpha at each step, then what it is after the last step.
         settings: of the sampling pass.
         context: (images, tokens, D), classes (images,), or None.
         unconditional: likewise, or None where there was no guidance; with it, drawn rows hold both halves.
+        predicts: float64 (steps, 2), weights of the clean sample and of the noise in what the network predicts at each
+            step; None where it predicts the noise itself.
+        inputs, unconditional_inputs: further inputs by name, as in ``Conditioning``, each (images, ...).
+        residuals, unconditional_residuals: those of ControlNets, each (steps, images, ...).
     """
 
     latents: Tensor
@@ -84,11 +49,28 @@ class CalibrationSet:
     settings: SamplingSettings
     context: Tensor | None = None
     unconditional: Tensor | None = None
+    predicts: Tensor | None = None
+    inputs: Inputs = field(default_factory=dict)
+    unconditional_inputs: Inputs = field(default_factory=dict)
+    residuals: Inputs = field(default_factory=dict)
+    unconditional_residuals: Inputs = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by field name: with them, ``CalibrationSet(**tensors, settings=settings)`` is the same pool."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """All tensors by field name, those by name as ``field/name``: ``CalibrationSet.of`` makes a pool of them."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for group in NAMED:
+            found |= {f"{group}/{name}": value for name, value in getattr(self, group).items()}
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], settings: SamplingSettings) -> CalibrationSet:
+        """The pool that has these ``tensors`` and was recorded with these settings."""
+        fields: dict[str, Any] = {group: {} for group in NAMED}
+        for key, value in tensors.items():
+            group, _, name = key.partition("/")
+            (fields[group] if name else fields)[name or key] = value
+        return cls(**fields, settings=settings)
 
     @property
     def steps(self) -> int:
@@ -127,12 +109,35 @@ class CalibrationSet:
         if self.context is None:
             return CalibrationRows(latents, timesteps)
         context = self.context[images]
+        inputs = {name: value[images] for name, value in self.inputs.items()}
+        inputs |= {name: value[steps, images] for name, value in self.residuals.items()}
         if self.unconditional is None:
-            return CalibrationRows(latents, timesteps, context)
+            return CalibrationRows(latents, timesteps, context, inputs)
+        off = inputs | {name: value[images] for name, value in self.unconditional_inputs.items()}
+        off |= {name: value[steps, images] for name, value in self.unconditional_residuals.items()}
         context = torch.cat([context, self.unconditional[images]])
-        return CalibrationRows(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), context)
+        inputs = {name: torch.cat([value, off[name]]) for name, value in inputs.items()}
+        return CalibrationRows(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), context, inputs)
+
+    def conditioning(self, step: int, images: slice, device: torch.device) -> Conditioning | None:
+        """What some images are conditioned on at a position of the schedule, with the recorded residuals."""
+        if self.context is None:
+            return None
+        off = None if self.unconditional is None else self.unconditional[images].to(device)
+
+        def joined(inputs: Inputs, residuals: Inputs) -> Inputs:
+            fixed = {name: value[images].to(device) for name, value in inputs.items()}
+            return fixed | {name: value[step, images].to(device) for name, value in residuals.items()}
+
+        return Conditioning(
+            self.context[images].to(device),
+            off,
+            joined(self.inputs, self.residuals),
+            joined(self.unconditional_inputs, self.unconditional_residuals),
+        )
 
 
+NAMED = ("inputs", "unconditional_inputs", "residuals", "unconditional_residuals")
 Draw = Callable[[CalibrationSet, torch.Generator], CalibrationRows]
 
 
@@ -228,59 +233,63 @@ def collect_calibration(
         raise ValueError(f"noise of shape {tuple(noise.shape)} holds no image: give at least one")
     if batch < 1:
         raise ValueError(f"batch is {batch}: it must be at least 1")
-    check_guidance(conditioning, settings.guidance_scale)
+    check_guidance(network, conditioning, settings.guidance_scale)
     check_rows(network, noise, conditioning, settings.guidance_scale)
     steps: list[list[Step]] = []
     samples: list[Tensor] = []
     for start in tqdm(range(0, len(noise), batch), desc="calibration pool", disable=None):
         rows = slice(start, start + batch)
-        part = None
-        if conditioning is not None:
-            unconditional = conditioning.unconditional
-            part = Conditioning(conditioning.context[rows], None if unconditional is None else unconditional[rows])
         recorded: list[Step] = []
         final = sample(
             network,
             scheduler,
             noise[rows],
             settings,
-            conditioning=part,
+            conditioning=None if conditioning is None else conditioning[rows],
             step_noise=None if step_noise is None else step_noise[:, rows],
             callback=recorded.append,
         )
         steps.append(recorded)
         samples.append(final.cpu().float())
-    timesteps = torch.tensor([step.timestep for step in steps[0]])
+    timesteps = exact_steps([step.timestep for step in steps[0]])
+    alphas = cumulative_alphas(scheduler, timesteps, settings.steps)
+    guided = conditioning is not None and guides(network, settings.guidance_scale)
+    unconditional = None if conditioning is None else conditioning.unconditional
+    residuals = _residuals(steps)
+    off = {name: value[:, 0] for name, value in residuals.items()} if guided else {}
     return CalibrationSet(
         latents=torch.cat([torch.stack([step.latents for step in part]).cpu().float() for part in steps], 1),
         timesteps=timesteps,
         noise=torch.cat([torch.stack([step.noise for step in part]).cpu().float() for part in steps], 1),
         samples=torch.cat(samples),
-        alphas=cumulative_alphas(scheduler, timesteps),
+        alphas=alphas,
         settings=settings,
-        context=None if conditioning is None else _on_cpu(conditioning.context),
-        unconditional=(
-            None if conditioning is None or settings.guidance_scale == 1.0 else _on_cpu(conditioning.unconditional)
-        ),
+        context=None if conditioning is None else on_cpu(conditioning.context),
+        unconditional=on_cpu(unconditional) if guided and unconditional is not None else None,
+        predicts=prediction_weights(prediction_of(scheduler), alphas[:-1]),
+        inputs={} if conditioning is None else _all_on_cpu(conditioning.inputs),
+        unconditional_inputs=_all_on_cpu(conditioning.unconditional_inputs) if guided and conditioning else {},
+        residuals={name: value[:, -1] for name, value in residuals.items()},
+        unconditional_residuals=off,
     )
 
 
-def cumulative_alphas(scheduler: SchedulerMixin, timesteps: Tensor) -> Tensor:
-    """Cumulative alpha at each of ``timesteps`` (steps,) and after the last: float64 (steps + 1,).
-
-    The last is the scheduler's own ``final_alpha_cumprod`` (DDIM, PNDM), or 1 for schedulers that end on clean data.
-    Raises ValueError for a scheduler without cumulative alphas (flow matching).
-    """
-    cumulative = getattr(scheduler, "alphas_cumprod", None)
-    if cumulative is None:
-        raise ValueError(f"{type(scheduler).__name__} has no cumulative alphas: take a variance-preserving scheduler")
-    final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).reshape(1)
-    return torch.cat([cumulative[timesteps].double().cpu(), final.double().cpu()])
-
-
-def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A tensor as pools hold it: on the CPU, in float32 if it floats."""
     # Text encoders leave a graph behind where the caller did not turn gradients off.
-    if tensor is None:
-        return None
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _residuals(batches: Sequence[Sequence[Step]]) -> dict[str, Tensor]:
+    """The residuals of all steps and images by name: (steps, halves, images, ...), halves as guidance orders them."""
+    parts: dict[str, list[Tensor]] = {}
+    for steps in batches:
+        for name in steps[0].residuals:
+            stacked = torch.stack([on_cpu(step.residuals[name]) for step in steps])
+            parts.setdefault(name, []).append(stacked.unflatten(1, (-1, len(steps[0].latents))))
+    return {name: torch.cat(values, 2) for name, values in parts.items()}
+
+
+def _all_on_cpu(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: on_cpu(value) for name, value in inputs.items()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,8 @@ from tfmq.network.calibration import CalibrationSet
 TYPES = {
     str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
+# What of a pool is of the schedule, and not of the network.
+PRECISE = ("alphas", "predicts")
 
 
 def number_type(network: Network) -> torch.dtype:
@@ -39,12 +39,12 @@ def number_type(network: Network) -> torch.dtype:
 
 def pool_in_float32(pool: CalibrationSet) -> CalibrationSet:
     """The pool with all that a network takes and puts out in float32, and the same pool where it is already."""
-    others: dict[str, Any] = {
+    others = {
         name: tensor.float()
         for name, tensor in pool.tensors.items()
-        if name != "alphas" and tensor.is_floating_point() and tensor.dtype != torch.float32
+        if name not in PRECISE and tensor.is_floating_point() and tensor.dtype != torch.float32
     }
-    return replace(pool, **others) if others else pool
+    return CalibrationSet.of({**pool.tensors, **others}, pool.settings) if others else pool
 
 
 def cast(network: Network, kind: torch.dtype) -> Network:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tfmq.network.backbone import Backbone, Block, Network
-from tfmq.network.calibration import CalibrationRows
+from tfmq.network.conditioning import with_channels
+from tfmq.network.rows import CalibrationRows
 from tfmq.plan import announce_step
 from tfmq.workspace import Allocate
 
@@ -50,8 +51,8 @@ class BlockStream:
         place: where rows wait.
         hidden: (N, ...), the hidden state.
         skips: the stack of skip connections, each (N, ...).
-        time: what blocks take of each distinct time step, (S, ...).
-        step: (N,), each row's position in ``timesteps``.
+        time: what blocks take of each distinct time step, (S, ...); of each row, (N, ...), where conditions are in it.
+        step: (N,), each row's position in ``time``.
     """
 
     network: Network
@@ -65,11 +66,23 @@ class BlockStream:
     step: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.hidden = self.rows.latents.to(self.place.device)
-        timesteps, self.step = self.rows.timesteps.unique(return_inverse=True)
-        announce_step(self.network, timesteps)
+        self.hidden = with_channels(self.rows.latents, self.rows.inputs).to(self.place.device)
         with torch.no_grad():
-            self.time = self.backbone.time_input(self.network, timesteps.to(self.network.device))
+            self.time, self.step = self.time_inputs()
+
+    def time_inputs(self) -> tuple[Tensor, Tensor]:
+        """``time`` and ``step``, computed by the network as it is now."""
+        network, rows = self.network, self.rows
+        if not self.backbone.condition_embedding:
+            timesteps, step = rows.timesteps.unique(return_inverse=True)
+            announce_step(network, timesteps)
+            return self.backbone.time_input(network, timesteps.to(network.device)), step
+        parts = []
+        for batch in rows.batches(self.batch):
+            announce_step(network, batch.timesteps)
+            timesteps = batch.timesteps.to(network.device)
+            parts.append(self.backbone.time_input(network, timesteps, batch.inputs))
+        return torch.cat(parts), torch.arange(len(rows))
 
     def inputs(self, block: Block) -> Inputs:
         """The block's input for all rows: tensors that are concatenated along the channels, a batch at a time."""
@@ -80,9 +93,17 @@ class BlockStream:
         announce_step(network, self.rows.timesteps[rows])
         context = None if self.rows.context is None else self.rows.context[rows]
         parts = [part[rows].to(network.device) for part in inputs]
+        added = self.rows.inputs
+        if block.pop_adds in added:
+            parts[-1] = parts[-1] + added[block.pop_adds][rows]
         hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         size = self.skips[-1].shape[2:] if self.skips else None
-        return self.backbone.run_block(network, block, hidden, self.time[self.step[rows]], context, size)
+        output = self.backbone.run_block(network, block, hidden, self.time[self.step[rows]], context, size)
+        for name in block.adds:
+            # An adapter's residual for the middle block is left out where its shape is another one, as diffusers does.
+            if name in added and added[name].shape[1:] == output.shape[1:]:
+                output = output + added[name][rows]
+        return output
 
     @torch.no_grad()
     def outputs(self, block: Block, inputs: Inputs) -> Tensor:

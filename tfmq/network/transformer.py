@@ -15,7 +15,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfmq.network.backbone import Backbone, Block
+from tfmq.network.backbone import NO_INPUTS, Backbone, Block
+from tfmq.network.conditioning import Inputs
 
 EMBEDDER = "norm1.emb.timestep_embedder"
 
@@ -62,7 +63,18 @@ class TransformerBackbone(Backbone):
         )
 
     @staticmethod
-    def evaluate(network: DiTTransformer2DModel, latents: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
+    def known_arguments(network: DiTTransformer2DModel) -> frozenset[str]:
+        """See `Backbone`."""
+        return frozenset({"hidden_states", "timestep", "class_labels", "return_dict"})
+
+    @staticmethod
+    def evaluate(
+        network: DiTTransformer2DModel,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None,
+        inputs: Inputs = NO_INPUTS,
+    ) -> Tensor:
         """See `Backbone`."""
         steps = timesteps.to(latents.device).expand(len(latents))
         # A network that predicts the variance too has its channels behind those of the noise.
@@ -83,7 +95,7 @@ class TransformerBackbone(Backbone):
         """See `Backbone`."""
         return network.transformer_blocks[0].norm1.emb.time_proj(timesteps)
 
-    def time_input(self, network: DiTTransformer2DModel, timesteps: Tensor) -> Tensor:
+    def time_input(self, network: DiTTransformer2DModel, timesteps: Tensor, inputs: Inputs = NO_INPUTS) -> Tensor:
         """See `Backbone`."""
         return timesteps
 

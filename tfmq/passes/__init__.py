@@ -17,7 +17,8 @@ import torch
 if TYPE_CHECKING:
     from tfmq.cost import Shapes
     from tfmq.network.backbone import Backbone, Network
-    from tfmq.network.calibration import CalibrationRows, CalibrationSet
+    from tfmq.network.calibration import CalibrationSet
+    from tfmq.network.rows import CalibrationRows
     from tfmq.plan import QuantizationPlan
     from tfmq.session import Session
 

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from tfmq.cost import Shapes
 from tfmq.modules.fake_quantize import ActivationRange
 from tfmq.network.backbone import Network, evaluate
-from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
+from tfmq.network.calibration import CalibrationSet, Draw, Spaced
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.plan import activation_quantizers
 from tfmq.session import Session
@@ -69,7 +70,7 @@ class ActivationRanges(Pass[CalibrationRows]):
         counts = rows.timesteps.unique(return_counts=True)[1].tolist() if self.per_step else [len(rows)]
         total = sum(math.ceil(count / self.batch) for count in counts)
         for batch in tqdm(batches, desc=self.name, total=total, disable=None):
-            evaluate(network, batch.latents, batch.timesteps.to(network.device), batch.context)
+            evaluate(network, batch.latents, batch.timesteps.to(network.device), batch.context, batch.inputs)
         for quantizer in quantizers:
             quantizer.freeze()
         session.count_evaluations(len(rows))

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from tfmq.cost import Shapes, evaluation_bytes, units_of
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Block, Network
-from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
+from tfmq.network.calibration import CalibrationSet, Draw, Spaced
 from tfmq.network.offload import BlockStream, place_for
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.reconstruction import (
     RoundingConfig,
@@ -33,7 +34,7 @@ from tfmq.settings import check_counts
 
 @dataclass(frozen=True)
 class BlockReconstruction(Pass[CalibrationRows]):
-    """Learn the roundings of all layers that no earlier pass has rounded: time-embedding layers, then block by block.
+    """Learn the roundings of all layers that no earlier pass has rounded: layers of embeddings, then block by block.
 
     Attributes:
         rounding: how roundings are learned.
@@ -61,10 +62,10 @@ class BlockReconstruction(Pass[CalibrationRows]):
         """See `Pass`. Raises ValueError for rows that do not fit, a block's NaN or infinity, and a loss of these."""
         network, full, backbone = session.network, session.full, session.backbone
         place = place_for(full, backbone, rows, 2, self.memory_bytes, session.workspace.allocate)
-        for path in backbone.time_embedding:
+        for path in backbone.embedding:
             layers = _unrounded(network, Block(path))
             if layers:
-                x, targets = time_layer_data(backbone, network, full, path, rows.timesteps.unique())
+                x, targets = time_layer_data(backbone, network, full, path, rows)
                 loss = loss_against(targets, on_rows(layers[path], x), self.rounding.norm)
                 learn_roundings(session, path, layers, loss, len(x), self.rounding)
         reference, stream = (BlockStream(each, backbone, rows, self.batch, place) for each in (full, network))

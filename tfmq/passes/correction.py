@@ -26,7 +26,8 @@ from tfmq.cost import Shapes
 from tfmq.modules.number_types import KeepsTypes
 from tfmq.network.backbone import Network
 from tfmq.network.calibration import CalibrationSet
-from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
+from tfmq.network.sampling import CorrectedScheduler, predict_noise
+from tfmq.numerics.steps import exact_steps, step_value
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.plan import check_finished
 from tfmq.settings import check_counts
@@ -63,13 +64,23 @@ def ddim_sigma(alpha: float, previous: float, eta: float) -> float:
     return eta * math.sqrt((1 - previous) / (1 - alpha) * (1 - alpha / previous))
 
 
-def reduced_sigma(sigma: float, alpha: float, previous: float, deviation: float) -> float:
+def reduced_sigma(
+    sigma: float, alpha: float, previous: float, deviation: float, predicts: tuple[float, float] = (0.0, 1.0)
+) -> float:
     """The sigma that is left to add, where the prediction already carries noise of a ``deviation``.
 
-    The prediction enters a DDIM step times lambda = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a), so that
-    sigma'^2 = max(sigma^2 - lambda^2 deviation^2, 0).
+    A predicted noise enters a DDIM step times lambda = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a), so that
+    sigma'^2 = max(sigma^2 - lambda^2 deviation^2, 0). A network that predicts p = k_x x_0 + k_e e, with
+    k = ``predicts``, gives e = (sqrt(a) p - k_x x) / d and x_0 = (k_e x - sqrt(1 - a) p) / d, where
+    d = k_e sqrt(a) - k_x sqrt(1 - a), so that lambda = (sqrt(a (1 - a' - sigma^2)) - sqrt(a' (1 - a))) / d.
     """
-    factor = math.sqrt(max(1 - previous - sigma**2, 0)) - math.sqrt(previous * (1 - alpha) / alpha)
+    if predicts == (0.0, 1.0):
+        factor = math.sqrt(max(1 - previous - sigma**2, 0)) - math.sqrt(previous * (1 - alpha) / alpha)
+    else:
+        of_clean, of_noise = predicts
+        shared = of_noise * math.sqrt(alpha) - of_clean * math.sqrt(1 - alpha)
+        factor = math.sqrt(alpha * max(1 - previous - sigma**2, 0)) - math.sqrt(previous * (1 - alpha))
+        factor /= shared
     return math.sqrt(max(sigma**2 - (factor * deviation) ** 2, 0))
 
 
@@ -80,11 +91,12 @@ class NoiseCorrection(KeepsTypes):
     A network carries it as ``noise_correction`` (see ``attach_correction``).
 
     Buffers, one entry for each of S time steps:
-        timesteps: int64 (S,), ascending.
+        timesteps: (S,), ascending, int64, or float32 where some are fractional.
         slopes: (S,), not negative.
         biases: (S, channels).
         deviations: (S,), of the prediction before it is divided by 1 + slope.
         alphas, previous_alphas: float64 (S,), cumulative alpha at the step and after it.
+        predicts: float64 (S, 2), weights of clean sample and noise in what is predicted; None where that is the noise.
     """
 
     timesteps: Tensor
@@ -93,8 +105,9 @@ class NoiseCorrection(KeepsTypes):
     deviations: Tensor
     alphas: Tensor
     previous_alphas: Tensor
+    predicts: Tensor | None
 
-    def __init__(self, steps: int, channels: int) -> None:
+    def __init__(self, steps: int, channels: int, predicts_noise: bool = True) -> None:
         super().__init__()
         self.register_buffer("timesteps", torch.zeros(steps, dtype=torch.int64))
         self.register_buffer("slopes", torch.zeros(steps, dtype=torch.float32))
@@ -102,10 +115,11 @@ class NoiseCorrection(KeepsTypes):
         self.register_buffer("deviations", torch.zeros(steps, dtype=torch.float32))
         self.register_buffer("alphas", torch.ones(steps, dtype=torch.float64))
         self.register_buffer("previous_alphas", torch.ones(steps, dtype=torch.float64))
+        self.register_buffer("predicts", None if predicts_noise else torch.ones(steps, 2, dtype=torch.float64))
 
     def check_schedule(self, timesteps: Tensor) -> None:
         """Raise ValueError if a schedule's time steps, each counted once, are not those of the statistics."""
-        given = timesteps.to("cpu", torch.int64).unique()
+        given = exact_steps(timesteps).unique()
         if not torch.equal(given, self.timesteps.cpu()):
             raise ValueError(
                 f"the noise correction was measured for the {len(self.timesteps)} time steps "
@@ -113,7 +127,7 @@ class NoiseCorrection(KeepsTypes):
                 "measure the correction on yours"
             )
 
-    def forward(self, timestep: int, predicted: Tensor, eta: float) -> tuple[Tensor, float]:
+    def forward(self, timestep: int | float, predicted: Tensor, eta: float) -> tuple[Tensor, float]:
         """Corrected noise, and the eta with which a DDIM step adds the reduced noise.
 
         Raises ValueError for a time step without statistics.
@@ -132,7 +146,11 @@ class NoiseCorrection(KeepsTypes):
         if sigma == 0:
             return corrected, eta
         deviation = self.deviations[index].item() / (1 + slope)
-        return corrected, eta * reduced_sigma(sigma, alpha, previous, deviation) / sigma
+        predicts = (0.0, 1.0)
+        if self.predicts is not None:
+            of_clean, of_noise = self.predicts[index].tolist()
+            predicts = (of_clean, of_noise)
+        return corrected, eta * reduced_sigma(sigma, alpha, previous, deviation, predicts) / sigma
 
 
 @dataclass(frozen=True)
@@ -191,7 +209,7 @@ def measure_correction(network: Network, pool: CalibrationSet, images: int, batc
     """
     images = min(images, pool.images)
     timesteps = pool.timesteps.unique()
-    correction = NoiseCorrection(len(timesteps), pool.noise.shape[2])
+    correction = NoiseCorrection(len(timesteps), pool.noise.shape[2], pool.predicts is None)
     correction.timesteps = timesteps
     for index, timestep in enumerate(timesteps):
         visits = (pool.timesteps == timestep).nonzero().flatten()
@@ -204,6 +222,8 @@ def measure_correction(network: Network, pool: CalibrationSet, images: int, batc
         correction.deviations[index] = residual_deviation(noise, error, slope)
         correction.alphas[index] = pool.alphas[visits[-1]]
         correction.previous_alphas[index] = pool.alphas[visits[-1] + 1]
+        if correction.predicts is not None and pool.predicts is not None:
+            correction.predicts[index] = pool.predicts[visits[-1]]
     return correction.to(network.device)
 
 
@@ -213,10 +233,7 @@ def quantized_noise(network: Network, pool: CalibrationSet, step: int, images: i
     parts = []
     for start in range(0, images, batch):
         rows = slice(start, min(start + batch, images))
-        conditioning = None
-        if pool.context is not None:
-            off = None if pool.unconditional is None else pool.unconditional[rows].to(network.device)
-            conditioning = Conditioning(pool.context[rows].to(network.device), off)
+        conditioning = pool.conditioning(step, rows, network.device)
         latents, scale = pool.latents[step, rows].to(network.device), pool.settings.guidance_scale
         parts.append(predict_noise(network, latents, pool.timesteps[step].to(network.device), conditioning, scale))
     return torch.cat(parts)
@@ -251,7 +268,7 @@ def corrected_scheduler(scheduler: SchedulerMixin, network: Network) -> Correcte
 
         @wraps(plain.step)
         def step(self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, **options: object) -> object:
-            model_output, eta = correction(int(timestep), model_output, options.get("eta", 0.0))
+            model_output, eta = correction(step_value(timestep), model_output, options.get("eta", 0.0))
             if "eta" in options:
                 options["eta"] = eta
             return plain.step(self, model_output, timestep, sample, **options)

@@ -26,8 +26,10 @@ class FiniteSetCalibration(Pass):
         if not session.precision.quantizes_activations:
             return
         network, tracker = session.network, session.network.step_tracker
-        tracker.steps = session.finite_set
         layers = temporal_layers(session).values()
+        if not session.backbone.temporal:  # in LCM nothing depends on the time step alone
+            return
+        tracker.steps = session.finite_set
         quantizers = [quantizer for layer in layers for quantizer in activation_quantizers(layer).values()]
         for quantizer in quantizers:
             quantizer.observe(per_step=True)

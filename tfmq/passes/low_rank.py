@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from tfmq.cost import Shapes, restore_unrounded
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Network, evaluate
-from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
+from tfmq.network.calibration import CalibrationSet, Draw, Spaced
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.weight_ranges import WeightRange
 from tfmq.plan import QuantizationPlan, quantized_layers
@@ -230,7 +231,7 @@ def _run_hooked(network: Network, paths: Iterable[str], rows: CalibrationRows, b
     with hooked(network, paths, hook):
         for start in tqdm(range(0, len(rows), batch), desc="low-rank branches", disable=None):
             part = rows[slice(start, start + batch)]
-            evaluate(network, part.latents, part.timesteps.to(network.device), part.context)
+            evaluate(network, part.latents, part.timesteps.to(network.device), part.context, part.inputs)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch
 
 from tfmq.cost import Shapes
 from tfmq.network.backbone import Backbone, Network
-from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, NormallyDistributed
+from tfmq.network.calibration import CalibrationSet, Draw, NormallyDistributed
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.activation_ranges import checked_inputs
 from tfmq.passes.step_network import (

@@ -20,6 +20,7 @@ from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Block, Network
 from tfmq.network.offload import BlockStream
+from tfmq.network.rows import CalibrationRows
 from tfmq.numerics.rounding import annealed_beta
 from tfmq.plan import activation_quantizers, quantized_layers
 from tfmq.session import Session
@@ -203,9 +204,12 @@ def learn_scales(
 
 @torch.no_grad()
 def time_layer_data(
-    backbone: Backbone, network: Network, full: Network, path: str, timesteps: Tensor
+    backbone: Backbone, network: Network, full: Network, path: str, rows: CalibrationRows
 ) -> tuple[Tensor, Tensor]:
-    """Inputs (S, D_in) of a time-embedding layer in ``network``, and outputs (S, D_out) in ``full``, step by step."""
+    """Inputs (S, D_in) of a layer of ``backbone.embedding`` in ``network``, and outputs (S, D_out) in ``full``.
+
+    There is one for each time step of ``rows``; of a layer that depends on conditions too, one for each row.
+    """
     seen: dict[str, Tensor] = {}
     hooks = [
         network.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0])),
@@ -213,7 +217,10 @@ def time_layer_data(
     ]
     try:
         for each in (network, full):
-            backbone.temporal_features(each, timesteps.to(each.device))
+            if path in backbone.condition_embedding:
+                backbone.time_input(each, rows.timesteps.to(each.device), rows.inputs)
+            else:
+                backbone.temporal_features(each, rows.timesteps.unique().to(each.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from tfmq.live_bytes import LiveBytes
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.network.backbone import Backbone, Network, evaluate
-from tfmq.network.calibration import CalibrationRows
+from tfmq.network.rows import CalibrationRows
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize
 from tfmq.passes.reconstruction import ADAM_TENSORS
 from tfmq.plan import QuantizationPlan, activation_quantizers
@@ -105,7 +105,7 @@ class ActivationSamples:
 
     Attributes:
         values: (N, Q, K), K values of each quantiser's input drawn from each row.
-        timesteps: int64 (N,).
+        timesteps: (N,).
     """
 
     values: Tensor
@@ -155,7 +155,7 @@ def sample_activations(
         for start in tqdm(range(0, len(rows), batch), desc="activation samples", disable=None):
             present = slice(start, min(start + batch, len(rows)))
             part = rows[present]
-            evaluate(network, part.latents, part.timesteps.to(network.device), part.context)
+            evaluate(network, part.latents, part.timesteps.to(network.device), part.context, part.inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from tfmq.cost import Shapes, evaluation_bytes, units_of
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.network.backbone import Block, Network
-from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
+from tfmq.network.calibration import CalibrationSet, Draw, Spaced
 from tfmq.network.offload import BlockStream, place_for
+from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.reconstruction import (
     StepSizeConfig,
@@ -29,7 +30,7 @@ from tfmq.settings import check_counts
 
 @dataclass(frozen=True)
 class StepSizes(Pass[CalibrationRows]):
-    """Learn the step sizes of activations that have one for all time steps: time-embedding layers, then block by block.
+    """Learn the step sizes of activations that have one for all time steps: layers of embeddings, then block by block.
 
     Inputs and targets both come from full precision, as in Q-Diffusion's released activation pass. Does nothing where
     there is no such step size.
@@ -54,22 +55,20 @@ class StepSizes(Pass[CalibrationRows]):
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`. Raises ValueError for rows that do not fit, a block's NaN or infinity, and a loss of these."""
         network, full, backbone = session.network, session.full, session.backbone
-        if not any(
-            _learnable(network, block, ()) for block in (*map(Block, backbone.time_embedding), *backbone.blocks)
-        ):
+        if not any(_learnable(network, block, ()) for block in (*map(Block, backbone.embedding), *backbone.blocks)):
             return
         place = place_for(full, backbone, rows, 1, self.memory_bytes, session.workspace.allocate)
-        for path in backbone.time_embedding:
+        for path in backbone.embedding:
             quantizers = _learnable(network, Block(path), ())
             if quantizers:
-                x, targets = time_layer_data(backbone, full, full, path, rows.timesteps.unique())
+                x, targets = time_layer_data(backbone, full, full, path, rows)
                 loss = loss_against(targets, on_rows(network.get_submodule(path), x), self.learning.norm)
                 learn_scales(session, path, quantizers, loss, len(x), self.learning)
         reference = BlockStream(full, backbone, rows, self.batch, place)
         for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             inputs = reference.inputs(block)
             targets = reference.outputs(block, inputs)
-            quantizers = _learnable(network, block, backbone.time_embedding)
+            quantizers = _learnable(network, block, backbone.embedding)
             if quantizers:
                 predict = partial(reference.evaluate, network, block, inputs)
                 loss = loss_against(targets, predict, self.learning.norm)
@@ -89,7 +88,7 @@ class StepSizes(Pass[CalibrationRows]):
         """See `Pass`."""
         if not self._units(shapes):
             return Memory()
-        paths = {*shapes.plan.layers, *shapes.plan.attentions} - {*shapes.tabulated, *shapes.backbone.time_embedding}
+        paths = {*shapes.plan.layers, *shapes.plan.attentions} - {*shapes.tabulated, *shapes.backbone.embedding}
         learned = shapes.of_blocks(rows, self.learning.batch, partial(step_size_bytes, paths))
         evaluated = shapes.of_blocks(rows, self.batch, evaluation_bytes)
         return Memory.of_blocks(list(map(max, learned, evaluated)), shapes.waiting(rows), self.memory_bytes)

@@ -40,7 +40,12 @@ class TemporalCache(Pass):
         check_choices(self)
 
     def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
-        """See `Pass`."""
+        """See `Pass`. Raises ValueError for a network in which nothing depends on the time step alone (LCM)."""
+        if not backbone.time_projections:
+            raise ValueError(
+                "a condition goes into the first layer of this network's time embedding (time_cond_proj_dim), so that "
+                "there are no features of the time step alone to look up: take a recipe without TemporalCache"
+            )
         if self.where != "all":
             return plan
         kept = {path: layer for path, layer in plan.layers.items() if path not in backbone.temporal}

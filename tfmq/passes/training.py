@@ -20,7 +20,8 @@ from tfmq.cost import Shapes, restore_unrounded, run_through
 from tfmq.live_bytes import FusedAttention, LiveBytes
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Network, evaluate
-from tfmq.network.calibration import CalibrationRows, CalibrationSet
+from tfmq.network.calibration import CalibrationSet
+from tfmq.network.rows import CalibrationRows
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize, quantize
 from tfmq.numerics.observer import search
 from tfmq.passes import Cost, Memory, Pass
@@ -146,13 +147,20 @@ def train(
     config: TrainingConfig,
     generator: torch.Generator,
 ) -> list[float]:
-    """Train ``network``, its quantisers in place, to predict the noise added to ``pool.samples``; returns the losses.
+    """Train ``network``, its quantisers in place, on noise added to ``pool.samples``; returns the losses.
+
+    The target is what the network predicts: that noise, or v or the clean sample.
 
     Time steps are drawn uniformly from the schedule, a repeated one as often. All parameters learn, those of layers
     in full precision too. At the end weights are folded; the networks are left to the caller to tabulate.
 
-    Raises ValueError if the loss becomes NaN or infinite.
+    Raises ValueError if the loss becomes NaN or infinite, and for a pool with a ControlNet's residuals.
     """
+    if pool.residuals:
+        raise ValueError(
+            "the pool was recorded with a ControlNet, whose residuals follow the latents, while training adds noise: "
+            "record it without, or take a recipe without training"
+        )
     network.requires_grad_(True)
     layers, quantizers = quantized_layers(network), activation_quantizers(network)
     parameters = list(network.parameters())
@@ -170,11 +178,11 @@ def train(
     trace = []
     with torch.enable_grad():
         for iteration in tqdm(range(config.iterations), desc="training", disable=None):
-            rows, noise = noised(pool, config.batch, generator)
-            rows, noise = rows.to(network.device), noise.to(network.device)
+            rows, target = noised(pool, config.batch, generator)
+            rows, target = rows.to(network.device), target.to(network.device)
             set_tables(quantizers, networks(encodings))
-            predicted = evaluate(network, rows.latents, rows.timesteps.to(network.device), rows.context)
-            loss = F.mse_loss(predicted, noise)
+            predicted = evaluate(network, rows.latents, rows.timesteps.to(network.device), rows.context, rows.inputs)
+            loss = F.mse_loss(predicted, target)
             trace.append(loss.item())
             if not math.isfinite(trace[-1]):
                 raise ValueError(f"the training loss is {trace[-1]} at iteration {iteration}: lower the learning rate")
@@ -208,7 +216,7 @@ def training_bytes(shapes: Shapes, batch: int) -> int:
             parameter.grad = torch.empty_like(parameter)
         set_tables(quantizers, networks(encodings))
         stream = shapes.stream(rows, batch)
-        stream.time = shapes.backbone.time_input(network, rows.timesteps.unique().to(device))
+        stream.time, stream.step = stream.time_inputs()
         predicted = run_through(stream)
         loss = F.mse_loss(predicted, torch.empty_like(predicted))
         for parameter in parameters:
@@ -233,9 +241,10 @@ def _rate(iteration: int, config: TrainingConfig) -> float:
 
 
 def noised(pool: CalibrationSet, batch: int, generator: torch.Generator) -> tuple[CalibrationRows, Tensor]:
-    """Samples of the pool with noise added, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e at steps t of the pool, and that e.
+    """Samples of the pool with noise added, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e at steps t of the pool; the target.
 
-    Where the pool has an unconditional context, it takes the place of one in ten rows' own, as guidance is trained.
+    The target is e, or what else the network predicts (``CalibrationSet.predicts``). Where the pool has an
+    unconditional context, it takes the place of one in ten rows' own, as guidance is trained.
     """
     image = torch.randint(pool.images, (batch,), generator=generator)
     step = torch.randint(pool.steps, (batch,), generator=generator)
@@ -244,10 +253,17 @@ def noised(pool: CalibrationSet, batch: int, generator: torch.Generator) -> tupl
     alpha = pool.alphas[step].to(clean).view(-1, *[1] * (clean.dim() - 1))
     latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     context = None if pool.context is None else pool.context[image]
+    inputs = {name: value[image] for name, value in pool.inputs.items()}
     if context is not None and pool.unconditional is not None:
         dropped = torch.rand(batch, generator=generator) < GUIDANCE_DROPOUT
         context = torch.where(_beside(dropped, context), pool.unconditional[image], context)
-    return CalibrationRows(latents, pool.timesteps[step], context), noise
+        for name, value in pool.unconditional_inputs.items():
+            inputs[name] = torch.where(_beside(dropped, inputs[name]), value[image], inputs[name])
+    target = noise
+    if pool.predicts is not None:
+        of_clean, of_noise = pool.predicts[step].to(clean).T.view(2, -1, *[1] * (clean.dim() - 1))
+        target = of_clean * clean + of_noise * noise
+    return CalibrationRows(latents, pool.timesteps[step], context, inputs), target
 
 
 def _beside(dropped: Tensor, context: Tensor) -> Tensor:
