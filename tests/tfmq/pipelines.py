@@ -59,7 +59,7 @@ def controlnet(**settings: object) -> ControlNetModel:
     shared = {
         name: value for name, value in {**UNET, **settings}.items() if name not in ("sample_size", "up_block_types")
     }
-    network = ControlNetModel(**shared, conditioning_embedding_out_channels=(8, 8, 8)).eval()
+    network = ControlNetModel(**{"conditioning_embedding_out_channels": (8, 8, 8), **shared}).eval()
     for convolution in (*network.controlnet_down_blocks, network.controlnet_mid_block):
         torch.nn.init.normal_(convolution.weight, std=0.2)
     torch.nn.init.normal_(network.controlnet_cond_embedding.conv_out.weight, std=0.2)
