@@ -117,7 +117,8 @@ class QuantizationAwareTraining(Pass[CalibrationRows]):
         """See `Pass`. Raises ValueError for a pool that was recorded with a ControlNet."""
         if pool.residuals:
             raise ValueError(
-                "the pool was recorded with a ControlNet, whose residuals follow the latents, while training adds noise: "
+                "the pool was recorded with a ControlNet, whose residuals follow the latents, and training adds "
+                "noise of its own: "
                 "record it without, or take a recipe without training"
             )
         return self.step_sizes.draw(pool, generator)
