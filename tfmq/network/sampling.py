@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tfmq.network.backbone import Network, check_inputs, evaluate
 from tfmq.network.conditioning import Conditioning, Inputs
-from tfmq.network.schedulers import adds_noise, check_scheduler
+from tfmq.network.schedulers import adds_noise, check_scheduler, is_ddim
 from tfmq.numerics.draws import GivenNoise
 from tfmq.numerics.steps import step_value
 from tfmq.settings import check_counts, check_numbers
@@ -109,7 +109,7 @@ def guides(network: Network, guidance_scale: float) -> bool:
 
     `LDMTextToImagePipeline` is the exception, which guides below 1 too.
     """
-    return guidance_scale > 1 and network.config.get("time_cond_proj_dim") is None
+    return guidance_scale > 1 and getattr(network, "config", {}).get("time_cond_proj_dim") is None
 
 
 def check_guidance(network: Network, conditioning: Conditioning | None, guidance_scale: float) -> None:
@@ -191,6 +191,10 @@ def sample(
     takes = inspect.signature(scheduler.step).parameters
     if settings.eta > 0 and "eta" not in takes:
         raise ValueError(f"{type(scheduler).__name__} takes no eta, and eta is {settings.eta}: set it to 0")
+    if correction is not None and settings.eta > 0 and not is_ddim(scheduler):
+        raise ValueError(
+            f"a noise correction reduces the eta of DDIM, and {type(scheduler).__name__} means another: set eta to 0"
+        )
     noisy = adds_noise(scheduler, settings.eta)
     if noisy:
         _check_step_noise(scheduler, settings, step_noise, noise)

@@ -135,6 +135,11 @@ def prediction_of(scheduler: SchedulerMixin) -> str:
     return "sample" if found == "original_sample" else found
 
 
+def is_ddim(scheduler: SchedulerMixin) -> bool:
+    """Whether eta is DDIM's."""
+    return any(parent.__name__ in ("DDIMScheduler", "DDIMParallelScheduler") for parent in type(scheduler).__mro__)
+
+
 def adds_noise(scheduler: SchedulerMixin, eta: float) -> bool:
     """Whether the steps of a scheduler add noise. Raises ValueError as ``check_scheduler``."""
     kind = check_scheduler(scheduler).adds_noise

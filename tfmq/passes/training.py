@@ -114,7 +114,13 @@ class QuantizationAwareTraining(Pass[CalibrationRows]):
         return self.step_sizes.amend(plan, network, backbone)
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
-        """See `Pass`."""
+        """See `Pass`. Raises ValueError for a pool that was recorded with a ControlNet."""
+        if pool.residuals:
+            raise ValueError(
+                "the pool was recorded with a ControlNet, whose residuals follow the latents, and training adds "
+                "noise of its own: "
+                "record it without, or take a recipe without training"
+            )
         return self.step_sizes.draw(pool, generator)
 
     def run(self, session: Session, rows: CalibrationRows) -> None:
@@ -154,13 +160,8 @@ def train(
     Time steps are drawn uniformly from the schedule, a repeated one as often. All parameters learn, those of layers
     in full precision too. At the end weights are folded; the networks are left to the caller to tabulate.
 
-    Raises ValueError if the loss becomes NaN or infinite, and for a pool with a ControlNet's residuals.
+    Raises ValueError if the loss becomes NaN or infinite.
     """
-    if pool.residuals:
-        raise ValueError(
-            "the pool was recorded with a ControlNet, whose residuals follow the latents, while training adds noise: "
-            "record it without, or take a recipe without training"
-        )
     network.requires_grad_(True)
     layers, quantizers = quantized_layers(network), activation_quantizers(network)
     parameters = list(network.parameters())

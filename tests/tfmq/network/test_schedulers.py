@@ -333,6 +333,14 @@ def test_ptqd_reduces_the_noise_of_v_prediction_by_its_own_coefficient(tmp_path)
     assert torch.equal(correction.predicts, kept.predicts)
 
 
+def test_a_correction_of_the_eta_of_ddim_is_none_of_tcd():
+    unet, scheduler = networks.unconditional(), build("TCDScheduler")
+    given = {"step_noise": torch.zeros(5, 4, 3, 8, 8), "correction": lambda timestep, noise, eta: (noise, eta)}
+    with pytest.raises(ValueError, match="TCDScheduler means another"):
+        sample(unet, scheduler, networks.noise(), SamplingSettings(5, 0.5), **given)
+    sample(unet, scheduler, networks.noise(), SamplingSettings(5), **given)
+
+
 def test_a_correction_of_fractional_steps_is_found_in_a_stock_pipeline(tmp_path):
     scheduler, settings = build("EulerDiscreteScheduler", **KARRAS), SamplingSettings(4)
     recorded = collect_calibration(networks.unconditional(), scheduler, networks.noise(2), settings, batch=2)
