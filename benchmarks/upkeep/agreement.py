@@ -26,9 +26,10 @@ PLACE = ("system", "cpu", "gpu", "cuda", "python", "versions")
 #   batches of 32            0.01             0.51               0.99       1.35
 #
 # Versions 2.11 to 2.13 give equal numbers, and two threads equal images. What learns differs most: its roundings end
-# elsewhere, as they do with another calibration seed. Temporal errors, which have no interval, were equal everywhere.
+# elsewhere, as they do with another calibration seed. Temporal errors, which have no interval, were equal everywhere;
+# on another processor (Intel Xeon with AMX, records of AMD EPYC) TFMQ-DM's was 1.3 % off.
 OF_INTERVAL = 2.0
-OF_VALUE = 0.01
+OF_VALUE = 0.02
 
 Verdict = Literal["identical", "agrees", "differs", "no committed record"]
 
@@ -37,7 +38,7 @@ Verdict = Literal["identical", "agrees", "differs", "no committed record"]
 class Agreement:
     """How a record compares with the committed one, with a line for each thing that differs by more than is allowed.
 
-    ``largest`` is the largest difference of a metric in half widths of its committed interval.
+    ``largest`` is the largest difference of a metric, as a share of what is allowed.
     """
 
     verdict: Verdict
@@ -49,7 +50,7 @@ class Agreement:
         """The verdict in a few words."""
         if self.verdict != "agrees":
             return self.verdict
-        return f"agrees, {self.largest:.2g} of {OF_INTERVAL:g} half widths"
+        return f"agrees, {self.largest:.2g} of what is allowed"
 
 
 def compare(committed: Record | None, remade: Record) -> Agreement:
@@ -134,5 +135,5 @@ def allowed(value: Value) -> float:
 def _share(mine: Value, yours: Value | None) -> float:
     if yours is None or mine.value == yours.value:
         return 0.0
-    width = (mine.high - mine.low) / 2
-    return abs(mine.value - yours.value) / width if width else math.inf
+    most = allowed(mine)
+    return abs(mine.value - yours.value) / most if most else math.inf

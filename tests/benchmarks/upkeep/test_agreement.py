@@ -48,7 +48,7 @@ def test_elsewhere_a_metric_may_differ_by_a_part_of_its_interval(committed):
     assert most == pytest.approx(OF_INTERVAL * 0.01)
     inside, outside = (moved(committed, share * most, environment=ELSEWHERE) for share in (0.9, 1.1))
     assert compare(committed, inside).verdict == "agrees"
-    assert compare(committed, inside).text == "agrees, 1.8 of 2 half widths"
+    assert compare(committed, inside).text == "agrees, 0.9 of what is allowed"
     found = compare(committed, outside)
     assert found.verdict == "differs" and found.lines[0].startswith("kid_fp: committed 0.02 (n 512), this run 0.0")
 
