@@ -26,8 +26,8 @@ PLACE = ("system", "cpu", "gpu", "cuda", "python", "versions")
 #   batches of 32            0.01             0.51               0.99       1.35
 #
 # Versions 2.11 to 2.13 give equal numbers, and two threads equal images. What learns differs most: its roundings end
-# elsewhere, as they do with another calibration seed. Temporal errors, which have no interval, were equal everywhere; on
-# another processor (Intel Xeon with AMX, records of AMD EPYC) TFMQ-DM's was 1.3 % off.
+# elsewhere, as they do with another calibration seed. Temporal errors, which have no interval, were equal everywhere;
+# on another processor (Intel Xeon with AMX, records of AMD EPYC) TFMQ-DM's was 1.3 % off.
 OF_INTERVAL = 2.0
 OF_VALUE = 0.02
 
