@@ -12,17 +12,11 @@ from torch import Tensor
 from tfmq.network.backbone import Backbone, Network, backbone_of
 from tfmq.network.calibration import CalibrationRows, CalibrationSet
 from tfmq.passes import Recipe
-from tfmq.plan import (
-    SHARED,
-    Protocol,
-    amended_plan,
-    check_finished,
-    check_unquantized,
-    coverage,
-    insert_quantizers,
-)
+from tfmq.plan import SHARED, Protocol, amended_plan, check_unquantized, insert_quantizers
 from tfmq.precision import FULL, Precision
+from tfmq.pretrained import attach
 from tfmq.session import QuantizationReport, Session
+from tfmq.state import check_finished, check_unchanged
 from tfmq.workspace import Workspace
 
 # What a network takes besides latents and time steps, and how many dimensions that has.
@@ -78,7 +72,8 @@ def quantize_(
             with session.running(step, rows):
                 step.run(session, None if rows is None else rows.to(network.device))
         check_finished(network)
-    session.report.coverage = coverage(network)
+    attach(network)
+    session.report.network = network
     return session.report
 
 
@@ -89,6 +84,7 @@ def check_arguments(network: Network, precision: Precision, workspace: Workspace
     if precision.weight_bits == FULL:
         raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
     check_unquantized(network)
+    check_unchanged(network)
     for name, parameter in network.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")

@@ -25,9 +25,11 @@ class QuantizedAttention(nn.Module):
     Attributes:
         most_bytes: where the probabilities of a batch take more, its images are evaluated some at a time, and once more
             for gradients. (64x64 latents in 8 heads take 0.5 GiB an image.) Ranges by search need them all at once.
+        most_images: that are evaluated at a time, whatever they take; None for no such bound. Attention slicing sets it.
     """
 
     most_bytes = 2**30
+    most_images: int | None = None
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class QuantizedAttention(nn.Module):
         """Both products, all (images * heads, tokens, channels): of all images at once, or some after the other."""
         images = len(query) // attn.heads
         at_once = max(1, self.most_bytes // (attn.heads * query.shape[1] * key.shape[1] * query.element_size()))
+        at_once = min(at_once, self.most_images or at_once)
         observer = getattr(self.probabilities, "observer", None)
         if images <= at_once or type(observer) not in (NoneType, RangeObserver):
             return self._of_images(attn, query, key, value, mask, slice(None))

@@ -27,8 +27,8 @@ from tfmq.network.backbone import Network
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import Conditioning, CorrectedScheduler, predict_noise
 from tfmq.passes import Cost, Memory, Pass
-from tfmq.plan import check_finished
 from tfmq.settings import check_counts
+from tfmq.state import check_finished
 
 if TYPE_CHECKING:
     from tfmq.session import Session

@@ -1,0 +1,48 @@
+"""Changes of a quantised network that are refused when it is evaluated next, or loaded into."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tfmq.modules.layers import QuantizedLayer
+
+
+def guard(network: nn.Module) -> None:
+    """Let ``network``, whose layers are quantised, refuse fused adapters and weights without codes."""
+    network.register_forward_pre_hook(refuse_fused_adapters)
+    network.register_load_state_dict_pre_hook(refuse_plain_weights)
+
+
+def adapted(network: nn.Module) -> dict[str, nn.Module]:
+    """The modules that an adapter has put around a layer (peft's tuner layers), by the path of that layer."""
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module._modules.get("base_layer"), nn.Module)
+    }
+
+
+def refuse_fused_adapters(network: nn.Module, inputs: tuple) -> None:
+    """Raise ValueError if an adapter was fused into quantised weights: a forward pre-hook of a quantised network."""
+    if "peft_config" not in vars(network):
+        return
+    for path, adapter in adapted(network).items():
+        if getattr(adapter, "merged", False) and isinstance(adapter.base_layer, QuantizedLayer):
+            raise ValueError(
+                f"a LoRA is fused into {path}, whose weight is quantised: call unfuse_lora and tfmq.restore_weights, and "
+                "use it attached; or fuse it into the full-precision network and quantise that"
+            )
+
+
+def refuse_plain_weights(network: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Raise ValueError for a state that gives a quantised layer a weight without codes, before any of it is loaded.
+
+    A load_state_dict pre-hook of a quantised network.
+    """
+    for path, layer in network.named_modules():
+        name = f"{prefix}{path}"
+        if isinstance(layer, QuantizedLayer) and f"{name}.weight" in state and f"{name}.codes" not in state:
+            raise ValueError(
+                f"the state has a weight for {path}, which is quantised, and no codes: load it into the full-precision "
+                "network and quantise that"
+            )
