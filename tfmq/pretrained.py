@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import diffusers
 import torch
@@ -35,13 +35,13 @@ FORMAT = "tfmq-quantized-3"
 PARTS = ("plan", "steps", "cache", "step_bits", "correction")
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """What diffusers calls this library's quantisation."""
 
     TFMQ = "tfmq"
 
 
-def stored_form(network: Network) -> tuple[dict[str, object], dict[str, Tensor]]:
+def stored_form(network: Network) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `describe` finds of a quantised network, and its tensors as files hold them.
 
     Raises ValueError for a network that could not be loaded as it is: half quantised, changed since, or with NaN.
@@ -72,7 +72,7 @@ def plain_config(network: Network) -> str:
     return json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def describe(network: Network) -> dict[str, object]:
+def describe(network: Network) -> dict[str, Any]:
     """How a quantised network differs from one of its config, as JSON can hold it; `rebuild` reads it."""
     correction = correction_of(network)
     return {
@@ -84,8 +84,8 @@ def describe(network: Network) -> dict[str, object]:
     }
 
 
-def rebuild(network: Network, described: Mapping[str, object]) -> None:
-    """Give ``network``, just made from its config, the structure that `describe` found, in place; its tensors come after."""
+def rebuild(network: Network, described: Mapping[str, Any]) -> None:
+    """Give ``network``, just made from its config, the structure that `describe` found, in place, without tensors."""
     plan = described["plan"]
     layers = {name: LayerPlan(**{**layer, "splits": tuple(layer["splits"])}) for name, layer in plan["layers"].items()}
     attentions = {name: AttentionPlan(**attention) for name, attention in plan["attentions"].items()}
@@ -109,7 +109,7 @@ class Config(QuantizationConfigMixin):
 
     quant_method = Method.TFMQ
 
-    def __init__(self, network: Network | None = None, stored: Mapping[str, object] | None = None) -> None:
+    def __init__(self, network: Network | None = None, stored: Mapping[str, Any] | None = None) -> None:
         self.network = network
         self.stored = dict(stored or {})
 
@@ -157,7 +157,7 @@ class Quantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Whether it can be saved. Raises ValueError, before a folder is made, for a network that can not, saying why."""
+        """Whether it can be saved. Raises ValueError, before a folder is made, for a network that can not."""
         if self.quantization_config.network is not None:
             stored_form(self.quantization_config.network)
         return True
@@ -213,7 +213,7 @@ class Quantizer(DiffusersQuantizer):
         self._loading, self._stored, self._expected = None, {}, set()
         if config.stored["tensors_sha256"] != tensors_hash(stored):
             raise ValueError(
-                "the folder is damaged, its tensors are not what the hash in its config.json says: fetch or save it again"
+                "the folder is damaged, its tensors are not what the hash in config.json says: fetch or save it again"
             )
         restore(network, stored, "the folder", assign=True)
         if any(parameter.dtype != self._dtype for parameter in network.parameters()):

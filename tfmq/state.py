@@ -1,7 +1,7 @@
 """What a quantised network is at this moment: read off its layers, never remembered.
 
-Later calls can change a network: a LoRA is attached or fused, a layer replaced, a weight assigned. So coverage, the plan
-that a checkpoint stores and the checks before saving are all read here, from the network as it is.
+Later calls can change a network: a LoRA is attached or fused, a layer replaced, a weight assigned. So coverage, the
+plan that a checkpoint stores and the checks before saving are all read here, from the network as it is.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check_unchanged(network: Network) -> None:
                 raise ValueError(f"the projections of {path} are fused: call unfuse_qkv_projections before quantising")
             if name not in PROCESSORS:
                 raise ValueError(
-                    f"{path} has the attention processor {name}, whose arithmetic quantised attention would not follow: "
+                    f"{path} has the attention processor {name}, whose arithmetic quantised attention would lose: "
                     "unload the IP-Adapter, or call set_default_attn_processor, before quantising"
                 )
     if has_freeu(network):
@@ -84,13 +84,13 @@ def check_storable(network: Network) -> None:
     for path in adapted(network):
         raise ValueError(
             f"{path} carries an adapter (LoRA), which a quantised checkpoint does not hold: save it by itself "
-            "(save_lora_adapter), call unload_lora (of a pipeline, unload_lora_weights), and load it again after loading"
+            "(save_lora_adapter), call unload_lora (of a pipeline, unload_lora_weights), and load it again afterwards"
         )
     for path, layer in quantized_layers(network).items():
         if layer.codes is not None and not layer.consistent:
             raise ValueError(
-                f"{path}: {CHANGED}. Call tfmq.restore_weights to have the quantised weights again; to keep the change, "
-                "make it on the full-precision network and quantise that"
+                f"{path}: {CHANGED}. Call tfmq.restore_weights to have the quantised weights again; to keep the "
+                "change, make it on the full-precision network and quantise that"
             )
     if has_freeu(network):
         raise ValueError("FreeU is on, which is not stored: call disable_freeu, save, and switch it on after loading")
@@ -148,7 +148,7 @@ def _rows(network: Network) -> Iterator[Coverage]:
             own = path.removesuffix(BASE) == around
             path, later = (around, later) if own else (path, f"it belongs to an adapter of {around}")
         reason = network.full_precision_reasons.get(path, "")
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedLayer) and module.weight_bits != FULL:
             yield _of_layer(path, module, reason)
         elif isinstance(module, nn.Conv2d | nn.Linear):
             kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"

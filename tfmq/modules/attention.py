@@ -25,7 +25,7 @@ class QuantizedAttention(nn.Module):
     Attributes:
         most_bytes: where the probabilities of a batch take more, its images are evaluated some at a time, and once more
             for gradients. (64x64 latents in 8 heads take 0.5 GiB an image.) Ranges by search need them all at once.
-        most_images: that are evaluated at a time, whatever they take; None for no such bound. Attention slicing sets it.
+        most_images: evaluated at a time, whatever they take; None for no such bound. Attention slicing sets it.
     """
 
     most_bytes = 2**30

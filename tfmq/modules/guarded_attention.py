@@ -1,4 +1,4 @@
-"""Attention modules of a quantised network: what would drop quantised products, or go past quantised layers, is refused."""
+"""Attention modules of a quantised network, which refuse what would drop quantised products or layers."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class GuardedAttention(Attention):
     def set_use_memory_efficient_attention_xformers(
         self, use_memory_efficient_attention_xformers: bool, attention_op: Callable | None = None
     ) -> None:
-        """See `Attention`. Raises ValueError where quantised products would be lost; switching it off changes nothing."""
+        """See `Attention`. Raises ValueError where quantised products would be lost; off changes nothing."""
         if not self.has_quantized_products:
             super().set_use_memory_efficient_attention_xformers(use_memory_efficient_attention_xformers, attention_op)
         elif use_memory_efficient_attention_xformers:
             self._refuse("memory-efficient attention of xformers")
 
     def set_use_npu_flash_attention(self, use_npu_flash_attention: bool) -> None:
-        """See `Attention`. Raises ValueError where quantised products would be lost; switching it off changes nothing."""
+        """See `Attention`. Raises ValueError where quantised products would be lost; off changes nothing."""
         if not self.has_quantized_products:
             super().set_use_npu_flash_attention(use_npu_flash_attention)
         elif use_npu_flash_attention:
@@ -70,7 +70,7 @@ class GuardedAttention(Attention):
         partition_spec: tuple[str | None, ...] | None = None,
         is_flux: bool = False,
     ) -> None:
-        """See `Attention`. Raises ValueError where quantised products would be lost; switching it off changes nothing."""
+        """See `Attention`. Raises ValueError where quantised products would be lost; off changes nothing."""
         if not self.has_quantized_products:
             super().set_use_xla_flash_attention(use_xla_flash_attention, partition_spec, is_flux)
         elif use_xla_flash_attention:
@@ -88,6 +88,6 @@ class GuardedAttention(Attention):
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(
             f"{what} would undo quantisation: the products of this attention are quantised, and only a "
-            "QuantizedAttention computes them. To save memory, call enable_attention_slicing; to use another processor, "
-            "start from the full-precision network and leave attention products out by the protocol"
+            "QuantizedAttention computes them. To save memory, call enable_attention_slicing; to use another "
+            "processor, start from the full-precision network and leave attention products out by the protocol"
         )
