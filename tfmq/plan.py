@@ -171,6 +171,7 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
     tracker.watch(network)
     network.step_tracker = tracker
     network.full_precision_reasons = dict(plan.reasons)
+    device = network.device
     for path, layer in plan.layers.items():
         original = network.get_submodule(path)
         swapped = quantized_layer(
@@ -183,7 +184,7 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
             layer.dynamic,
             layer.rank,
         )
-        network.set_submodule(path, swapped)
+        network.set_submodule(path, swapped.to(device))
     for path, module in [*network.named_modules()]:
         if isinstance(module, Attention):
             network.set_submodule(path, GuardedAttention.of(module))
@@ -191,11 +192,10 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
         processor = QuantizedAttention(
             attention.activation_bits, attention.softmax_bits, tracker, attention.symmetric, attention.dynamic
         )
-        network.get_submodule(path).set_processor(processor)
+        network.get_submodule(path).set_processor(processor.to(device))
     for path, quantizer in activation_quantizers(network).items():
         quantizer.path = path
-    guard(network)
-    network.to(network.device)
+    guard(network, tracker)
     return tracker
 
 

@@ -1,4 +1,4 @@
-"""Later calls on a quantised network: each is carried on, or refused with the way out, and coverage tells what is so."""
+"""Later calls on a quantised network are carried on, or refused with the way out, and coverage tells what is so."""
 
 from __future__ import annotations
 

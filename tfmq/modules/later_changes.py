@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from tfmq.modules.fake_quantize import StepTracker
 from tfmq.modules.layers import QuantizedLayer
 
 
-def guard(network: nn.Module) -> None:
+def guard(network: nn.Module, tracker: StepTracker) -> None:
     """Let ``network``, whose layers are quantised, refuse what its quantisation would be lost by.
 
     That is tracing that fixes the time step, fused adapters, and weights without codes.
     """
-    network.register_forward_pre_hook(check_traced, prepend=True, with_kwargs=True)
+    network.register_forward_pre_hook(partial(check_traced, tracker), prepend=True, with_kwargs=True)
     network.register_forward_pre_hook(refuse_fused_adapters)
     network.register_load_state_dict_pre_hook(refuse_plain_weights)
 
 
-def check_traced(network: nn.Module, inputs: tuple, named: dict) -> None:
-    """Raise ValueError where ``torch.export`` would have to follow a time step that Python looks up; a forward pre-hook.
+def check_traced(tracker: StepTracker, network: nn.Module, inputs: tuple, named: dict) -> None:
+    """Raise ValueError where ``torch.export`` would have to follow a time step that is looked up: a forward pre-hook.
 
     ``torch.compile`` looks it up between two graphs; with ``fullgraph=True`` it refuses, with the message given here.
     """
-    tables = len(network.step_tracker.steps) > 0
+    tables = len(tracker.steps) > 0
     if torch.compiler.is_exporting():
         timestep = named["timestep"] if "timestep" in named else inputs[1]
         if tables or (isinstance(timestep, torch.Tensor) and not torch.compiler.is_dynamo_compiling()):
