@@ -5,10 +5,20 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    LDMPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
@@ -299,6 +309,16 @@ def test_the_pipelines_slicing_is_carried(tmp_path):
     pipeline.enable_attention_slicing()
     assert pipeline(**draw, generator=torch.Generator().manual_seed(4)).images == pytest.approx(expected, abs=1e-5)
     assert coverage(unet) == coverage(pipeline.unet) and not any(row.reason for row in coverage(unet))
+
+
+def test_the_page_tells_of_every_public_call():
+    page = (Path(__file__).parents[2] / "docs" / "later_calls.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"[`.]([a-z]\w+)`", page))
+    networks_ = (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)
+    pipelines = (LDMPipeline, StableDiffusionPipeline, DiTPipeline, DDIMPipeline)
+    for kind in (*networks_, *pipelines):
+        names = {name for name in dir(kind) if not name.startswith("_")} - set(dir(nn.Module))
+        assert names <= told, f"docs/later_calls.md does not say what becomes of {sorted(names - told)}"
 
 
 def test_compiled_networks_look_their_time_step_up():
