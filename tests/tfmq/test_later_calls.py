@@ -111,6 +111,7 @@ REFUSED = {
         lambda unet: unet.set_attn_processor(IPAdapterAttnProcessor2_0(hidden_size=16, cross_attention_dim=12)),
         UNDONE,
     ),
+    "IP-Adapter": (lambda unet: unet._load_ip_adapter_weights([]), "IP-Adapter would undo quantisation"),
     "default processor": (lambda unet: unet.set_default_attn_processor(), "QuantizedAttention"),
     "xformers": (lambda unet: unet.enable_xformers_memory_efficient_attention(), UNDONE),
     "npu attention": (lambda unet: unet.enable_npu_flash_attention(), UNDONE),

@@ -33,13 +33,18 @@ class QuantizedAttention(nn.Module):
 
     def __init__(
         self,
-        activation_bits: int,
-        softmax_bits: int,
-        tracker: StepTracker,
+        activation_bits: int = 0,
+        softmax_bits: int = 0,
+        tracker: StepTracker | None = None,
         symmetric: bool = False,
         dynamic: bool = False,
     ) -> None:
         super().__init__()
+        if tracker is None:  # an IP-Adapter makes processors of the class that it finds
+            raise ValueError(
+                "a processor of quantised attention belongs to one attention, and none is made anew: an IP-Adapter "
+                "would undo quantisation, and cannot be loaded into a quantised network"
+            )
         self.tracker = tracker
         self.symmetric = symmetric
         self.dynamic = dynamic
