@@ -49,15 +49,16 @@ _HOMES = {
     "collect_calibration": "network.calibration",
     "corrected_scheduler": "passes.correction",
     "correction_of": "passes.correction",
-    "coverage": "plan",
+    "coverage": "state",
     "load_quantized": "checkpoint",
     "plan_cost": "cost",
     "quantize_": "quantization",
     "read_metadata": "checkpoint",
-    "restore_attention_heads": "network.unet",
+    "restore_attention_heads": "network.attention_heads",
+    "restore_weights": "state",
     "sample": "network.sampling",
     "save_quantized": "checkpoint",
-    "set_attention_heads": "network.unet",
+    "set_attention_heads": "network.attention_heads",
 }
 
 __all__ = list(_HOMES)

@@ -10,8 +10,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from tfmq.modules.attention import QuantizedAttention
-from tfmq.modules.cache import CachedProjection
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
+from tfmq.modules.guarded_attention import GuardedAttention
+from tfmq.modules.later_changes import guard
 from tfmq.modules.layers import QuantizedLayer, quantized_layer
 from tfmq.network.backbone import Backbone, Network, refuse_unknown
 from tfmq.precision import FULL, Precision
@@ -171,6 +172,7 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
     network.register_forward_pre_hook(refuse_unknown, with_kwargs=True)
     network.step_tracker = tracker
     network.full_precision_reasons = dict(plan.reasons)
+    device = network.device
     for path, layer in plan.layers.items():
         original = network.get_submodule(path)
         swapped = quantized_layer(
@@ -183,15 +185,18 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
             layer.dynamic,
             layer.rank,
         )
-        network.set_submodule(path, swapped)
+        network.set_submodule(path, swapped.to(device))
+    for path, module in [*network.named_modules()]:
+        if isinstance(module, Attention):
+            network.set_submodule(path, GuardedAttention.of(module))
     for path, attention in plan.attentions.items():
         processor = QuantizedAttention(
             attention.activation_bits, attention.softmax_bits, tracker, attention.symmetric, attention.dynamic
         )
-        network.get_submodule(path).set_processor(processor)
+        network.get_submodule(path).set_processor(processor.to(device))
     for path, quantizer in activation_quantizers(network).items():
         quantizer.path = path
-    network.to(network.device)
+    guard(network, tracker)
     return tracker
 
 
@@ -199,32 +204,6 @@ def check_unquantized(network: Network) -> None:
     """Raise ValueError for a network that holds quantised layers."""
     if quantized_layers(network):
         raise ValueError("the network is quantised already: start from the full-precision one")
-
-
-def check_quantized(network: Network) -> None:
-    """Raise ValueError for a network that holds no quantised layers."""
-    if not quantized_layers(network):
-        raise ValueError("the network is not quantised: call quantize_ first")
-
-
-def check_finished(network: Network, before: str = "") -> None:
-    """Raise ValueError naming the first layer or activation that a recipe has left unquantised.
-
-    ``before`` is the pass that needs a quantised network, if it is one that asks.
-    """
-    where = f" before the pass {before}" if before else ""
-    for path, layer in quantized_layers(network).items():
-        if layer.codes is None:
-            raise ValueError(
-                f"the recipe leaves the weight of {path} unrounded{where}: add RoundToNearest after what learns"
-            )
-        if not layer.consistent:
-            raise ValueError(
-                f"the weight of {path} was changed after it was rounded: let that pass come before rounding"
-            )
-    for path, quantizer in activation_quantizers(network).items():
-        if not quantizer.enabled:
-            raise ValueError(f"the recipe gives the activation at {path} no range{where}: add ActivationRanges")
 
 
 def announce_step(network: Network, timesteps: Tensor) -> None:
@@ -242,51 +221,3 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
 def activation_quantizers(module: nn.Module) -> dict[str, FakeQuantize]:
     """The activation quantisers inside ``module``, by path."""
     return {path: part for path, part in module.named_modules() if isinstance(part, FakeQuantize)}
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How one Conv2d, Linear or attention product is treated.
-
-    Attributes:
-        path: of the module.
-        kind: ``conv2d``, ``linear``, ``lookup table``, or which product.
-        weight_bits, activation_bits: 32 where not quantised; a product of two activations has no weights.
-        reason: why weights or activations are not quantised, or an empty text.
-    """
-
-    path: str
-    kind: str
-    weight_bits: int
-    activation_bits: int
-    reason: str = ""
-
-
-def coverage(network: Network) -> list[Coverage]:
-    """Every Conv2d, Linear and attention product of the network with its bits, or the reason it is not quantised.
-
-    Raises ValueError if ``network`` is not quantised.
-    """
-    check_quantized(network)
-    rows = []
-    for path, module in network.named_modules():
-        reason = network.full_precision_reasons.get(path, "")
-        if isinstance(module, QuantizedLayer):
-            kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
-            if FULL in (module.weight_bits, module.activation_bits):
-                reason = reason or "the precision leaves this side in full precision"
-            rows.append(Coverage(path, kind, module.weight_bits, module.activation_bits, reason))
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            rows.append(Coverage(path, type(module).__name__.lower(), FULL, FULL, reason))
-        elif isinstance(module, CachedProjection):
-            reason = "the precision leaves activations in full precision" if module.bits == FULL else ""
-            rows.append(Coverage(path, "lookup table", module.bits, module.bits, reason))
-        elif isinstance(module, Attention):
-            processor = module.processor
-            quantized = isinstance(processor, QuantizedAttention)
-            for product, bits in (
-                ("query-key product", processor.query.bits if quantized else FULL),
-                ("probability-value product", processor.probabilities.bits if quantized else FULL),
-            ):
-                rows.append(Coverage(path, product, FULL, bits, reason))
-    return rows

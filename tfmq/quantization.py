@@ -14,18 +14,11 @@ from tfmq.network.calibration import CalibrationSet
 from tfmq.network.number_types import cast_back, in_float32, number_type, pool_in_float32
 from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Recipe
-from tfmq.plan import (
-    SHARED,
-    Protocol,
-    amended_plan,
-    check_finished,
-    check_unquantized,
-    coverage,
-    insert_quantizers,
-    quantized_layers,
-)
+from tfmq.plan import SHARED, Protocol, amended_plan, check_unquantized, insert_quantizers, quantized_layers
 from tfmq.precision import FULL, Precision
+from tfmq.pretrained import attach
 from tfmq.session import QuantizationReport, Session
+from tfmq.state import check_finished, check_unchanged
 from tfmq.workspace import Workspace
 
 # What a network takes besides latents and time steps, and how many dimensions that has.
@@ -89,7 +82,8 @@ def quantize_(
         check_finished(network)
         if full is not given:
             cast_back(network, given, {f"{path}.weight" for path in quantized_layers(network)})
-    session.report.coverage = coverage(network)
+        attach(network)
+    session.report.network = network
     return session.report
 
 
@@ -101,6 +95,7 @@ def check_arguments(network: Network, precision: Precision, workspace: Workspace
         raise ValueError(f"precision {precision} leaves the weights in full precision: there is nothing to quantise")
     check_unquantized(network)
     number_type(network)
+    check_unchanged(network)
     for name, parameter in network.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")

@@ -22,8 +22,9 @@ from tfmq.network.backbone import Backbone, Network
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Pass
-from tfmq.plan import Coverage, Protocol, QuantizationPlan
+from tfmq.plan import Protocol, QuantizationPlan
 from tfmq.precision import Precision
+from tfmq.state import Coverage, coverage
 from tfmq.workspace import Workspace
 
 GENERATOR, SECONDS, STEPS = "generator", "seconds", "optimizer_steps"
@@ -51,13 +52,18 @@ class QuantizationReport:
 
     Attributes:
         passes: what each has spent, in order.
-        coverage: how every layer is treated.
         details: what passes tell of their own choices, as JSON can hold it.
+        network: that was quantised, once it is.
     """
 
     passes: list[Spent] = field(default_factory=list)
-    coverage: list[Coverage] = field(default_factory=list)
     details: dict[str, object] = field(default_factory=dict)
+    network: Network | None = field(default=None, repr=False)
+
+    @property
+    def coverage(self) -> list[Coverage]:
+        """How every layer of the network is treated at this moment; see `tfmq.state.coverage`."""
+        return [] if self.network is None else coverage(self.network)
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -23,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.datasets import Images
+from benchmarks.datasets._pixels import UnsuitedImage, rgb
+from benchmarks.runtime.text import read_lines
 
 # A text file in a data set's folder that lists the images to use, a name a line, instead of all in the order of names.
 LIST = "images.txt"
@@ -40,7 +42,8 @@ class Original:
 
     ``names`` matches the name of a file, ``formats`` are the encodings that PIL may find in it, whatever its name.
     ``side`` is both sides of every image in pixels, or None where sizes differ; ``shorter`` the shorter side that
-    images have as a rule, or None. ``advice`` ends the messages: where the originals come from.
+    images have as a rule, or None. ``as_stored`` as in `rgb`. ``advice`` ends the messages: where the originals come
+    from.
     """
 
     names: str
@@ -48,6 +51,7 @@ class Original:
     advice: str
     side: int | None = None
     shorter: int | None = None
+    as_stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def listed(listing: Path) -> list[str]:
     Raises ValueError for one that is given twice.
     """
     names: dict[str, None] = {}
-    for line in filter(None, map(str.strip, listing.read_text(encoding="utf-8").splitlines())):
+    for line in filter(None, map(str.strip, read_lines(listing))):
         name = PurePosixPath(line).stem
         if name in names:
             raise ValueError(f"{listing} lists {name} twice: remove one of them")
@@ -128,7 +132,9 @@ def images(files: Files, original: Original, resolution: int, resize: Resize) ->
         name = files.names[index]
         with _opened(files, name, original) as image:
             try:
-                pixels = image.convert("RGB")
+                pixels = rgb(image, files.path / name, original.as_stored)
+            except UnsuitedImage:
+                raise
             except UNREADABLE as error:
                 raise _unreadable(files, name, error, original) from None
         return torch.from_numpy(np.array(resize(pixels, resolution))).permute(2, 0, 1)

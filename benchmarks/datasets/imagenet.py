@@ -9,6 +9,7 @@ class comes first, then the second of each, and so on: the first 50,000 are 50 o
 
 Each image: RGB (some files are CMYK or greyscale, one is a PNG), both sides halved by averaging while the shorter is at
 least twice the resolution, PIL's bicubic to a shorter side of the resolution, and the centre square.
+Some are photographs that their EXIF data turn; ADM's loader leaves them as they are stored.
 """
 
 from collections import defaultdict
@@ -25,6 +26,7 @@ ORIGINAL = Original(
     names=rf"(n\d{{8}}_\d+|{VALIDATION}\d{{8}})\.JPEG",
     formats=("JPEG", "MPO", "PNG"),
     advice="use the training or the validation images of ILSVRC 2012 as image-net.org gives them out",
+    as_stored=True,
 )
 
 

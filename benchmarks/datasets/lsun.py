@@ -12,6 +12,7 @@ training images.
 
 Each image: RGB, centre square as wide as the shorter side, PIL's bicubic to the resolution. Latent diffusion's loader
 flips half of the images at random while it trains; here none is, since a reference must not depend on chance.
+Transparency is dropped, as it does.
 """
 
 from pathlib import Path
@@ -27,6 +28,7 @@ ORIGINAL = Original(
     formats=("WEBP", "JPEG"),
     advice="use LSUN's own database, or its images as LSUN's script exports them, <40 hexadecimal digits>.webp",
     shorter=256,
+    as_stored=True,
 )
 
 

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel
 from benchmarks.models import Family, Model
 from benchmarks.models._latent import TINY_UNET, decoder, load_first_stage, tiny_scheduler, tiny_vq
 from benchmarks.runtime import manifest
-from tfmq.network.unet import restore_attention_heads
+from tfmq.network.attention_heads import restore_attention_heads
 
 # Diffusers warns that it does not know the entry of a config from which tfmq restores an attention's heads.
 logging.getLogger("diffusers.configuration_utils").addFilter(

@@ -18,11 +18,11 @@ from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
-from tfmq.checkpoint import packed_bytes
 from tfmq.cost import Planned, plan_cost
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import SamplingSettings
+from tfmq.packing import packed_bytes
 from tfmq.passes import Recipe
 from tfmq.plan import Protocol, amended_plan, insert_quantizers
 from tfmq.precision import Precision

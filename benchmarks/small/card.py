@@ -1,7 +1,6 @@
 """The data card: pictures, and the table of figures between the markers of README.md."""
 
 import hashlib
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+from benchmarks.runtime.text import read_json_lines
 
 BEGIN = "<!-- figures -->"
 END = "<!-- end of figures -->"
@@ -110,7 +111,7 @@ def table(figures: dict[str, float], logs: Path, folder: Path) -> str:
     for name in TRAININGS:
         if not (logs / f"{name}.jsonl").is_file():
             continue
-        last = json.loads((logs / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        last = read_json_lines(logs / f"{name}.jsonl")[-1]
         lines.append(f"| {name} | {last['iteration']:,} | {last['seconds'] / 60:.0f} |")
     lines += ["", "| File | Bytes | SHA-256 |", "|---|---:|---|"]
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, LDMPipeline, StableDiffusionPipeline
 
+from benchmarks.runtime.text import read_lines
 from benchmarks.small import card, data, export, guidance, measure
 from benchmarks.small.folders import FIGURES, HERE, LOGS, PROMPTS, PUBLISHED, made
 from benchmarks.small.settings import Settings
@@ -22,7 +23,7 @@ def run_measure(settings: Settings) -> None:
     figures |= measure.measure_transformer(load_pipeline(DiTPipeline, "emoji-dit"), reference, FIGURES)
     figures |= measure.measure_kl(unconditional["emoji-ldm8"], images, reference.held_out, FIGURES)
     text, clip_folder = load_pipeline(StableDiffusionPipeline, "emoji-text"), PUBLISHED / "emoji-clip"
-    names = (PROMPTS / "emoji-text" / "evaluation.txt").read_text(encoding="utf-8").splitlines()
+    names = read_lines(PROMPTS / "emoji-text" / "evaluation.txt")
     figures |= measure.measure_text_to_image(text, clip_folder, images, reference.rows, names, FIGURES)
     export.write_json(figures, LOGS / "figures.json")
     suite = params.load(HERE.parent.parent / "params.yaml")

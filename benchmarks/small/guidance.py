@@ -20,6 +20,7 @@ import baselines
 from benchmarks.models import Model
 from benchmarks.report.figures import png, sample_grid
 from benchmarks.runtime import files, manifest
+from benchmarks.runtime.text import read_json_lines
 from benchmarks.stages._setup import batches, conditioning_of, draw_noise, load_model, prompts_of, sampling_settings
 from benchmarks.suite.discover import method
 from benchmarks.suite.params import Task
@@ -81,8 +82,7 @@ def measure(task: Task, judge: Judge, path: Path) -> list[Row]:
 
 def read(path: Path) -> list[Row]:
     """The rows of a file that `measure` writes, none where it is missing."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [Row(**json.loads(line)) for line in lines]
+    return [Row(**row) for row in read_json_lines(path)] if path.is_file() else []
 
 
 # How a column of `table` is called and printed.

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from benchmarks.runtime.text import read_yaml
 from benchmarks.small.clip import ContrastiveConfig
 from benchmarks.small.diffusion import ConditionalConfig, DiffusionConfig
 from benchmarks.small.first_stage import FirstStageConfig
@@ -43,4 +42,4 @@ class Settings:
 
 def load(path: Path) -> Settings:
     """Read a settings file; a ValueError names what is unknown, missing or of another type."""
-    return read(Settings, yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
+    return read(Settings, read_yaml(path), path.name)

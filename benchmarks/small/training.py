@@ -141,9 +141,9 @@ def load_checkpoint(path: Path) -> dict[str, object]:
 
 
 def start_log(path: Path, iteration: int) -> None:
-    """Drop the lines of a log that a resumed run will write again."""
+    """Drop the lines of a log that a resumed run will write again, and a last one that was half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     kept = [line for line in lines if json.loads(line)["iteration"] <= iteration] if iteration else []
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

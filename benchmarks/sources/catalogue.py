@@ -7,9 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from benchmarks.runtime import manifest
+from benchmarks.runtime.text import read_yaml
 from benchmarks.sources import archive
 from benchmarks.sources.archive import Mismatch
 from benchmarks.suite import discover
@@ -72,10 +71,7 @@ def load(path: Path) -> dict[str, Source]:
     """Read the sources from a YAML file; raises ValueError if it is missing or no YAML, and as `parse` does."""
     if not path.is_file():
         raise ValueError(f"there is no {path} in {Path.cwd()}: only the paper suite downloads; give --suite paper")
-    try:
-        return parse(yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(read_yaml(path), path.name)
 
 
 def find(sources: dict[str, Source], name: str) -> Source:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.runtime.files import write_text
+from benchmarks.runtime.text import read_lines
 from benchmarks.sources import disk
 from benchmarks.sources.archive import Mismatch, extract_member
 
@@ -43,7 +44,7 @@ def read_ids(path: Path) -> list[int]:
     if not path.is_file():
         raise ValueError(f"there is no list of captions {path}: restore it from git")
     ids: dict[int, None] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not (line.isascii() and line.isdigit()):
             raise ValueError(f"{path}: line {number} is {line!r}, but must be a caption id: restore the list from git")
         if int(line) in ids:

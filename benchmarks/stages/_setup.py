@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import Model
+from benchmarks.runtime.text import read_lines
 from benchmarks.suite import discover
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
@@ -120,7 +121,7 @@ def prompts_of(task: Task, purpose: str, images: range, seed: int = 0) -> list[s
     ValueError if the list is missing or empty.
     """
     path = prompt_file(task, purpose)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_lines(path) if path.is_file() else []
     if not lines or not all(line.strip() for line in lines):
         raise ValueError(f"{path} is missing, empty or has an empty line: write one prompt a line")
     start = seed * task.calibration_images if purpose == "calibration" else 0

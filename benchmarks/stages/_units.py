@@ -22,10 +22,11 @@ from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Layer, Pass, Quantized
 from benchmarks.suite.params import Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
-from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
+from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.sampling import Step, predict_noise, sample
 from tfmq.numerics.steps import exact_steps, step_value
+from tfmq.packing import packed_bytes
 from tfmq.passes.correction import correction_of
 from tfmq.passes.temporal_cache import temporal_feature_error
 from tfmq.precision import Precision

@@ -30,8 +30,8 @@ from benchmarks.stages import convert, fetch, prompts, weights
 from benchmarks.stages._setup import SCHEDULERS, task_of
 from benchmarks.suite import discover, params
 from benchmarks.suite.params import Suite, Task
+from tfmq.network.attention_heads import set_attention_heads
 from tfmq.network.backbone import Network, backbone_of, evaluate
-from tfmq.network.unet import set_attention_heads
 
 COMMON = "downloads besides checkpoints"
 CONFIG = "config.json"

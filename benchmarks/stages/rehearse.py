@@ -25,11 +25,12 @@ from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
-from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
+from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.cost import plan_cost
 from tfmq.network.backbone import Network, evaluate, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import SamplingSettings
+from tfmq.packing import packed_bytes
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 from tfmq.workspace import Workspace

@@ -82,7 +82,7 @@ def _read(suite: Suite, cell: Cell) -> Record:
     path = files.record_file(cell)
     reason = "no record; run `dvc repro`"
     if path.is_file():
-        record = Record.from_json(path.read_text(encoding="utf-8"))
+        record = Record.load(path)
         if not record.metrics or (files.scores(cell).is_file() and _has_images(record)):
             return record
         reason = "its images or their scores are missing or newer than its record; run `dvc repro`"

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-import yaml
-
+from benchmarks.runtime.text import read_yaml
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.record import FULL_PRECISION, PROTOCOLS, SHARED, Cell
@@ -275,10 +274,7 @@ def load(path: Path) -> Suite:
     """Read the suite from a YAML file; raises ValueError if it is missing or no YAML, and as `parse` does."""
     if not path.is_file():
         raise ValueError(f"there is no {path} in {Path.cwd()}: run from the repository's root")
-    try:
-        return parse(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(read_yaml(path))
 
 
 def check_methods(suite: Suite) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.suite.discover import unknown
 from benchmarks.suite.fields import read
@@ -170,9 +171,20 @@ class Record:
         return json.dumps(ordered, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read the file of a record. Raises ValueError, naming it, as `from_json`."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
     def from_json(cls, text: str) -> Record:
         """Read what `to_json` wrote. Raises ValueError for unknown or missing fields, or another schema."""
-        fields = json.loads(text)
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the record is damaged or half-written ({error}): score the cell again") from None
         if isinstance(fields, dict) and fields.get("schema") != SCHEMA:
             raise ValueError(
                 f"the record has schema {fields.get('schema')!r}, this code reads {SCHEMA}: score the cell again"

@@ -71,7 +71,7 @@ class Screen:
 
     def show(self, cell: Cell, left: float) -> None:
         """Print a cell that is finished, and any table that has all its cells now."""
-        record = Record.from_json(files.record_file(cell).read_text(encoding="utf-8"))
+        record = Record.load(files.record_file(cell))
         committed = self.committed.get(cell)
         self.made[cell], self.agreements[cell] = record, compare(committed, record)
         self.done += 1

@@ -91,7 +91,7 @@ def problems(root: Path) -> list[str]:
         if not path.is_file():
             found.append(f"{path.relative_to(root)} is missing")
             continue
-        record = Record.from_json(path.read_text(encoding="utf-8"))
+        record = Record.load(path)
         if record.cell != cell:
             found.append(f"{path.relative_to(root)} is of {record.cell.name}")
         if record.status == "failed":

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from baselines import groupwise, nearest, svdquant
 from tests.tfmq import networks
-from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
+from tfmq.checkpoint import load_quantized, save_quantized
+from tfmq.packing import packed_bytes
 from tfmq.plan import quantized_layers
 from tfmq.precision import FULL, Precision
 from tfmq.quantization import quantize_

@@ -8,7 +8,8 @@ import diffusers
 import torch
 
 from tests import vectors
-from tfmq.network.unet import UNet, set_attention_heads
+from tfmq.network.attention_heads import set_attention_heads
+from tfmq.network.unet import UNet
 
 _FAMILIES = json.loads((vectors.folder("unets") / "unets.json").read_text(encoding="utf-8"))
 FAMILIES = tuple(_FAMILIES)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.tfmq import networks
 from tfmq import checkpoint
-from tfmq.checkpoint import load_quantized, pack, packed_bytes, read_metadata, save_quantized, unpack
+from tfmq.checkpoint import load_quantized, read_metadata, save_quantized
 from tfmq.network.backbone import full_precision_bytes
+from tfmq.packing import pack, packed_bytes, unpack
 
 
 @pytest.fixture

@@ -33,9 +33,10 @@ from tfmq.passes.low_rank import LowRankBranches
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.temporal_cache import TemporalCache
 from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
-from tfmq.plan import activation_quantizers, coverage, quantized_layers
+from tfmq.plan import activation_quantizers, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
+from tfmq.state import coverage
 
 HALVES = [torch.float16, torch.bfloat16]
 OTHERS = [*HALVES, torch.float64]

@@ -9,8 +9,9 @@ from tfmq.network.backbone import backbone_of
 from tfmq.passes.grids import Grids
 from tfmq.passes.reconstruction import RoundingConfig
 from tfmq.passes.temporal_cache import temporal_feature_error
-from tfmq.plan import Protocol, coverage, insert_quantizers, plan_for
+from tfmq.plan import Protocol, insert_quantizers, plan_for
 from tfmq.precision import Precision
+from tfmq.state import coverage
 
 
 def test_a_protocol_decides_what_is_quantised():

@@ -22,10 +22,11 @@ from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.step_sizes import StepSizes
 from tfmq.passes.temporal_cache import TemporalCache
 from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
-from tfmq.plan import Protocol, activation_quantizers, coverage, quantized_layers
+from tfmq.plan import Protocol, activation_quantizers, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 from tfmq.session import Session, Spent
+from tfmq.state import coverage
 
 ROUNDING = RoundingConfig(iterations=4, batch=8, learning_rate=1e-2)
 W4A8 = Precision.parse("w4a8")

@@ -25,19 +25,26 @@ class QuantizedAttention(nn.Module):
     Attributes:
         most_bytes: where the probabilities of a batch take more, its images are evaluated some at a time, and once more
             for gradients. (64x64 latents in 8 heads take 0.5 GiB an image.) Ranges by search need them all at once.
+        most_images: evaluated at a time, whatever they take; None for no such bound. Attention slicing sets it.
     """
 
     most_bytes = 2**30
+    most_images: int | None = None
 
     def __init__(
         self,
-        activation_bits: int,
-        softmax_bits: int,
-        tracker: StepTracker,
+        activation_bits: int = 0,
+        softmax_bits: int = 0,
+        tracker: StepTracker | None = None,
         symmetric: bool = False,
         dynamic: bool = False,
     ) -> None:
         super().__init__()
+        if tracker is None:  # an IP-Adapter makes processors of the class that it finds
+            raise ValueError(
+                "a processor of quantised attention belongs to one attention, and none is made anew: an IP-Adapter "
+                "would undo quantisation, and cannot be loaded into a quantised network"
+            )
         self.tracker = tracker
         self.symmetric = symmetric
         self.dynamic = dynamic
@@ -98,6 +105,7 @@ class QuantizedAttention(nn.Module):
         """Both products, all (images * heads, tokens, channels): of all images at once, or some after the other."""
         images, index = len(query) // attn.heads, self.tracker.index
         at_once = max(1, self.most_bytes // (attn.heads * query.shape[1] * key.shape[1] * query.element_size()))
+        at_once = min(at_once, self.most_images or at_once)
         observer = getattr(self.probabilities, "observer", None)
         if images <= at_once or type(observer) not in (NoneType, RangeObserver):
             return self._of_images(attn, query, key, value, mask, index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class QuantizedLayer(KeepsTypes):
     rank: int
     ranged: bool
     rounding: nn.Module | None
+    input_quantizer: nn.Module
     weight: Tensor  # a parameter; declared as in torch's own layers
     codes: Tensor | None
     weight_scale: Tensor
@@ -91,7 +92,7 @@ class QuantizedLayer(KeepsTypes):
             self.register_buffer("down", torch.zeros(rank, inputs, *kernel, dtype=torch.float16))
             self.register_buffer("up", torch.zeros(outputs, rank, *[1] * len(kernel), dtype=torch.float16))
         if activation_bits == FULL:
-            self.input_quantizer: nn.Module = nn.Identity()
+            self.input_quantizer = nn.Identity()
             return
         if dynamic:
             self.input_quantizer = DynamicQuantize(activation_bits, self.dynamic_dim, symmetric)
@@ -182,7 +183,30 @@ class QuantizedLayer(KeepsTypes):
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    """Conv2d whose weight and input are quantised."""
+    """Conv2d whose weight and input are quantised.
+
+    As a LoRA makes layers of the class that it is attached to, one that was not set up is a plain Conv2d.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Conv2d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device
+        )
+        self.rank, self.rounding, self.weight_bits, self.activation_bits = 0, None, FULL, FULL
+        self.register_buffer("codes", None)
+        self.input_quantizer = nn.Identity()
 
     @property
     def dynamic_dim(self) -> int | None:

@@ -29,8 +29,8 @@ from tfmq.network.calibration import CalibrationSet
 from tfmq.network.sampling import CorrectedScheduler, predict_noise
 from tfmq.numerics.steps import exact_steps, step_value
 from tfmq.passes import Cost, Memory, Pass
-from tfmq.plan import check_finished
 from tfmq.settings import check_counts
+from tfmq.state import check_finished
 
 if TYPE_CHECKING:
     from tfmq.session import Session
@@ -116,6 +116,11 @@ class NoiseCorrection(KeepsTypes):
         self.register_buffer("alphas", torch.ones(steps, dtype=torch.float64))
         self.register_buffer("previous_alphas", torch.ones(steps, dtype=torch.float64))
         self.register_buffer("predicts", None if predicts_noise else torch.ones(steps, 2, dtype=torch.float64))
+
+    @property
+    def arguments(self) -> list[int | bool]:
+        """What makes an empty one of its kind; that it predicts the noise goes without saying."""
+        return [*self.biases.shape, *(() if self.predicts is None else (False,))]
 
     def check_schedule(self, timesteps: Tensor) -> None:
         """Raise ValueError if a schedule's time steps, each counted once, are not those of the statistics."""

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from tfmq.modules.cache import CachedProjection, CachePlan, cached_projections, insert_cache
 from tfmq.network.backbone import Backbone, Network
 from tfmq.passes import Pass
-from tfmq.plan import QuantizationPlan, announce_step, check_finished
+from tfmq.plan import QuantizationPlan, announce_step
 from tfmq.session import Session
 from tfmq.settings import check_choices
+from tfmq.state import check_finished
 
 Caching = Literal["all", "projection", "step"]
 

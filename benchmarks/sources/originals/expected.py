@@ -17,7 +17,7 @@ from benchmarks.sources.originals import keys
 from benchmarks.sources.originals.architectures import ARCHITECTURES, Architecture, Settings, Size
 from benchmarks.sources.originals.keys import Source
 from benchmarks.sources.originals.torch_file import TorchFile
-from tfmq.network.unet import set_attention_heads
+from tfmq.network.attention_heads import set_attention_heads
 
 # Tensors under these names are the networks'. Others are the training's: schedules, losses, counts of the average.
 NETWORKS = ("model.", "first_stage_model.", "cond_stage_model.")

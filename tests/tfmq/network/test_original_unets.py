@@ -14,15 +14,17 @@ from torch import nn
 from benchmarks.sources.originals.keys import latent_unet
 from tests import checkpoints
 from tests.tfmq import networks, originals
-from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
+from tfmq.checkpoint import load_quantized, save_quantized
+from tfmq.network.attention_heads import restore_attention_heads, set_attention_heads
 from tfmq.network.backbone import backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationRows
-from tfmq.network.unet import restore_attention_heads, set_attention_heads
+from tfmq.packing import packed_bytes
 from tfmq.passes.grids import Grids
 from tfmq.passes.reconstruction import RoundingConfig
-from tfmq.plan import Protocol, coverage, insert_quantizers
+from tfmq.plan import Protocol, insert_quantizers
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
+from tfmq.state import coverage
 
 # Families whose residual blocks resample.
 RESAMPLING = [

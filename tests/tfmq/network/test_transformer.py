@@ -18,9 +18,10 @@ from tfmq.network.calibration import CalibrationRows, CalibrationSet, collect_ca
 from tfmq.network.offload import BlockStream, Place
 from tfmq.network.sampling import Conditioning, SamplingSettings, sample
 from tfmq.passes.temporal_cache import TemporalCache
-from tfmq.plan import activation_quantizers, coverage, quantized_layers
+from tfmq.plan import activation_quantizers, quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
+from tfmq.state import coverage
 
 STEPS, CLASSES = torch.tensor([1, 201, 401, 201]), torch.tensor([0, 3, 10, 1])
 

@@ -9,7 +9,8 @@ from diffusers import UNet1DModel
 from tests.tfmq import networks
 from tfmq.network.backbone import backbone_of
 from tfmq.passes.grids import Grids
-from tfmq.plan import coverage, insert_quantizers
+from tfmq.plan import insert_quantizers
+from tfmq.state import coverage
 
 TIMESTEPS = torch.tensor([1, 701])
 

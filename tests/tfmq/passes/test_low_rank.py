@@ -181,7 +181,9 @@ def test_branches_leave_the_network_as_it_was_until_it_is_folded():
     for layer in quantized_layers(unet).values():
         layer.input_quantizer = nn.Identity()
     for path in backbone_of(full).attentions:
-        unet.get_submodule(path).set_processor(full.get_submodule(path).processor)
+        attention = unet.get_submodule(path)
+        del attention.processor
+        attention.processor = full.get_submodule(path).processor
     expected = full(rows.latents, rows.timesteps).sample
     torch.testing.assert_close(unet(rows.latents, rows.timesteps).sample, expected, rtol=1e-3, atol=1e-4)
 

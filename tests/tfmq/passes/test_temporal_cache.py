@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from tests.tfmq import networks
-from tfmq.checkpoint import load_quantized, packed_bytes, save_quantized
+from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.modules.cache import CachedProjection, cached_projections
 from tfmq.network.backbone import backbone_of
 from tfmq.network.unet import NoTimeEmbedding
+from tfmq.packing import packed_bytes
 from tfmq.passes.reconstruction import RoundingConfig
 from tfmq.passes.temporal_cache import TemporalCache, temporal_feature_error
-from tfmq.plan import coverage, quantized_layers
+from tfmq.plan import quantized_layers
+from tfmq.state import coverage
 
 
 @cache
