@@ -10,7 +10,7 @@ from torch import Tensor
 
 def exact_steps(steps: Tensor | Sequence[int | float] | int | float) -> Tensor:
     """Time steps of any shape as they are, on the CPU: int64 where all are whole, else float32 as in schedulers."""
-    values = torch.as_tensor(steps).detach().cpu()
+    values = steps.detach().cpu() if isinstance(steps, Tensor) else torch.tensor(steps, device="cpu")
     whole = values.to(torch.int64)
     if not values.is_floating_point() or torch.equal(whole.to(values.dtype), values):
         return whole
