@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from inspect import signature
 from typing import Literal, TypeAlias
@@ -219,7 +220,7 @@ def refuse_unknown(network: Network, args: tuple[object, ...], kwargs: Mapping[s
 
     A forward pre-hook of quantised networks. Arguments that are None, or empty, change nothing and pass.
     """
-    names = tuple(signature(type(network).forward).parameters)[1:]
+    names = _arguments(type(network))  # type: ignore[arg-type]
     known = kind_of(network).known_arguments(network)
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
         given = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -229,6 +230,11 @@ def refuse_unknown(network: Network, args: tuple[object, ...], kwargs: Mapping[s
                     f"the quantised {type(network).__name__} was called with {each}, which it was not calibrated for: "
                     f"it takes {', '.join(sorted(known))}; leave it out, or use the full-precision network"
                 )
+
+
+@cache
+def _arguments(network: type[torch.nn.Module]) -> tuple[str, ...]:
+    return tuple(signature(network.forward).parameters)[1:]
 
 
 def check_further_inputs(network: Network, inputs: Inputs) -> None:
