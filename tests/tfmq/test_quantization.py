@@ -195,9 +195,9 @@ def test_rows_that_are_not_the_network_s_inputs_are_refused():
         (
             unet,
             CalibrationRows(latents[:, :2], timesteps),
-            r"the pool's latents are of shape \(20, 2, 8, 8\): the network takes 3 channels",
+            r"latents of shape \(20, 2, 8, 8\): the network takes \(images, 3, height, width\)",
         ),
-        (unet, CalibrationRows(latents[0], timesteps[:3]), r"the pool's latents are of shape \(3, 8, 8\)"),
+        (unet, CalibrationRows(latents[0], timesteps[:3]), r"latents of shape \(3, 8, 8\)"),
         (
             unet,
             CalibrationRows(latents, timesteps, context),

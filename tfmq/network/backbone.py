@@ -260,10 +260,10 @@ def check_inputs(network: Network, latents: Tensor, context: Tensor | None, inpu
     added = inputs[CHANNELS].shape[1] if CHANNELS in inputs else 0
     channels = network.config.in_channels - added
     if len(shape) != 4 or shape[1] != channels or not all(shape):
-        besides = f", {added} of its channels from the input {CHANNELS}" if added else ""
+        besides = f", and {added} of its channels come from the input {CHANNELS}" if added else ""
         raise ValueError(
-            f"latents of shape {shape}: the network takes (images, {channels}, height, width){besides}, at least one "
-            "image of at least one pixel"
+            f"latents of shape {shape}: the network takes (images, {channels}, height, width), at least one image of "
+            f"at least one pixel{besides}"
         )
     kind_of(network).check_size(network, *shape[2:])
     if context is None:

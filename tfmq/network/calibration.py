@@ -16,7 +16,7 @@ from tfmq.network.backbone import Network
 from tfmq.network.conditioning import Conditioning, Inputs
 from tfmq.network.rows import CalibrationRows
 from tfmq.network.sampling import SamplingSettings, Step, check_guidance, check_rows, guides, sample
-from tfmq.network.schedulers import cumulative_alphas, prediction_of, prediction_weights
+from tfmq.network.schedulers import check_scheduler, cumulative_alphas, prediction_of, prediction_weights
 from tfmq.numerics.steps import exact_steps
 from tfmq.settings import check_counts, check_numbers
 
@@ -233,6 +233,7 @@ def collect_calibration(
         raise ValueError(f"noise of shape {tuple(noise.shape)} holds no image: give at least one")
     if batch < 1:
         raise ValueError(f"batch is {batch}: it must be at least 1")
+    check_scheduler(scheduler)
     check_guidance(network, conditioning, settings.guidance_scale)
     check_rows(network, noise, conditioning, settings.guidance_scale)
     steps: list[list[Step]] = []

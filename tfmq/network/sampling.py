@@ -177,11 +177,11 @@ def sample(
             take the shape of the noise, or of a half of the conditioning beside it; or the correction that ``network``
             carries was measured on another schedule, or is applied by the scheduler already.
     """
-    check_guidance(network, conditioning, settings.guidance_scale)
-    check_rows(network, noise, conditioning, settings.guidance_scale)
     if isinstance(scheduler, CorrectedScheduler):
         raise ValueError("the scheduler corrects the noise already, and sample does: give the plain scheduler")
     check_scheduler(scheduler)
+    check_guidance(network, conditioning, settings.guidance_scale)
+    check_rows(network, noise, conditioning, settings.guidance_scale)
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(settings.steps, device=noise.device)
     carried: CarriedCorrection | None = getattr(network, "noise_correction", None)

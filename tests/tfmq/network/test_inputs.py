@@ -421,8 +421,12 @@ def test_features_of_unconditional_unets_and_freeu_are_refused_too():
         (pipelines.XL, {}, "the pool has no text_embeds"),
         (pipelines.XL, {"text_embeds": draw(ROWS, 6)}, "the pool has no time_ids"),
         (LCM, {}, "the pool has no timestep_cond"),
-        (INPAINTING, {}, "takes 9 channels"),
-        (INPAINTING, {"channels": draw(ROWS, 1, 8, 8)}, "takes 9 channels, 1 of them from the input channels"),
+        (INPAINTING, {}, r"takes \(images, 9, height, width\)"),
+        (
+            INPAINTING,
+            {"channels": draw(ROWS, 1, 8, 8)},
+            r"takes \(images, 8, height, width\).*, and 1 of its channels come from the input channels",
+        ),
         ({}, {"timestep_cond": draw(ROWS, 8)}, "the input timestep_cond is none that a UNet2DConditionModel takes"),
         ({}, {"depth": draw(ROWS, 8)}, "the input depth is none"),
         (
