@@ -1,0 +1,69 @@
+"""The executable twin of a quantised network: the same arithmetic, written as integer kernels take it."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.export.attention import ExecutableAttention
+from tfmq.export.layers import ExecutableLayer, Position, Table, WeightOnlyLayer
+from tfmq.modules.attention import QuantizedAttention
+from tfmq.network.backbone import Backbone, Network, backbone_of
+from tfmq.plan import announce_step, quantized_layers
+from tfmq.precision import FULL
+
+
+class ExecutableNetwork(nn.Module):
+    """Predicts noise (B, C, H, W) from latents (B, C, H, W), the index of a time step (1,), and a condition.
+
+    Attributes:
+        network: a copy of the quantised network with executable parts; tensors that stay as they are, are shared.
+        timesteps: int64 (S,), what the index counts.
+    """
+
+    def __init__(self, network: Network, timesteps: Tensor) -> None:
+        super().__init__()
+        self.position = Position()
+        self.timesteps = timesteps
+        backbone = backbone_of(network)
+        features = temporal_features(network, backbone, timesteps)
+        self.condition = backbone.condition
+        self.network = shared_copy(network)
+        for path, rows in zip(backbone.time_projections, features, strict=True):
+            self.network.set_submodule(path, Table(rows, self.position))
+        backbone.drop_time_embedding(self.network)
+        for path, layer in quantized_layers(self.network).items():
+            weight_only = layer.activation_bits == FULL
+            twin = WeightOnlyLayer(layer) if weight_only else ExecutableLayer(layer, self.position)
+            self.network.set_submodule(path, twin)
+        for path in backbone.attentions:
+            attention = self.network.get_submodule(path)
+            if isinstance(attention.processor, QuantizedAttention):
+                attention.set_processor(ExecutableAttention(attention, attention.processor, self.position))
+
+    def forward(self, latents: Tensor, step: Tensor, condition: Tensor | None = None) -> Tensor:
+        self.position.index = step
+        unused = torch.zeros_like(latents[:, 0, 0, 0])
+        given = (unused,) if condition is None else (unused, condition)
+        if self.condition == "class":
+            return self.network(latents, timestep=unused, class_labels=condition, return_dict=False)[0]
+        return self.network(latents, *given, return_dict=False)[0]
+
+
+@torch.no_grad()
+def temporal_features(network: Network, backbone: Backbone, timesteps: Tensor) -> list[Tensor]:
+    """What the quantised network adds to its blocks at time steps (S,): (S, C_i) for each time projection."""
+    announce_step(network, timesteps)
+    return backbone.temporal_features(network, timesteps.to(network.device))
+
+
+def shared_copy(network: Network) -> Network:
+    """A copy of a network whose tensors are the network's own, without the hook that follows its time steps."""
+    own = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+    hooks = network._forward_pre_hooks
+    copied = copy.deepcopy(network, own | {id(hooks): type(hooks)()})
+    copied._forward_pre_hooks_with_kwargs.clear()
+    return copied
