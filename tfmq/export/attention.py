@@ -6,7 +6,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from tfmq.export.layers import Codes, Position, Range, quantizer_twin
+from tfmq.export.layers import Codes, Position, Range, is_constant, quantizer_twin
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize
 
@@ -37,7 +37,7 @@ class ProbabilityValueProduct(nn.Module):
 
     def __init__(self, probabilities: FakeQuantize, value: FakeQuantize, position: Position) -> None:
         super().__init__()
-        self.symmetric = _plain(value) and not probabilities.per_step and probabilities.step_bits is None
+        self.symmetric = _plain(value) and is_constant(probabilities)
         self.probabilities = (
             quantizer_twin(probabilities, position) if self.symmetric else Codes(probabilities, position)
         )
@@ -56,7 +56,7 @@ class ProbabilityValueProduct(nn.Module):
 
 def _plain(quantizer: FakeQuantize) -> bool:
     """Whether an operand is symmetric with one range for all time steps, as matrix products take it as it is."""
-    return quantizer.symmetric and not quantizer.per_step and quantizer.step_bits is None
+    return quantizer.symmetric and is_constant(quantizer)
 
 
 def _operand(quantizer: FakeQuantize, position: Position, plain: bool) -> Range | Codes:

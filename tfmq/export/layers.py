@@ -90,10 +90,16 @@ class Codes(nn.Module):
         return torch.fake_quantize_per_tensor_affine(codes, 1.0, 0, *self.grid), scale, point
 
 
+def is_constant(quantizer: FakeQuantize) -> bool:
+    """Whether a quantiser has one range for all time steps."""
+    return not quantizer.per_step and quantizer.step_bits is None
+
+
 def quantizer_twin(quantizer: FakeQuantize, position: Position) -> Range | Codes:
-    """The executable quantiser of a layer's input."""
-    constant = not quantizer.per_step and quantizer.step_bits is None
-    return Range(quantizer) if constant else Codes(quantizer, position)
+    """The executable quantiser of a layer's input. One whose zero point is no code of its grid gives codes, too."""
+    grid = quantizer.grid
+    plain = is_constant(quantizer) and grid.qmin <= float(quantizer.zero_point) <= grid.qmax
+    return Range(quantizer) if plain else Codes(quantizer, position)
 
 
 class Weight(nn.Module):
@@ -151,55 +157,72 @@ class BoxSum(nn.Module):
         return F.conv2d(x.sum(1, keepdim=True), self.ones, None, self.stride, self.padding, self.dilation)
 
 
+class OfZeroPoint(nn.Module):
+    """The product of a layer's weight with an input of ones: what each unit of an input's zero point adds.
+
+    Where the kernel stands in the padding that is less than the sum of all weights.
+
+    Buffers:
+        sums: the weights' sums over input channels, (output channels, 1, *kernel), or (output channels,) if linear.
+    """
+
+    sums: Tensor
+
+    def __init__(self, layer: QuantizedLayer, sums: Tensor) -> None:
+        super().__init__()
+        self.convolution = isinstance(layer, nn.Conv2d)
+        if isinstance(layer, nn.Conv2d):
+            self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.register_buffer("sums", sums if self.convolution else sums[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.convolution:
+            return self.sums
+        return F.conv2d(torch.ones_like(x[:1, :1]), self.sums, None, self.stride, self.padding, self.dilation)
+
+
 class Product(nn.Module):
     """The product of an input, or of a part of its channels, with its part of a layer's weight."""
 
     def __init__(self, layer: QuantizedLayer, part: int, quantizer: FakeQuantize, position: Position) -> None:
         super().__init__()
         codes = layer.codes.split(layer.splits, 1)[part]
-        self.layer_bias = part == 0 and layer.bias is not None
+        self.bias = layer.bias if part == 0 else None
         self.convolution = isinstance(layer, nn.Conv2d)
         if isinstance(layer, nn.Conv2d):
             self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         self.quantizer = quantizer_twin(quantizer, position)
         point = layer.weight_zero_point[:, part]
         self.weight = Weight(codes, layer.weight_scale[:, part], point, layer.weight_bits)
-        self.box = BoxSum(layer)
-        self.bias = layer.bias if self.layer_bias else None
-        # What a code's zero point contributes: the weights' sum over input channels, still one for each kernel pixel.
+        self.box = None if self.weight.rest is None else BoxSum(layer)
+        self.of_zero_point = None
         if isinstance(self.quantizer, Codes) and not self.quantizer.centred:
             spread = self.weight.scale.shape
-            whole = (codes.float() - point.view(spread)).sum(1, keepdim=True) * self.weight.scale
-            self.register_buffer("sums", whole if self.convolution else whole[:, 0])
+            sums = (codes.float() - point.view(spread)).sum(1, keepdim=True) * self.weight.scale
+            self.of_zero_point = OfZeroPoint(layer, sums)
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with the weight, and with what of it does not fit in 8 bits."""
+        weight, rest = self.weight(), self.weight.rest
         if self.convolution:
-            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
-        return F.linear(x, weight, bias)
-
-    def _rest(self, x: Tensor) -> Tensor:
-        rest = self.weight.rest
-        return self.box(x) * (rest.view(1, -1, 1, 1) if self.convolution else rest)
+            output = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
+        else:
+            output = F.linear(x, weight, bias)
+        if self.box is None or rest is None:
+            return output
+        return output + self.box(x) * (rest.view(1, -1, 1, 1) if self.convolution else rest)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.quantizer, Range):
-            values = self.quantizer(x)
-            output = self._product(values, self.weight(), self.bias)
-            return output if self.weight.rest is None else output + self._rest(values)
+            return self._product(self.quantizer(x), self.bias)
         codes, scale, point = self.quantizer(x)
-        output = self._product(codes, self.weight())
-        if self.weight.rest is not None:
-            output = output + self._rest(codes)
-        if point is not None:
-            output = output - point * self._of_zero_point(x)
+        output = self._product(codes, None)
+        if point is not None and self.of_zero_point is not None:
+            output = output - point * self.of_zero_point(x)
         output = output * scale
         if self.bias is None:
             return output
         return output + (self.bias.view(1, -1, 1, 1) if self.convolution else self.bias)
-
-    def _of_zero_point(self, x: Tensor) -> Tensor:
-        """The product of an input of ones: less than the sum of all weights where the kernel stands in the padding."""
-        return self._product(torch.ones_like(x[:1, :1]), self.sums) if self.convolution else self.sums
 
 
 class ExecutableLayer(nn.Module):
@@ -228,7 +251,7 @@ class WeightOnlyLayer(nn.Module):
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.layer_bias = layer.bias
+        self.bias = layer.bias
         self.convolution = isinstance(layer, nn.Conv2d)
         if isinstance(layer, nn.Conv2d):
             self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
@@ -241,8 +264,8 @@ class WeightOnlyLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.codes.to(torch.float32) - self.zero_point) * self.scale
         if self.convolution:
-            return F.conv2d(x, weight, self.layer_bias, self.stride, self.padding, self.dilation)
-        return F.linear(x, weight, self.layer_bias)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+        return F.linear(x, weight, self.bias)
 
 
 class Table(nn.Module):

@@ -52,6 +52,24 @@ class ExecutableNetwork(nn.Module):
             return self.network(latents, timestep=unused, class_labels=condition, return_dict=False)[0]
         return self.network(latents, *given, return_dict=False)[0]
 
+    def example(self, latents: tuple[int, ...], condition: tuple[int, ...] | None) -> tuple[Tensor, ...]:
+        """Inputs to trace with, small ones where the network takes any size: latents, step, condition."""
+        batch, channels, *sides = latents
+        blocks = len(getattr(self.network.config, "block_out_channels", ()))
+        if blocks:
+            # Two pixels are left on the lowest level.
+            sides = [min(side, 2**blocks) if side % 2**blocks == 0 else side for side in sides]
+        inputs = [torch.zeros(2, channels, *sides), torch.zeros(1, dtype=torch.int64)]
+        if condition is not None:
+            _, *rest = condition
+            inputs.append(torch.zeros(2, *rest) if rest else torch.zeros(2, dtype=torch.int64))
+        return tuple(inputs)
+
+    @property
+    def ports(self) -> tuple[str, ...]:
+        """The names of its inputs."""
+        return ("latents", "step") if self.condition == "none" else ("latents", "step", "condition")
+
 
 @torch.no_grad()
 def temporal_features(network: Network, backbone: Backbone, timesteps: Tensor) -> list[Tensor]:
