@@ -6,7 +6,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from tfmq.export.layers import Codes, Position, Range, is_constant, quantizer_twin
+from tfmq.export.activations import Codes, Position, Range, is_constant, quantizer_twin
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize
 
@@ -68,8 +68,10 @@ class ExecutableAttention(nn.Module):
 
     def __init__(self, attention: Attention, processor: QuantizedAttention, position: Position) -> None:
         super().__init__()
-        self.scores = QueryKeyProduct(processor.query, processor.key, position, float(attention.scale))
-        self.outputs = ProbabilityValueProduct(processor.probabilities, processor.value, position)
+        operands = (processor.query, processor.key, processor.value, processor.probabilities)
+        query, key, value, probabilities = (each for each in operands if isinstance(each, FakeQuantize))
+        self.scores = QueryKeyProduct(query, key, position, float(attention.scale))
+        self.outputs = ProbabilityValueProduct(probabilities, value, position)
 
     def __call__(
         self,

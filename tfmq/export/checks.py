@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from tfmq.export.layers import BYTE
+from tfmq.export.activations import BYTE
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.modules.layers import QuantizedLayer
@@ -38,7 +40,7 @@ def check_executable(network: Network, backbone: Backbone) -> None:
             raise ValueError(f"the range of {path} holds NaN or infinity: quantise again")
 
 
-def chosen_timesteps(network: Network, given: Tensor | None) -> Tensor:
+def chosen_timesteps(network: Network, given: Tensor | Sequence[int] | None) -> Tensor:
     """The time steps that an export has tables for, int64 (S,), ascending: those given, or the network's own.
 
     Raises ValueError for steps that the network was not calibrated for, and where neither is known.

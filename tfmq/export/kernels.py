@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tfmq.export.layers import BYTE
+from tfmq.export.activations import BYTE
 from tfmq.network.backbone import Backbone, Network
 from tfmq.plan import coverage
 from tfmq.precision import FULL

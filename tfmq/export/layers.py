@@ -12,94 +12,44 @@ times a scale: what OpenVINO's low-precision transformations and ONNX know.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize
+from tfmq.export.activations import Codes, Position, Range, quantizer_twin
+from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.modules.layers import QuantizedLayer
 
-BYTE = 8
-SIGNED = (-128, 127)
+Pair = tuple[int, ...]
 
 
-class Position:
-    """Which of the time steps is evaluated: its index, an int64 tensor (1,) that belongs to the traced graph."""
+@dataclass(frozen=True)
+class Geometry:
+    """How an input meets a weight: in a convolution of some stride, padding and dilation, or a linear layer."""
 
-    index: Tensor
+    convolution: tuple[Pair, Pair, Pair] | None
 
+    @classmethod
+    def of(cls, layer: QuantizedLayer) -> Geometry:
+        """That of a layer. Raises ValueError for padding that is no number of pixels."""
+        if not isinstance(layer, nn.Conv2d):
+            return cls(None)
+        if isinstance(layer.padding, str):
+            raise ValueError(f"padding is {layer.padding!r}: known are numbers of pixels")
+        return cls((layer.stride, layer.padding, layer.dilation))
 
-class Range(nn.Module):
-    """The quantiser of one activation tensor with one range for all time steps: quantised and dequantised values."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Input (B, C, H, W) or (..., C) times weight, plus bias."""
+        if self.convolution is None:
+            return F.linear(x, weight, bias)
+        stride, padding, dilation = self.convolution
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
 
-    def __init__(self, quantizer: FakeQuantize) -> None:
-        super().__init__()
-        self.scale, self.zero_point = float(quantizer.scale), int(quantizer.zero_point)
-        self.grid = SIGNED if quantizer.symmetric else (0, 255)
-        ends = [(end - self.zero_point) * self.scale for end in quantizer.grid]
-        # Kernels know grids of 256 codes: a narrower one is a part of that.
-        self.ends = None if quantizer.bits == BYTE else ends
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.ends is not None:
-            x = x.clamp(*self.ends)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *self.grid)
-
-
-class Codes(nn.Module):
-    """The quantiser of one activation tensor as the codes themselves, for ranges that depend on the time step.
-
-    Codes are the published ones minus ``offset``; a kernel's grid for them is ``grid``.
-
-    Attributes:
-        signed: moves unsigned codes to -128..127, as matrix products of two activations take them.
-
-    Buffers:
-        scale, zero_point, last: (S,) or (1,), with the last code of the grid.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    last: Tensor
-
-    def __init__(self, quantizer: FakeQuantize, position: Position, signed: bool = False) -> None:
-        super().__init__()
-        self.position = position
-        self.grid = SIGNED if signed or quantizer.symmetric else (0, 255)
-        self.offset = 128 if signed and not quantizer.symmetric else 0
-        self.centred = quantizer.symmetric or (not self.offset and not bool(quantizer.zero_point.any()))
-        bits = torch.full_like(quantizer.scale, quantizer.bits) if quantizer.step_bits is None else quantizer.step_bits
-        widths = bits.long() - int(quantizer.symmetric)
-        self.first = quantizer.grid.qmin - self.offset
-        self.narrow = bool((bits < BYTE).any())
-        self.register_buffer("scale", quantizer.scale.detach().clone())
-        self.register_buffer("zero_point", quantizer.zero_point.detach() - self.offset)
-        self.register_buffer("last", (2**widths - 1 - self.offset).to(torch.float32))
-
-    def _now(self, table: Tensor) -> Tensor:
-        return table if len(table) == 1 else table[self.position.index]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes of ``x``, their scale (1,), and their zero point (1,) or None where it is 0."""
-        scale, point = self._now(self.scale), None if self.centred else self._now(self.zero_point)
-        codes = x / scale
-        if point is not None:
-            codes = codes + point
-        if self.narrow:
-            codes = torch.minimum(codes.clamp_min(self.first), self._now(self.last))
-        return torch.fake_quantize_per_tensor_affine(codes, 1.0, 0, *self.grid), scale, point
-
-
-def is_constant(quantizer: FakeQuantize) -> bool:
-    """Whether a quantiser has one range for all time steps."""
-    return not quantizer.per_step and quantizer.step_bits is None
-
-
-def quantizer_twin(quantizer: FakeQuantize, position: Position) -> Range | Codes:
-    """The executable quantiser of a layer's input. One whose zero point is no code of its grid gives codes, too."""
-    grid = quantizer.grid
-    plain = is_constant(quantizer) and grid.qmin <= float(quantizer.zero_point) <= grid.qmax
-    return Range(quantizer) if plain else Codes(quantizer, position)
+    def by_channel(self, values: Tensor) -> Tensor:
+        """Values (C,) in a shape that broadcasts against an output."""
+        return values if self.convolution is None else values.view(1, -1, 1, 1)
 
 
 class Weight(nn.Module):
@@ -142,19 +92,19 @@ class Weight(nn.Module):
 
 
 class BoxSum(nn.Module):
-    """Adds up a conv layer's input over channels and kernel: (B, C, H, W) -> (B, 1, H', W'); a linear one's over C."""
+    """Adds up a convolution's input over channels and kernel, (B, C, H, W) -> (B, 1, H', W'); a linear one's over C."""
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    ones: Tensor
+
+    def __init__(self, geometry: Geometry, kernel: Pair) -> None:
         super().__init__()
-        self.convolution = isinstance(layer, nn.Conv2d)
-        if isinstance(layer, nn.Conv2d):
-            self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-            self.register_buffer("ones", torch.ones(1, 1, *layer.kernel_size))
+        self.geometry = geometry
+        self.register_buffer("ones", torch.ones(1, 1, *kernel))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.convolution:
+        if self.geometry.convolution is None:
             return x.sum(-1, keepdim=True)
-        return F.conv2d(x.sum(1, keepdim=True), self.ones, None, self.stride, self.padding, self.dilation)
+        return self.geometry.product(x.sum(1, keepdim=True), self.ones)
 
 
 class OfZeroPoint(nn.Module):
@@ -168,49 +118,44 @@ class OfZeroPoint(nn.Module):
 
     sums: Tensor
 
-    def __init__(self, layer: QuantizedLayer, sums: Tensor) -> None:
+    def __init__(self, geometry: Geometry, sums: Tensor) -> None:
         super().__init__()
-        self.convolution = isinstance(layer, nn.Conv2d)
-        if isinstance(layer, nn.Conv2d):
-            self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-        self.register_buffer("sums", sums if self.convolution else sums[:, 0])
+        self.geometry = geometry
+        self.register_buffer("sums", sums[:, 0] if geometry.convolution is None else sums)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.convolution:
+        if self.geometry.convolution is None:
             return self.sums
-        return F.conv2d(torch.ones_like(x[:1, :1]), self.sums, None, self.stride, self.padding, self.dilation)
+        return self.geometry.product(torch.ones_like(x[:1, :1]), self.sums)
 
 
 class Product(nn.Module):
     """The product of an input, or of a part of its channels, with its part of a layer's weight."""
 
-    def __init__(self, layer: QuantizedLayer, part: int, quantizer: FakeQuantize, position: Position) -> None:
+    bias: Tensor | None
+
+    def __init__(
+        self, layer: QuantizedLayer, codes: Tensor, part: int, quantizer: FakeQuantize, position: Position
+    ) -> None:
         super().__init__()
-        codes = layer.codes.split(layer.splits, 1)[part]
-        self.bias = layer.bias if part == 0 else None
-        self.convolution = isinstance(layer, nn.Conv2d)
-        if isinstance(layer, nn.Conv2d):
-            self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.geometry = Geometry.of(layer)
+        self.register_parameter("bias", _bias(layer) if part == 0 else None)
         self.quantizer = quantizer_twin(quantizer, position)
-        point = layer.weight_zero_point[:, part]
-        self.weight = Weight(codes, layer.weight_scale[:, part], point, layer.weight_bits)
-        self.box = None if self.weight.rest is None else BoxSum(layer)
+        scale, point = layer.weight_scale[:, part], layer.weight_zero_point[:, part]
+        self.weight = Weight(codes, scale, point, layer.weight_bits)
+        self.box = None if self.weight.rest is None else BoxSum(self.geometry, self.weight.kernel)
         self.of_zero_point = None
         if isinstance(self.quantizer, Codes) and not self.quantizer.centred:
             spread = self.weight.scale.shape
             sums = (codes.float() - point.view(spread)).sum(1, keepdim=True) * self.weight.scale
-            self.of_zero_point = OfZeroPoint(layer, sums)
+            self.of_zero_point = OfZeroPoint(self.geometry, sums)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with the weight, and with what of it does not fit in 8 bits."""
-        weight, rest = self.weight(), self.weight.rest
-        if self.convolution:
-            output = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
-        else:
-            output = F.linear(x, weight, bias)
+        output, rest = self.geometry.product(x, self.weight(), bias), self.weight.rest
         if self.box is None or rest is None:
             return output
-        return output + self.box(x) * (rest.view(1, -1, 1, 1) if self.convolution else rest)
+        return output + self.box(x) * self.geometry.by_channel(rest)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.quantizer, Range):
@@ -220,9 +165,12 @@ class Product(nn.Module):
         if point is not None and self.of_zero_point is not None:
             output = output - point * self.of_zero_point(x)
         output = output * scale
-        if self.bias is None:
-            return output
-        return output + (self.bias.view(1, -1, 1, 1) if self.convolution else self.bias)
+        return output if self.bias is None else output + self.geometry.by_channel(self.bias)
+
+
+def _bias(layer: QuantizedLayer) -> nn.Parameter | None:
+    bias = layer.bias
+    return bias if isinstance(bias, nn.Parameter) else None
 
 
 class ExecutableLayer(nn.Module):
@@ -230,10 +178,13 @@ class ExecutableLayer(nn.Module):
 
     def __init__(self, layer: QuantizedLayer, position: Position) -> None:
         super().__init__()
-        quantizer = layer.input_quantizer
-        parts = list(quantizer.parts) if isinstance(quantizer, SplitFakeQuantize) else [quantizer]
+        quantizers = [each for each in layer.input_quantizer.modules() if isinstance(each, FakeQuantize)]
+        codes = layer.codes.split(layer.splits, 1) if layer.codes is not None else ()
         self.splits = layer.splits
-        self.products = nn.ModuleList(Product(layer, i, part, position) for i, part in enumerate(parts))
+        self.products = nn.ModuleList(
+            Product(layer, own, part, quantizer, position)
+            for part, (own, quantizer) in enumerate(zip(codes, quantizers, strict=True))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.products) == 1:
@@ -245,27 +196,24 @@ class ExecutableLayer(nn.Module):
 class WeightOnlyLayer(nn.Module):
     """Takes the place of a layer whose input is not quantised: codes and scales in the file, arithmetic in float."""
 
+    bias: Tensor | None
     codes: Tensor
     zero_point: Tensor
     scale: Tensor
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.bias = layer.bias
-        self.convolution = isinstance(layer, nn.Conv2d)
-        if isinstance(layer, nn.Conv2d):
-            self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.geometry = Geometry.of(layer)
+        self.register_parameter("bias", _bias(layer))
         self.register_buffer("codes", layer.codes)
+        sizes = torch.tensor(layer.splits, device=layer.weight_scale.device)
         for name, table in (("zero_point", layer.weight_zero_point), ("scale", layer.weight_scale)):
-            sizes = torch.tensor(layer.splits, device=table.device)
-            spread = table if table.shape[1] == 1 else table.repeat_interleave(sizes, 1)
-            self.register_buffer(name, spread.detach().clone().view(*spread.shape, *[1] * (layer.codes.dim() - 2)))
+            spread = table if len(layer.splits) == 1 else table.repeat_interleave(sizes, 1)
+            self.register_buffer(name, spread.clone().view(*spread.shape, *[1] * (layer.weight.dim() - 2)))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.codes.to(torch.float32) - self.zero_point) * self.scale
-        if self.convolution:
-            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
-        return F.linear(x, weight, self.bias)
+        return self.geometry.product(x, weight, self.bias)
 
 
 class Table(nn.Module):

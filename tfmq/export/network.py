@@ -8,8 +8,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from tfmq.export.activations import Position
 from tfmq.export.attention import ExecutableAttention
-from tfmq.export.layers import ExecutableLayer, Position, Table, WeightOnlyLayer
+from tfmq.export.layers import ExecutableLayer, Table, WeightOnlyLayer
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.network.backbone import Backbone, Network, backbone_of
 from tfmq.plan import announce_step, quantized_layers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
 from tempfile import mkdtemp
@@ -41,7 +41,7 @@ def export_openvino(
     network: Network,
     folder: str | Path,
     shape: InputShape,
-    timesteps: Tensor | None = None,
+    timesteps: Tensor | Sequence[int] | None = None,
     metadata: Mapping[str, object] | None = None,
     allow_float: bool = False,
 ) -> list[Kernel]:

@@ -123,7 +123,11 @@ def _best_threshold(
     """
     reach = 1 + 1 / (2 ** (bits - 1) - 1) if symmetric else 1 + (side is Side.BOTH) / (2**bits - 1)
     grid = Grid.signed(bits) if symmetric else Grid.unsigned(bits)
-    best = [torch.full_like(largest, torch.inf), largest.clone(), *_affine_of_ends(*side.ends(largest), bits, symmetric)]
+    best = [
+        torch.full_like(largest, torch.inf),
+        largest.clone(),
+        *_affine_of_ends(*side.ends(largest), bits, symmetric),
+    ]
     chunk = _chunk(rows, 10)
     for last in range(THRESHOLDS, 0, -chunk):
         shares = torch.arange(max(last - chunk, 0) + 1, last + 1, device=rows.device)
@@ -198,8 +202,8 @@ class ThresholdObserver(RangeObserver):
     """PTQ4DM's activation range: the one that ``thresholds`` finds for each batch, combined as in ``RangeObserver``.
 
     The first batch is averaged with itself, which can change its last bit, and with it the zero point. The signs are
-    those of the first batch of a step. Large batches are searched by a histogram as in ``SearchObserver``. ``symmetric``
-    is as in ``thresholds``.
+    those of the first batch of a step. Large batches are searched by a histogram as in ``SearchObserver``.
+    ``symmetric`` is as in ``thresholds``.
     """
 
     def __init__(self, bits: int, momentum: float | None, steps: int = 0, symmetric: bool = False) -> None:

@@ -36,8 +36,13 @@ class Deployable(Pass):
                 raise ValueError(f"the recipe gives {path} dynamic ranges, which integer kernels do not execute")
             if layer.rank:
                 raise ValueError(f"the recipe gives {path} a low-rank branch, which integer kernels do not execute")
-        for layer in quantized_layers(session.network).values():
-            layer.symmetric_weight = layer.weight_bits == BYTE
+        take_symmetric_weights(session.network)
+
+
+def take_symmetric_weights(network: Network) -> None:
+    """Let the weights of 8 bits in ``network`` find symmetric ranges from now on."""
+    for layer in quantized_layers(network).values():
+        layer.symmetric_weight = layer.weight_bits == BYTE
 
 
 def deployable(recipe: Recipe) -> Recipe:
