@@ -52,7 +52,7 @@ class Codes(nn.Module):
 
     def __init__(self, quantizer: FakeQuantize, position: Position, signed: bool = False) -> None:
         super().__init__()
-        self.position = position
+        self.position, self.per_step = position, not is_constant(quantizer)
         self.grid = SIGNED if signed or quantizer.symmetric else (0, 255)
         self.offset = 128 if signed and not quantizer.symmetric else 0
         self.centred = quantizer.symmetric or (not self.offset and not bool(quantizer.zero_point.any()))
@@ -65,7 +65,7 @@ class Codes(nn.Module):
         self.register_buffer("last", (2**widths - 1 - self.offset).to(torch.float32))
 
     def _now(self, table: Tensor) -> Tensor:
-        return table if len(table) == 1 else table[self.position.index]
+        return table[self.position.index] if self.per_step and len(table) > 1 else table
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes of ``x``, their scale (1,), and their zero point (1,) or None where it is 0."""

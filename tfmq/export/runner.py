@@ -24,6 +24,7 @@ class ExportedNetwork:
     Attributes:
         config: of the network whose place it takes.
         dtype, device: float32 on the CPU.
+        stands_for: the class of that network; `tfmq.sample` takes it in the network's place.
         description: what is exported.
         kernels: how each layer and attention product executes on this machine.
         noise_correction: that the network carries (PTQD), for `tfmq.corrected_scheduler`, or None.
@@ -47,6 +48,7 @@ class ExportedNetwork:
         folder = Path(folder)
         self.description = Description.read(folder)
         self.config = FrozenDict(self.description.config)
+        self.stands_for = self.description.network_class
         self._compiled = compile_model(folder, threads)
         self.kernels = executed_kernels(self._compiled, self.description.kernels)
         if not allow_float:
@@ -89,7 +91,8 @@ class ExportedNetwork:
         if len(found) > 1:
             raise ValueError("give the condition once: as encoder_hidden_states or as class_labels")
         described = self.description
-        inputs = [_checked("sample", sample, described.latents).float(), self._step(timestep)]
+        step = _single(timestep)
+        inputs = [_checked("sample", sample, described.latents).float(), self._index(step)]
         if described.condition is None and found:
             raise ValueError(f"a {described.network_class} takes no condition: leave it out")
         if described.condition is not None:
@@ -99,20 +102,27 @@ class ExportedNetwork:
             inputs.append(context.float() if len(described.condition) > 1 else context.long())
         results = self._request.infer([tensor.detach().contiguous().numpy() for tensor in inputs])
         output = torch.from_numpy(results[0].copy()).to(sample.dtype)
+        if not torch.isfinite(output).all():
+            raise ValueError(f"the exported network put out NaN or infinity at time step {int(step)}")
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
-    def _step(self, timestep: Tensor | float | int) -> Tensor:
+    def _index(self, step: int) -> Tensor:
         """The index (1,) of a time step."""
-        values = torch.as_tensor(timestep).detach().reshape(-1).to("cpu", torch.int64)
-        if len(values.unique()) != 1:
-            raise ValueError(f"the rows are at different time steps {values.tolist()}: give one for all")
         steps = self.description.timesteps
-        if int(values[0]) not in steps:
+        if step not in steps:
             raise ValueError(
-                f"no table for time step {int(values[0])}: this network was exported for the {len(steps)} steps "
-                f"{list(steps)}; sample with that schedule, or export for yours"
+                f"no table for time step {step}: this network was exported for the {len(steps)} steps {list(steps)}; "
+                "sample with that schedule, or export for yours"
             )
-        return torch.tensor([steps.index(int(values[0]))])
+        return torch.tensor([steps.index(step)])
+
+
+def _single(timestep: Tensor | float | int) -> int:
+    """The time step that all rows are at."""
+    values = torch.as_tensor(timestep).detach().reshape(-1).to("cpu", torch.int64).unique()
+    if len(values) != 1:
+        raise ValueError(f"the rows are at different time steps {values.tolist()}: give one for all")
+    return int(values[0])
 
 
 def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
