@@ -12,9 +12,21 @@ SIGNED = (-128, 127)
 
 
 class Position:
-    """Which of the time steps is evaluated: its index, an int64 tensor (1,) that belongs to the traced graph."""
+    """Which of the exported time steps is evaluated.
+
+    Attributes:
+        index: of the step, an int64 tensor (1,) that belongs to the traced graph.
+        entries: of a network's tables over time steps, those of the exported steps; None for all.
+    """
 
     index: Tensor
+
+    def __init__(self, entries: Tensor | None = None) -> None:
+        self.entries = entries
+
+    def of(self, table: Tensor) -> Tensor:
+        """The entries of a table (S,) at the exported time steps; one for all steps stays as it is."""
+        return table.detach().clone() if len(table) == 1 or self.entries is None else table.detach()[self.entries]
 
 
 class Range(nn.Module):
@@ -56,12 +68,13 @@ class Codes(nn.Module):
         self.grid = SIGNED if signed or quantizer.symmetric else (0, 255)
         self.offset = 128 if signed and not quantizer.symmetric else 0
         self.centred = quantizer.symmetric or (not self.offset and not bool(quantizer.zero_point.any()))
-        bits = torch.full_like(quantizer.scale, quantizer.bits) if quantizer.step_bits is None else quantizer.step_bits
+        mixed = quantizer.step_bits
+        bits = torch.tensor([quantizer.bits]) if mixed is None else position.of(mixed)
         widths = bits.long() - int(quantizer.symmetric)
         self.first = quantizer.grid.qmin - self.offset
         self.narrow = bool((bits < BYTE).any())
-        self.register_buffer("scale", quantizer.scale.detach().clone())
-        self.register_buffer("zero_point", quantizer.zero_point.detach() - self.offset)
+        self.register_buffer("scale", position.of(quantizer.scale))
+        self.register_buffer("zero_point", position.of(quantizer.zero_point) - self.offset)
         self.register_buffer("last", (2**widths - 1 - self.offset).to(torch.float32))
 
     def _now(self, table: Tensor) -> Tensor:

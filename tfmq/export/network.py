@@ -27,7 +27,8 @@ class ExecutableNetwork(nn.Module):
 
     def __init__(self, network: Network, timesteps: Tensor) -> None:
         super().__init__()
-        self.position = Position()
+        own = network.step_tracker.steps
+        self.position = Position(torch.searchsorted(own, timesteps) if len(own) else None)
         self.timesteps = timesteps
         backbone = backbone_of(network)
         features = temporal_features(network, backbone, timesteps)

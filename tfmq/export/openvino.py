@@ -147,10 +147,13 @@ def _convert(network: Network, shape: InputShape, steps: Tensor, folder: Path) -
 
     twin = ExecutableNetwork(network, steps).eval()
     latents, condition = shape.latents(network), shape.condition(network, twin.condition)
+    example = twin.example(latents, condition)
     with warnings.catch_warnings():
-        # Sizes become constants where diffusers asks for them in Python; none that matters depends on the batch.
+        # Sizes become constants where diffusers asks for them in Python; none of them depends on the batch.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        model = openvino.convert_model(twin, example_input=twin.example(latents, condition))
+        warnings.simplefilter("ignore", FutureWarning)
+        traced = torch.jit.trace(twin, example, check_trace=False)
+        model = openvino.convert_model(traced, example_input=example)
     shapes = [list(latents), [1], *([] if condition is None else [list(condition)])]
     model.reshape({port: openvino.PartialShape(size) for port, size in zip(model.inputs, shapes, strict=True)})
     for port, name in zip(model.inputs, twin.ports, strict=True):

@@ -92,6 +92,8 @@ class ExportedNetwork:
             raise ValueError("give the condition once: as encoder_hidden_states or as class_labels")
         described = self.description
         step = _single(timestep)
+        if not torch.isfinite(sample).all():
+            raise ValueError(f"sample holds NaN or infinity at time step {step}, which would become codes unseen")
         inputs = [_checked("sample", sample, described.latents).float(), self._index(step)]
         if described.condition is None and found:
             raise ValueError(f"a {described.network_class} takes no condition: leave it out")

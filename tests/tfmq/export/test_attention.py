@@ -45,7 +45,9 @@ def calibrated(tokens: int, symmetric: bool, per_step: bool = False) -> tuple[Qu
     tracker.steps = torch.tensor([1, 201])
     processor = QuantizedAttention(8, 8, tracker, symmetric)
     shift = 0 if symmetric else 2.0
-    operands = [torch.randn(1 if tokens > 64 else 2, tokens, HEADS * CHANNELS, generator=generator) + shift for _ in range(3)]
+    operands = [
+        torch.randn(1 if tokens > 64 else 2, tokens, HEADS * CHANNELS, generator=generator) + shift for _ in range(3)
+    ]
     quantizers = (processor.query, processor.key, processor.value, processor.probabilities)
     for quantizer in quantizers:
         quantizer.observe(per_step=per_step)
