@@ -56,6 +56,7 @@ def test_errors_are_one_line(file, options, told, capsys):
 
 
 def test_the_time_steps_of_a_scheduler(file, tmp_path, capsys):
+    pytest.importorskip("onnx", reason="onnx writes the files: pip install tfmq-bench[deploy]")
     networks.scheduler().save_pretrained(tmp_path)
     assert main(["export", str(file), "--to", "onnx", "x", "--schedule", "2", str(tmp_path)]) == 1
     assert "[1, 401], and [501] are not among them" in capsys.readouterr().err
