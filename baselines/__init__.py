@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tfmq.passes import Recipe
+from tfmq.passes.deployable import deployable
 from tfmq.plan import SHARED, Protocol
 from tfmq.precision import Precision
+
+# The layers of the shared protocol, on grids that integer kernels execute.
+DEPLOYABLE = replace(SHARED, name="deployable")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Method:
         published: the layers that its paper quantises, or its code where the paper does not say; None where neither is
             known.
         as_run: the layers that its released code quantises when it runs; None where no code is known.
+        executable: whether integer kernels execute its grids; not where these are dynamic, have low-rank branches, or
+            change their width over time steps.
     """
 
     label: str
@@ -46,10 +52,26 @@ class Method:
     objection: Callable[[Precision], str]
     published: Protocol | None = None
     as_run: Protocol | None = None
+    executable: bool = True
 
     def protocol(self, name: str) -> Protocol | None:
-        """The layers under the protocol ``shared``, ``published`` or ``as_run``; None where that is not known."""
-        return {SHARED.name: SHARED, "published": self.published, "as_run": self.as_run}[name]
+        """The layers under the protocol ``shared``, ``published``, ``as_run`` or ``deployable``; None for no such."""
+        own = {"published": self.published, "as_run": self.as_run}
+        return ({SHARED.name: SHARED, DEPLOYABLE.name: DEPLOYABLE if self.executable else None} | own)[name]
+
+    def lacks(self, protocol: str) -> str:
+        """Why the method has no such protocol, or an empty text."""
+        if self.protocol(protocol) is not None:
+            return ""
+        if protocol == DEPLOYABLE.name:
+            return "integer kernels do not execute its grids"
+        return "no choice of layers of its own is known"
+
+
+def recipe_under(protocol: str, settings: Settings) -> Recipe:
+    """The passes of a method's settings under a protocol: ``deployable`` gives them grids that can be executed."""
+    recipe = settings.recipe()
+    return deployable(recipe) if protocol == DEPLOYABLE.name else recipe
 
 
 def applies_always(precision: Precision) -> str:

@@ -43,4 +43,4 @@ class Config(Settings):
         return grids, WeightRanges("minmax"), RoundToNearest()
 
 
-METHOD = Method("Group-wise, dynamic", "arXiv 2406.17343", Config, applies_always)
+METHOD = Method("Group-wise, dynamic", "arXiv 2406.17343", Config, applies_always, executable=False)

@@ -164,4 +164,4 @@ def objection(precision: Precision) -> str:
     return ""
 
 
-METHOD = Method("PTQD, mixed", "arXiv 2305.10657", Config, objection, _ptqd.PUBLISHED)
+METHOD = Method("PTQD, mixed", "arXiv 2305.10657", Config, objection, _ptqd.PUBLISHED, executable=False)

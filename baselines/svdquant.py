@@ -59,4 +59,4 @@ class Config(Settings):
         return grids, branches, WeightRanges("minmax"), RoundToNearest()
 
 
-METHOD = Method("SVDQuant", "arXiv 2411.05007", Config, applies_always)
+METHOD = Method("SVDQuant", "arXiv 2411.05007", Config, applies_always, executable=False)

@@ -45,6 +45,13 @@ def test_methods_never_import_each_other() -> None:
         assert not others, f"baselines/{method}.py imports {others}: shared code belongs in tfmq or baselines/_*.py"
 
 
+def test_nothing_needs_the_export_but_the_command_line() -> None:
+    for path in sorted((ROOT / "tfmq").rglob("*.py")):
+        if path.parent.name != "export" and path.name != "__main__.py":
+            needed = {name for name in imported(path.read_text(encoding="utf-8")) if name.startswith("tfmq.export")}
+            assert not needed, f"{path.relative_to(ROOT)} imports {needed}: only the command line may"
+
+
 def test_the_check_sees_every_form_of_import() -> None:
     assert rooms("import tfmq.modules.layers as l") == {"tfmq"}
     assert rooms("def f():\n    from benchmarks import tables") == {"benchmarks"}

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 
 import torch
 
+from baselines import recipe_under
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
@@ -234,7 +235,8 @@ class Planner:
         protocol = method.protocol(cell.protocol)
         if protocol is None or method.objection(precision):
             return Item(name, note="not applicable")
-        recipe = read(method.config, self.suite.settings(cell.task, cell.method), f"methods.{cell.method}").recipe()
+        settings = read(method.config, self.suite.settings(cell.task, cell.method), f"methods.{cell.method}")
+        recipe = recipe_under(cell.protocol, settings)
         cost = plan_cost(self.network.unet, precision, recipe, self.pool, protocol, memory=False).cost
         sampled = self.passes * (self.task.images + min(self.task.batch, self.task.images))
         timed = cost.unet_evaluations + QUANTIZED * sampled + LEARNED * cost.learned_rows

@@ -89,7 +89,7 @@ def _quantize(work: Work) -> None:
     restart_peak(device)
     model = load_model(work.task, device)
     method = discover.method(work.cell.method)
-    recipe = config_of(method, work.cell, work.overrides).recipe()
+    recipe = baselines.recipe_under(work.cell.protocol, config_of(method, work.cell, work.overrides))
     pool = calibrate.read_pool(work.task, work.cell.seed, device)
     generator = torch.Generator().manual_seed(seed_of(work.task.name, work.task.version, "quantize", work.cell.seed))
     full_bytes = full_precision_bytes(model.unet)

@@ -88,7 +88,7 @@ def _shared_last(works: Sequence[Work]) -> list[Work]:
 def _beginning(work: Work) -> tuple[object, ...]:
     """What decides the part of a quantisation that comes before activations."""
     cell, precision = work.cell, Precision.parse(work.cell.precision)
-    recipe = config_of(discover.method(cell.method), cell, work.overrides).recipe()
+    recipe = baselines.recipe_under(cell.protocol, config_of(discover.method(cell.method), cell, work.overrides))
     shared = repr(tuple(takewhile(lambda step: not step.sees_activations, recipe)))
     return work.task.name, cell.protocol, cell.seed, precision.weight_bits, precision.quantizes_activations, shared
 
@@ -124,9 +124,7 @@ def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
 
 
 def _objection(method: baselines.Method, cell: Cell) -> str:
-    if method.protocol(cell.protocol) is None:
-        return "no choice of layers of its own is known"
-    return method.objection(Precision.parse(cell.precision))
+    return method.lacks(cell.protocol) or method.objection(Precision.parse(cell.precision))
 
 
 def _code(task: Task, cell: Cell) -> list[str]:

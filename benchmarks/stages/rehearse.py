@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from baselines import recipe_under
 from benchmarks.planning import rehearsal_page
 from benchmarks.planning.planner import KnownNetwork
 from benchmarks.runtime import environment, files
@@ -53,13 +54,13 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
     config = read(method.config, settings | dict(changes), f"settings of {cell.method}")
     precision = Precision.parse(cell.precision)
     protocol = method.protocol(cell.protocol)
-    objection = "no choice of layers of its own is known" if protocol is None else method.objection(precision)
+    objection = method.lacks(cell.protocol) or method.objection(precision)
     if objection:
         raise ValueError(f"{cell.name} is not applicable: {objection}")
     described = describe(task)
     network = KnownNetwork(build(described.unet, torch.device("meta")), timesteps_of(task, described), described.tokens)
     pool = _pool(task, network, config, device)
-    held = plan_cost(network.unet, precision, config.recipe(), _on_meta(pool), protocol).held
+    held = plan_cost(network.unet, precision, recipe_under(cell.protocol, config), _on_meta(pool), protocol).held
     files.WORK.mkdir(exist_ok=True)
     restart_peak(device)
     idle = peak_memory(device)
@@ -72,7 +73,7 @@ def run(suite: Suite, cell: Cell, changes: Mapping[str, object], device_name: st
         workspace = Workspace()
         workspace.allocate = partial(files.mapped, Path(name))
         generator = torch.Generator().manual_seed(0)
-        report = quantize_(unet, precision, config.recipe(), pool, generator, protocol, workspace)
+        report = quantize_(unet, precision, recipe_under(cell.protocol, config), pool, generator, protocol, workspace)
         peak = peak_memory(device)
         after, size = _predict(unet, pool), packed_bytes(unet)
         path = Path(name) / "quantized.safetensors"

@@ -14,7 +14,7 @@ SCHEMA = 2
 STATUSES = ("measured", "not applicable", "failed", "unverified")
 EXECUTIONS = ("simulated", "executed")
 FULL_PRECISION = "full_precision"
-SHARED, *_ = PROTOCOLS = ("shared", "published", "as_run")
+SHARED, *_ = PROTOCOLS = ("shared", "published", "as_run", "deployable")
 SIMULATED, *_ = BACKENDS = ("simulated",)
 
 
@@ -28,7 +28,8 @@ class Cell:
         seed: of the calibration images and of the random numbers of quantising. All seeds are scored on images from
             the same noise, so full precision has seed 0 alone.
         protocol: which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
-            method's own paper, ``as_run`` those that its released code quantises.
+            method's own paper, ``as_run`` those that its released code quantises, ``deployable`` those of ``shared`` on
+            grids that integer kernels execute.
         backend: computes the quantised network: ``simulated`` rounds to low-bit grids and computes in float32.
     """
 

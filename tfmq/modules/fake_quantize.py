@@ -170,10 +170,8 @@ class FakeQuantize(KeepsTypes):
             self.observer = RangeObserver(momentum, steps)
         elif activation_range == "search":
             self.observer = SearchObserver(self.bits, self.symmetric, self.positive, momentum, steps)
-        elif self.symmetric:
-            raise ValueError("activation_range thresholds has codes from 0 on: take it without symmetric activations")
         else:
-            self.observer = ThresholdObserver(self.bits, momentum, steps)
+            self.observer = ThresholdObserver(self.bits, momentum, steps, self.symmetric)
 
     def freeze(self) -> None:
         """Set scale and zero point from what was recorded, and quantise from now on.

@@ -35,6 +35,7 @@ class QuantizedLayer(KeepsTypes):
     Attributes:
         weight_bits, activation_bits: 32 where not quantised.
         splits: sizes of consecutive groups of input channels that have ranges of their own; one entry where unsplit.
+        symmetric_weight: whether the weight's range is symmetric around 0, its zero point the middle of the grid.
         ranged: whether the weight has a range to be rounded in.
         rounding: what gives the weight while its rounding is learned.
         codes: uint8, shape of the weight, once folded.
@@ -53,6 +54,7 @@ class QuantizedLayer(KeepsTypes):
     symmetric: bool
     dynamic: bool
     rank: int
+    symmetric_weight: bool
     ranged: bool
     rounding: nn.Module | None
     input_quantizer: nn.Module
@@ -80,6 +82,7 @@ class QuantizedLayer(KeepsTypes):
         self.symmetric = symmetric
         self.dynamic = dynamic
         self.rank = rank
+        self.symmetric_weight = False
         self.ranged = False
         self.rounding = None
         self.register_buffer("codes", None)
@@ -113,9 +116,12 @@ class QuantizedLayer(KeepsTypes):
     def find_weight_range(self, method: str) -> None:
         """Set the weight's scales by one of ``RANGES``."""
         self.ranged = True
-        groups = [RANGES[method](group.flatten(1), self.weight_bits) for group in self.weight.split(self.splits, 1)]
+        bits, symmetric = self.weight_bits, self.symmetric_weight
+        groups = [RANGES[method](group.flatten(1), bits, symmetric) for group in self.weight.split(self.splits, 1)]
         self.weight_scale = torch.stack([scale for scale, _ in groups], 1)
-        self.weight_zero_point = torch.stack([point for _, point in groups], 1)
+        # Codes are unsigned: those of a signed grid begin half-way.
+        points = [torch.full_like(point, 2 ** (bits - 1)) if symmetric else point for _, point in groups]
+        self.weight_zero_point = torch.stack(points, 1)
 
     def _spread(self, per_group: Tensor) -> Tensor:
         """(output channels, groups) -> a shape that broadcasts against the weight."""

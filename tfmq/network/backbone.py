@@ -184,10 +184,14 @@ class Backbone(ABC):
 
 
 def kind_of(network: Network) -> type[Backbone]:
-    """The kind of backbone that a network has. Raises ValueError for a class that none knows."""
-    for parent in type(network).__mro__:
-        if parent.__name__ in KINDS:
-            module, name = KINDS[parent.__name__]
+    """The kind of backbone that a network has. Raises ValueError for a class that none knows.
+
+    What runs in the place of a network says so by ``stands_for``, the name of that network's class.
+    """
+    classes = [parent.__name__ for parent in type(network).__mro__]
+    for known in (*classes, getattr(network, "stands_for", "")):
+        if known in KINDS:
+            module, name = KINDS[known]
             return getattr(import_module(module), name)
     raise ValueError(f"{type(network).__name__} is not supported: give one of {', '.join(KINDS)}")
 

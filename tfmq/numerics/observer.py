@@ -67,15 +67,16 @@ def _search_error(rows: Tensor, counts: Tensor | None, scale: Tensor, zero_point
     return error.mean(-1) if counts is None else error.mul_(counts).sum(-1) / counts.sum(-1)
 
 
-def thresholds(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def thresholds(rows: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row by PTQ4DM's search (arXiv 2211.15736, released code).
 
     Of the ranges [-c M / 100, c M / 100], c = 1..100, M the row's largest magnitude, the one with the smallest mean
     |x - x_hat|^2.4, the narrowest of equal ones. Where ``rows`` as a whole have one sign, the other half of the range
     is cut. Codes are unsigned and 0 is one of them. A two-sided range lies half-way between two zero points, and the
-    rounding of its end in float32 decides which it is; operations are in the released code's order.
+    rounding of its end in float32 decides which it is; operations are in the released code's order. ``symmetric`` takes
+    the signed grid with zero point 0 instead, whatever the signs.
     """
-    _, scale, zero_point = _best_threshold(rows, None, rows.abs().amax(1), bits, Side.of(rows))
+    _, scale, zero_point = _best_threshold(rows, None, rows.abs().amax(1), bits, Side.of(rows), symmetric)
     return scale, zero_point
 
 
@@ -99,24 +100,34 @@ class Side(Enum):
         return low, high
 
 
-def _affine_of_ends(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a range on the unsigned grid, as PTQ4DM's released code rounds them in float32."""
+def _affine_of_ends(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a range on the unsigned grid, as PTQ4DM's released code rounds them in float32.
+
+    On the signed grid where ``symmetric``, which that code does not have.
+    """
+    if symmetric:
+        return affine_from_range(low, high, bits, symmetric)
     last = 2**bits - 1
     scale = ((high - low) / last).clamp_min(SMALLEST_SCALE)
     return scale, (-torch.round(low / scale)).clamp(0, last) + 0.0  # and no -0.0
 
 
 def _best_threshold(
-    rows: Tensor, counts: Tensor | None, largest: Tensor, bits: int, side: Side
+    rows: Tensor, counts: Tensor | None, largest: Tensor, bits: int, side: Side, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold, scale and zero point (rows,) of the search; ``largest`` (rows,) is M, ``counts`` as in ``search``.
 
     It goes from the widest range to narrower ones, and stops where what is cut off alone costs more than the best range
     in all: no narrower one can win. A two-sided grid has one code more on one side of 0, so that it reaches half a step
-    beyond the threshold there.
+    beyond the threshold there; a signed one, a whole step.
     """
-    reach = 1 + (side is Side.BOTH) / (2**bits - 1)
-    best = [torch.full_like(largest, torch.inf), largest.clone(), *_affine_of_ends(*side.ends(largest), bits)]
+    reach = 1 + 1 / (2 ** (bits - 1) - 1) if symmetric else 1 + (side is Side.BOTH) / (2**bits - 1)
+    grid = Grid.signed(bits) if symmetric else Grid.unsigned(bits)
+    best = [
+        torch.full_like(largest, torch.inf),
+        largest.clone(),
+        *_affine_of_ends(*side.ends(largest), bits, symmetric),
+    ]
     chunk = _chunk(rows, 10)
     for last in range(THRESHOLDS, 0, -chunk):
         shares = torch.arange(max(last - chunk, 0) + 1, last + 1, device=rows.device)
@@ -125,8 +136,8 @@ def _best_threshold(
         cut = cut.mean(-1) if counts is None else cut.mul_(counts).sum(-1) / counts.sum(-1)
         if (cut > best[0]).all():
             break
-        scales, points = _affine_of_ends(*side.ends(candidates), bits)
-        errors = _search_error(rows, counts, scales[..., None], points[..., None], Grid.unsigned(bits))
+        scales, points = _affine_of_ends(*side.ends(candidates), bits, symmetric)
+        errors = _search_error(rows, counts, scales[..., None], points[..., None], grid)
         error, index = errors.min(0)
         better = error <= best[0]
         found = (error, *(each.gather(0, index[None])[0] for each in (candidates, scales, points)))
@@ -192,11 +203,12 @@ class ThresholdObserver(RangeObserver):
 
     The first batch is averaged with itself, which can change its last bit, and with it the zero point. The signs are
     those of the first batch of a step. Large batches are searched by a histogram as in ``SearchObserver``.
+    ``symmetric`` is as in ``thresholds``.
     """
 
-    def __init__(self, bits: int, momentum: float | None, steps: int = 0) -> None:
+    def __init__(self, bits: int, momentum: float | None, steps: int = 0, symmetric: bool = False) -> None:
         super().__init__(momentum, steps)
-        self.bits = bits
+        self.bits, self.symmetric = bits, symmetric
         self.sides: dict[int, Side] = {}
 
     def update(self, x: Tensor, step: int = 0) -> None:
@@ -204,14 +216,14 @@ class ThresholdObserver(RangeObserver):
         side = self.sides.setdefault(step, Side.of(x))
         values, counts = _histogram(x)
         largest = x.detach().abs().max().float().reshape(1)
-        threshold, _, _ = _best_threshold(values, counts, largest, self.bits, side)
+        threshold, _, _ = _best_threshold(values, counts, largest, self.bits, side, self.symmetric)
         ends = torch.cat(side.ends(threshold))
         for _ in range(1 + int(torch.isnan(self.low[step]))):
             super().update(ends, step)
 
     def affine(self, bits: int, symmetric: bool, positive: bool) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of shape (steps,), on the unsigned grid."""
-        return _affine_of_ends(self.low, self.high, bits)
+        """Scale and zero point of shape (steps,), on the unsigned grid, or the signed one where ``symmetric``."""
+        return _affine_of_ends(self.low, self.high, bits, symmetric)
 
 
 def _histogram(x: Tensor) -> tuple[Tensor, Tensor]:

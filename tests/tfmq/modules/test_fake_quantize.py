@@ -83,8 +83,15 @@ def test_a_batch_passes_quantised_while_thresholds_are_observed():
     assert len(passed.unique()) <= 16
     quantizer.freeze()
     assert torch.equal(quantizer(x), passed)
-    with pytest.raises(ValueError, match="without symmetric activations"):
-        FakeQuantize(4, StepTracker(), symmetric=True).observe(activation_range="thresholds")
+
+
+def test_symmetric_thresholds_have_a_signed_grid():
+    quantizer = FakeQuantize(4, StepTracker(), symmetric=True)
+    quantizer.observe(momentum=0.9, activation_range="thresholds")
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0)).abs()
+    quantizer(x)
+    quantizer.freeze()
+    assert float(quantizer.zero_point) == 0 and 0 < float(quantizer.scale) <= float(x.max()) / 7 * (1 + 1e-6)
 
 
 def test_mixed_bits_are_looked_up_by_step():

@@ -1,0 +1,23 @@
+"""Whole UNets in OpenVINO: what executes them, and what they predict."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tfmq.export.executed import check_executed
+
+pytest.importorskip("openvino", reason="OpenVINO executes the networks: pip install tfmq-bench[deploy]")
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "protocol", "kind"),
+    [
+        ("tfmq", "w8a8", "deployable", "unconditional"),
+        ("tfmq", "w4a8", "shared", "text"),
+        ("selection_per_step", "w4a4", "deployable", "unconditional"),
+    ],
+)
+def test_every_layer_executes_in_integers_and_the_network_is_the_simulated_one(
+    method, precision, protocol, kind, tmp_path
+):
+    check_executed(method, precision, protocol, kind, tmp_path)
