@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize, StepTracker
 from tfmq.modules.integer_products import InputGrid, Packed, Window, exact_parts, input_grids, int_mm
@@ -25,12 +26,14 @@ class IntegerWeight(nn.Module):
         codes: int8 (O, C, k, k) or (O, C).
         scale: (O,).
         offset: int32 (O,), or None where it is zero in all output channels.
+        correction: offset scale.
         bias: (O,), or None.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
+    correction: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -45,10 +48,14 @@ class IntegerWeight(nn.Module):
         self.window = window
         self.register_buffer("codes", signed.to(torch.int8).contiguous())
         self.register_buffer("scale", scale.detach().float().contiguous())
-        self.register_buffer("offset", None if fits.all() else shift - point)
+        offset = None if fits.all() else shift - point
+        self.register_buffer("offset", offset)
+        self.register_buffer("correction", None if offset is None else offset * self.scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.packed = Packed(self.codes, window)
-        self.ones = Packed(torch.ones_like(self.codes[:1]), window)
+        pools = window is not None and window.pools
+        ones = torch.ones_like(self.codes[:1, :, 0, 0] if pools else self.codes[:1])
+        self.ones = Packed(ones, None if pools else window)
 
     def forward(self, codes: Tensor, grid: InputGrid) -> Tensor:
         """s_x s_w[c] sum (q_x - z_x) (q_w - z_w[c]) + b[c] for uint8 codes, (N, C, H, W) or (N, C)."""
@@ -58,11 +65,19 @@ class IntegerWeight(nn.Module):
         if self.window is not None:
             codes = codes.contiguous(memory_format=torch.channels_last)
         y = self.packed.product(codes, grid, self.scale, self.bias)
-        if self.offset is not None:
-            sums = self.ones.product(codes, grid, torch.ones(1), None)
-            # Of one channel: its memory is a column, whatever the shape.
-            _rows(y).addmm_(sums.reshape(-1, 1), (self.scale * self.offset)[None])
+        if self.correction is not None:
+            _rows(y).addmm_(self._sums(codes, grid.unscaled), (grid.scale * self.correction)[None])
         return y
+
+    def _sums(self, codes: Tensor, grid: InputGrid) -> Tensor:
+        """The sum of q_x - z_x under each position of the window, a column (N H W, 1)."""
+        one = torch.ones(1)
+        if self.window is None or not self.window.pools:
+            return self.ones.product(codes, grid, one, None).reshape(-1, 1)
+        over_channels = self.ones.product(_rows(codes), grid, one, None).view(len(codes), 1, *codes.shape[2:])
+        window = self.window
+        pooled = F.avg_pool2d(over_channels, window.size, window.stride, window.padding, divisor_override=1)
+        return pooled.view(-1, 1)
 
     def in_floats(self, codes: Tensor, grid: InputGrid) -> Tensor:
         """The same on any device: centred codes in floating point, whose sums are exact; linear layers in int8."""
@@ -179,7 +194,7 @@ def by_step(function: Callable[..., Tensor], index: int | Tensor, *tensors: Tens
 
 def _window(layer: nn.Conv2d) -> Window:
     assert not isinstance(layer.padding, str)
-    return Window(_pair(layer.stride), _pair(layer.padding), _pair(layer.dilation))
+    return Window(_pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding), _pair(layer.dilation))
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

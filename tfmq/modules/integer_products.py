@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,9 +43,21 @@ class InputGrid:
         """The largest |code - zero point|."""
         return max(abs(self.zero_point), abs(self.last - self.zero_point))
 
+    @property
+    def unscaled(self) -> InputGrid:
+        return replace(self, scale=1.0)
+
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of ``x`` as uint8, in the order of its memory."""
-        return torch.div(x, self.scale).round_().add_(self.zero_point).clamp_(0, self.last).to(torch.uint8)
+        """The codes of ``x`` as uint8, in the order of its memory: clamp(round(x / scale) + zero_point).
+
+        Beside 1.5 * 2^23 floats are a unit apart: adding that rounds, half to even, and leaves the integer in the last
+        bits of the float. This takes half the time of rounding and converting.
+        """
+        if abs(self.zero_point) + self.last >= 2**22:
+            return torch.div(x, self.scale).round_().add_(self.zero_point).clamp_(0, self.last).to(torch.uint8)
+        low = 1.5 * 2**23 - self.zero_point
+        bits = torch.div(x, self.scale).add_(1.5 * 2**23).clamp_(low, low + self.last).view(torch.int32)
+        return bits.to(torch.uint8).add_(self.zero_point % 256)
 
     def centred(self, x: Tensor) -> Tensor:
         """code - zero point of ``x``, as float32."""
@@ -67,9 +79,16 @@ def input_grids(quantizer: FakeQuantize) -> tuple[InputGrid, ...]:
 class Window:
     """How a convolution moves over its input; None in its place means a linear layer."""
 
+    size: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+
+    @property
+    def pools(self) -> bool:
+        """Whether pooling can take sums over the same windows."""
+        padded = all(2 * pixels <= side for pixels, side in zip(self.padding, self.size, strict=True))
+        return padded and self.dilation == (1, 1)
 
     @property
     def lists(self) -> tuple[list[int], list[int], list[int], int]:
@@ -86,6 +105,7 @@ class Packed:
     def __init__(self, weight: Tensor, window: Window | None) -> None:
         self.weight = weight
         self.window = window
+        self.no_points = torch.zeros(len(weight), dtype=torch.int32)  # others are silently ignored by the operators
         self.packed: dict[torch.Size, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Packed:
@@ -116,28 +136,11 @@ class Packed:
         Args:
             codes: uint8 (N, C, H, W) in channels-last order, or (N, C).
         """
-        none = torch.zeros(len(scale), dtype=torch.int32)  # zero points of the weight: oneDNN's operators ignore them
-        packed = self.of(codes.shape)
+        operands = codes, grid.scale, grid.zero_point, self.of(codes.shape), scale, self.no_points, bias
+        as_floats = 1.0, 0, torch.float32, "none", [], ""
         if self.window is None:
-            return torch.ops.onednn.qlinear_pointwise(
-                codes, grid.scale, grid.zero_point, packed, scale, none, bias, 1.0, 0, torch.float32, "none", [], ""
-            )
-        return torch.ops.onednn.qconv2d_pointwise(
-            codes,
-            grid.scale,
-            grid.zero_point,
-            packed,
-            scale,
-            none,
-            bias,
-            *self.window.lists,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
+            return torch.ops.onednn.qlinear_pointwise(*operands, *as_floats)
+        return torch.ops.onednn.qconv2d_pointwise(*operands, *self.window.lists, *as_floats)
 
 
 @functools.cache
@@ -148,7 +151,7 @@ def cpu_is_exact() -> bool:
     grid, scale = InputGrid(1.0, 0, 255), torch.ones(32)
     codes = torch.full((32, 64, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     weight = torch.full((32, 64, 3, 3), 127, dtype=torch.int8)
-    window = Window((1, 1), (0, 0), (1, 1))
+    window = Window((3, 3), (1, 1), (0, 0), (1, 1))
     convolved = Packed(weight, window).product(codes, grid, scale, None)
     multiplied = Packed(weight[:, :, 0, 0].contiguous(), None).product(codes[:, :, 0, 0].contiguous(), grid, scale, None)
     term = 64 * 255 * 127
