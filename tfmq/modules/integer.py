@@ -14,6 +14,8 @@ from tfmq.modules.layers import QuantizedConv2d, QuantizedLayer
 from tfmq.precision import FULL
 
 CODE_BITS = 8
+# Below so many codes plain sums cost less than a call of an 8-bit operator.
+FEW = 2**18
 
 
 class IntegerWeight(nn.Module):
@@ -26,7 +28,7 @@ class IntegerWeight(nn.Module):
         codes: int8 (O, C, k, k) or (O, C).
         scale: (O,).
         offset: int32 (O,), or None where it is zero in all output channels.
-        correction: offset scale.
+        correction: offset scale, a row (1, O).
         bias: (O,), or None.
     """
 
@@ -50,12 +52,13 @@ class IntegerWeight(nn.Module):
         self.register_buffer("scale", scale.detach().float().contiguous())
         offset = None if fits.all() else shift - point
         self.register_buffer("offset", offset)
-        self.register_buffer("correction", None if offset is None else offset * self.scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.register_buffer("correction", None if offset is None else (offset * self.scale)[None])
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
         self.packed = Packed(self.codes, window)
         pools = window is not None and window.pools
         ones = torch.ones_like(self.codes[:1, :, 0, 0] if pools else self.codes[:1])
         self.ones = Packed(ones, None if pools else window)
+        self.one = torch.ones(1)
 
     def forward(self, codes: Tensor, grid: InputGrid) -> Tensor:
         """s_x s_w[c] sum (q_x - z_x) (q_w - z_w[c]) + b[c] for uint8 codes, (N, C, H, W) or (N, C)."""
@@ -66,18 +69,24 @@ class IntegerWeight(nn.Module):
             codes = codes.contiguous(memory_format=torch.channels_last)
         y = self.packed.product(codes, grid, self.scale, self.bias)
         if self.correction is not None:
-            _rows(y).addmm_(self._sums(codes, grid.unscaled), (grid.scale * self.correction)[None])
+            # y += s_x sums correction, a product of a column and a row
+            _rows(y).addmm_(self._sums(codes, grid.unscaled), self.correction, alpha=grid.scale)
         return y
 
     def _sums(self, codes: Tensor, grid: InputGrid) -> Tensor:
         """The sum of q_x - z_x under each position of the window, a column (N H W, 1)."""
-        one = torch.ones(1)
-        if self.window is None or not self.window.pools:
-            return self.ones.product(codes, grid, one, None).reshape(-1, 1)
-        over_channels = self.ones.product(_rows(codes), grid, one, None).view(len(codes), 1, *codes.shape[2:])
         window = self.window
-        pooled = F.avg_pool2d(over_channels, window.size, window.stride, window.padding, divisor_override=1)
-        return pooled.view(-1, 1)
+        if window is not None and not window.pools:
+            return self.ones.product(codes, grid, self.one, None).reshape(-1, 1)
+        rows = _rows(codes)
+        if codes.numel() <= FEW:
+            sums = (rows.sum(1, dtype=torch.int32) - grid.zero_point * rows.shape[1]).float()
+        else:
+            sums = self.ones.product(rows, grid, self.one, None)
+        if window is not None and not window.is_point:
+            by_image = sums.view(len(codes), 1, *codes.shape[2:])
+            sums = F.avg_pool2d(by_image, window.size, window.stride, window.padding, divisor_override=1)
+        return sums.view(-1, 1)
 
     def in_floats(self, codes: Tensor, grid: InputGrid) -> Tensor:
         """The same on any device: centred codes in floating point, whose sums are exact; linear layers in int8."""
@@ -125,6 +134,7 @@ class IntegerLayer(nn.Module):
         self.tracker = tracker
         self.sizes = tuple(quantizer.sizes) if isinstance(quantizer, SplitFakeQuantize) else (layer.weight.shape[1],)
         self.grids = [input_grids(part) for part in parts]
+        self.per_step = any(len(grids) > 1 for grids in self.grids)
         self.window = _window(layer) if isinstance(layer, QuantizedConv2d) else None
         codes = layer.codes
         assert codes is not None
@@ -150,10 +160,12 @@ class IntegerLayer(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) or (..., C), float32, as the layer in simulation."""
-        per_step = any(len(grids) > 1 for grids in self.grids)
-        return by_step(self._at_step, self.tracker.index if per_step else 0, x)
+        return by_step(self._at_step, self.tracker.index if self.per_step else 0, x)
 
     def _at_step(self, index: int, x: Tensor) -> Tensor:
+        if len(self.grids) == 1:
+            grid = _at(self.grids[0], index)
+            return self.of_codes(grid.codes(x), grid)
         pieces = x.split(self.sizes, 1 if self.window is not None else -1)
         total: Tensor | None = None
         for piece, grids, weight in zip(pieces, self.grids, self.weights, strict=True):

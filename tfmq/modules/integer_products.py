@@ -11,10 +11,10 @@ floating point, in parts that are small enough to be exact.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -38,13 +38,14 @@ class InputGrid:
     zero_point: int
     last: int
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """The largest |code - zero point|."""
         return max(abs(self.zero_point), abs(self.last - self.zero_point))
 
-    @property
+    @cached_property
     def unscaled(self) -> InputGrid:
+        """The same grid with integers as values."""
         return replace(self, scale=1.0)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -84,13 +85,18 @@ class Window:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    @property
+    @cached_property
+    def is_point(self) -> bool:
+        """Whether the output's pixels are those of the input, one by one."""
+        return (self.size, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
+
+    @cached_property
     def pools(self) -> bool:
         """Whether pooling can take sums over the same windows."""
         padded = all(2 * pixels <= side for pixels, side in zip(self.padding, self.size, strict=True))
         return padded and self.dilation == (1, 1)
 
-    @property
+    @cached_property
     def lists(self) -> tuple[list[int], list[int], list[int], int]:
         """As operators take it: with one group of channels."""
         return list(self.stride), list(self.padding), list(self.dilation), 1
@@ -143,7 +149,7 @@ class Packed:
         return torch.ops.onednn.qconv2d_pointwise(*operands, *self.window.lists, *as_floats)
 
 
-@functools.cache
+@cache
 def cpu_is_exact() -> bool:
     """Whether this processor's 8-bit kernels add without saturating, as those without VNNI instructions do in 16 bits."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
