@@ -14,7 +14,7 @@ from tfmq.modules.integer_products import InputGrid, Packed, exact_bmm, input_gr
 # Scores that are worked on at a time: as many as stay in the cache of a core.
 CACHED_SCORES = 2**18
 # Where fewer keys are multiplied, 8-bit kernels cost more in calls than they gain.
-LEAST_KEYS = 2048
+LEAST_KEYS = 1024
 
 Grids = tuple[InputGrid, InputGrid, InputGrid, InputGrid]  # of query, key, value and probabilities
 
@@ -141,7 +141,7 @@ def in_bytes(
                 scores = keys.product(query_codes[image, rows, head].contiguous(), of_query, key_scale, None)
                 if mask is not None:
                     scores += mask[image, head] if mask.shape[2] == 1 else mask[image, head, rows]
-                codes = of_probabilities.codes(scores.softmax(-1))
+                codes = of_probabilities.codes_(_scaled_softmax_(scores, of_probabilities.scale))
                 y = values.product(codes, of_probabilities, value_scale, None)
                 torch.add(y[:, :-1], y[:, -1:], out=output[image, rows, head])
     return output
@@ -172,11 +172,17 @@ def in_floats(
         scores = exact_bmm(q, k.transpose(1, 2), max(of_query.largest, of_key.largest), most_scores).mul_(factor)
         if masks is not None:
             scores += masks[some]
-        codes = of_probabilities.centred(scores.softmax(-1))
+        codes = of_probabilities.centred_(_scaled_softmax_(scores, of_probabilities.scale))
         largest = max(of_probabilities.largest, of_value.largest)
         output[some] = exact_bmm(codes, v, largest, most_codes * of_value.largest)
     output *= of_probabilities.scale * of_value.scale
     return output.unflatten(0, (images, heads)).transpose(1, 2)
+
+
+def _scaled_softmax_(scores: Tensor, scale: float) -> Tensor:
+    """softmax(scores) / scale along the last dimension, in place: on a CPU in half the time of ``torch.softmax``."""
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return scores.mul_(scores.sum(-1, keepdim=True).mul_(scale).reciprocal_())
 
 
 def _shift(grid: InputGrid) -> int:

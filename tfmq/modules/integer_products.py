@@ -54,15 +54,23 @@ class InputGrid:
         Beside 1.5 * 2^23 floats are a unit apart: adding that rounds, half to even, and leaves the integer in the last
         bits of the float. This takes half the time of rounding and converting.
         """
+        return self.codes_(torch.div(x, self.scale))
+
+    def codes_(self, scaled: Tensor) -> Tensor:
+        """The codes of ``x / scale``, in whose memory they are worked out."""
         if abs(self.zero_point) + self.last >= 2**22:
-            return torch.div(x, self.scale).round_().add_(self.zero_point).clamp_(0, self.last).to(torch.uint8)
+            return scaled.round_().add_(self.zero_point).clamp_(0, self.last).to(torch.uint8)
         low = 1.5 * 2**23 - self.zero_point
-        bits = torch.div(x, self.scale).add_(1.5 * 2**23).clamp_(low, low + self.last).view(torch.int32)
-        return bits.to(torch.uint8).add_(self.zero_point % 256)
+        codes = scaled.add_(1.5 * 2**23).clamp_(low, low + self.last).view(torch.int32).to(torch.uint8)
+        return codes.add_(self.zero_point % 256) if self.zero_point % 256 else codes
 
     def centred(self, x: Tensor) -> Tensor:
         """code - zero point of ``x``, as float32."""
-        return torch.div(x, self.scale).round_().clamp_(-self.zero_point, self.last - self.zero_point)
+        return self.centred_(torch.div(x, self.scale))
+
+    def centred_(self, scaled: Tensor) -> Tensor:
+        """code - zero point of ``x / scale``, in place."""
+        return scaled.round_().clamp_(-self.zero_point, self.last - self.zero_point)
 
 
 def input_grids(quantizer: FakeQuantize) -> tuple[InputGrid, ...]:
