@@ -19,6 +19,7 @@ from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Network
 from tfmq.plan import check_finished, check_quantized
 
+PROJECTIONS = ("to_q", "to_k", "to_v")
 KERNEL = "8-bit integers"
 FLOAT = "float32"
 SIMULATED = "simulated in float32"
@@ -84,7 +85,10 @@ def executing(network: Network, partly: bool = False) -> Network:
         if isinstance(module, QuantizedLayer):
             memo[id(module)] = IntegerLayer(module, tracker).to(network.device)
         elif isinstance(module, QuantizedAttention):
-            memo[id(module)] = IntegerAttention(module, tracker)
+            attention = network.get_submodule(path.rpartition(".")[0])
+            named = {f"{path.rpartition('.')[0]}.{name}": getattr(attention, name) for name in PROJECTIONS}
+            layers = [layer for name, layer in named.items() if isinstance(layer, QuantizedLayer) and name not in refused]
+            memo[id(module)] = IntegerAttention(module, tracker, layers).to(network.device)
     memo |= {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, memo)
     twin.not_executed = refused

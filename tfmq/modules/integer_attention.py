@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
-from tfmq.modules.integer import CODE_BITS, IntegerLayer, by_step, too_wide
+from tfmq.modules.integer import CODE_BITS, IntegerLayer, IntegerWeight, by_step, too_wide
 from tfmq.modules.integer_products import InputGrid, Packed, exact_bmm, input_grids
+from tfmq.modules.layers import QuantizedLayer
 
 # Scores that are worked on at a time: as many as stay in the cache of a core.
 CACHED_SCORES = 2**18
@@ -23,11 +24,17 @@ class IntegerAttention(nn.Module):
     """Attention processor: query, key, value and probabilities are codes, both products are sums of integers.
 
     Softmax and norms run in floating point. Set with ``Attention.set_processor``.
+
+    Attributes:
+        joined: the three projections of self-attention as one weight, where these share the grid of their input.
     """
 
-    def __init__(self, processor: QuantizedAttention, tracker: StepTracker) -> None:
+    def __init__(
+        self, processor: QuantizedAttention, tracker: StepTracker, projections: list[QuantizedLayer]
+    ) -> None:
         super().__init__()
         self.tracker = tracker
+        self.joined = joined(projections)
         operands = (processor.query, processor.key, processor.value, processor.probabilities)
         self.grids = [input_grids(operand) for operand in operands if isinstance(operand, FakeQuantize)]
 
@@ -66,7 +73,7 @@ class IntegerAttention(nn.Module):
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 
-        query, key, value = projections(attn, hidden_states, context)
+        query, key, value = self._projections(attn, hidden_states, context)
         mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
         operands = [x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value)]
         if mask is not None:
@@ -84,6 +91,25 @@ class IntegerAttention(nn.Module):
             output = output + residual
         return output / attn.rescale_output_factor
 
+    def _projections(self, attn: Attention, hidden_states: Tensor, context: Tensor) -> list[Tensor]:
+        """Query, key and value, (B, tokens, C); an input that layers share in one grid is quantised once."""
+        layers = attn.to_q, attn.to_k, attn.to_v
+        grid = layers[0].grid if isinstance(layers[0], IntegerLayer) else None
+        if self.joined is not None and grid is not None and context is hidden_states:
+            rows = grid.codes(hidden_states).flatten(0, 1)
+            return list(self.joined(rows, grid).view(*hidden_states.shape[:2], -1).chunk(3, -1))
+        found: dict[InputGrid, Tensor] = {}
+        outputs = []
+        for layer, x in zip(layers, (hidden_states, context, context), strict=True):
+            grid = layer.grid if isinstance(layer, IntegerLayer) and x is context else None
+            if grid is None:
+                outputs.append(layer(x))
+                continue
+            if grid not in found:
+                found[grid] = grid.codes(x)
+            outputs.append(layer.of_codes(found[grid], grid))
+        return outputs
+
     def _of_step(
         self, scale: float, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
@@ -95,20 +121,19 @@ class IntegerAttention(nn.Module):
         return in_floats(query, key, value, mask, scale, grids)
 
 
-def projections(attn: Attention, hidden_states: Tensor, context: Tensor) -> list[Tensor]:
-    """Query, key and value, (B, tokens, C); an input that layers share in one grid is quantised once."""
-    found: dict[tuple[int, InputGrid], Tensor] = {}
-    outputs = []
-    for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context)):
-        grid = layer.grid if isinstance(layer, IntegerLayer) else None
-        if grid is None:
-            outputs.append(layer(x))
-            continue
-        name = (id(x), grid)
-        if name not in found:
-            found[name] = grid.codes(x)
-        outputs.append(layer.of_codes(found[name], grid))
-    return outputs
+def joined(projections: list[QuantizedLayer]) -> IntegerWeight | None:
+    """Query, key and value of self-attention as one weight, or None where their inputs differ, or are of other sizes."""
+    parts = [layer.input_quantizer for layer in projections]
+    grids = {input_grids(part) for part in parts if isinstance(part, FakeQuantize)}
+    biases = [layer.bias for layer in projections if layer.bias is not None]
+    inputs = {layer.weight.shape[1] for layer in projections}
+    if len(projections) < 3 or len(grids) + len(inputs) > 2 or len(biases) not in (0, 3):
+        return None
+    codes = torch.cat([layer.codes for layer in projections if layer.codes is not None])
+    scale, point = (
+        torch.cat([getattr(layer, name)[:, 0] for layer in projections]) for name in ("weight_scale", "weight_zero_point")
+    )
+    return IntegerWeight(codes, scale, point, torch.cat(biases) if biases else None, None)
 
 
 def in_bytes(
