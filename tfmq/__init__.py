@@ -49,6 +49,8 @@ _HOMES = {
     "corrected_scheduler": "passes.correction",
     "correction_of": "passes.correction",
     "coverage": "plan",
+    "executed_coverage": "execution",
+    "executing": "execution",
     "load_quantized": "checkpoint",
     "plan_cost": "cost",
     "quantize_": "quantization",

@@ -62,9 +62,9 @@ def executing(network: Network, partly: bool = False) -> Network:
             has no exact 8-bit kernels.
     """
     check_quantized(network)
-    check_finished(network)
     if network.dtype != torch.float32:
-        raise ValueError(f"the network computes in {network.dtype}: give one in float32, whose sums are checked")
+        raise ValueError(f"the network computes in {network.dtype}: only networks in float32 can be executed")
+    check_finished(network)
     if network.device.type == "cpu" and not cpu_is_exact():
         raise ValueError(
             "the 8-bit kernels of this processor are not exact (VNNI instructions are missing, or torch was built "
@@ -87,7 +87,9 @@ def executing(network: Network, partly: bool = False) -> Network:
         elif isinstance(module, QuantizedAttention):
             attention = network.get_submodule(path.rpartition(".")[0])
             named = {f"{path.rpartition('.')[0]}.{name}": getattr(attention, name) for name in PROJECTIONS}
-            layers = [layer for name, layer in named.items() if isinstance(layer, QuantizedLayer) and name not in refused]
+            layers = [
+                layer for name, layer in named.items() if isinstance(layer, QuantizedLayer) and name not in refused
+            ]
             memo[id(module)] = IntegerAttention(module, tracker, layers).to(network.device)
     memo |= {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, memo)

@@ -27,8 +27,7 @@ from tfmq.checkpoint import NETWORKS
 from tfmq.execution import executed_coverage, executing
 from tfmq.network.backbone import Network, backbone_of, evaluate
 from tfmq.passes.grids import Grids
-from tfmq.plan import activation_quantizers, amended_plan, insert_quantizers, quantized_layers
-from tfmq.plan import SHARED
+from tfmq.plan import SHARED, activation_quantizers, amended_plan, insert_quantizers, quantized_layers
 from tfmq.precision import Precision
 
 STABLE_DIFFUSION = {
@@ -110,7 +109,9 @@ def quantize_quickly(network: Network, precision: Precision, given: tuple[Tensor
 
 
 @torch.no_grad()
-def alternating(networks: dict[str, Network], given: tuple[Tensor, Tensor, Tensor | None], rounds: int) -> dict[str, list[float]]:
+def alternating(
+    networks: dict[str, Network], given: tuple[Tensor, Tensor, Tensor | None], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each evaluation, by network; one round before does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for index in range(rounds + 1):
@@ -155,8 +156,10 @@ def main(arguments: list[str]) -> None:
     networks["executed"] = executed
     described = environment.describe()
     print(f"{options.source}, {options.precision}, batches of {options.batch}, {options.rounds} rounds")
-    print(f"{described['cpu']} ({torch.backends.cpu.get_cpu_capability()}), {options.threads} threads, "
-          f"torch {torch.__version__}, diffusers {described['versions']['diffusers']}")
+    print(
+        f"{described['cpu']} ({torch.backends.cpu.get_cpu_capability()}), {options.threads} threads, "
+        f"torch {torch.__version__}, diffusers {described['versions']['diffusers']}"
+    )
     print(table(alternating(networks, given, options.rounds)))
     for (kind, kernel), count in sorted(Counter((row.kind, row.kernel) for row in executed_coverage(executed)).items()):
         print(f"{count:4} {kind}: {kernel}")

@@ -21,8 +21,8 @@ FEW = 2**18
 class IntegerWeight(nn.Module):
     """The weight of consecutive input channels in signed 8-bit codes, and its products with codes of the input.
 
-    A weight code is q - z where all of a channel's q - z fit into 8 signed bits, and else q - 128, so that z - 128 times
-    the sum of the input over the window is left to subtract: q - z = code + offset.
+    A code is q - z where all of an output channel's q - z fit into 8 signed bits, and else q - 128: then 128 - z times
+    the sum of the input under the window is left to add, q - z = code + offset.
 
     Buffers:
         codes: int8 (O, C, k, k) or (O, C).
@@ -39,7 +39,7 @@ class IntegerWeight(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, window: Window | None
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: nn.Module | Tensor | None, window: Window | None
     ) -> None:
         super().__init__()
         point = zero_point.to(torch.int32)
@@ -90,7 +90,6 @@ class IntegerWeight(nn.Module):
 
     def in_floats(self, codes: Tensor, grid: InputGrid) -> Tensor:
         """The same on any device: centred codes in floating point, whose sums are exact; linear layers in int8."""
-        offset = 0 if self.offset is None else self.offset
         if self.window is None and _takes_int_mm(codes, self.codes):
             sums = int_mm(codes, grid.zero_point, self.codes)
             if self.offset is not None:
@@ -101,7 +100,7 @@ class IntegerWeight(nn.Module):
         shape = (-1, *[1] * (self.codes.dim() - 2))
         weight = self.codes.float()
         if self.offset is not None:
-            weight += offset.view(-1, *[1] * (self.codes.dim() - 1))
+            weight += self.offset.view(-1, *[1] * (self.codes.dim() - 1))
         centred = codes.float().sub_(grid.zero_point)
         y = exact_parts(centred, weight, self.window, grid.largest) * (grid.scale * self.scale).view(shape)
         return y if self.bias is None else y + self.bias.view(shape)
@@ -130,7 +129,7 @@ class IntegerLayer(nn.Module):
     def __init__(self, layer: QuantizedLayer, tracker: StepTracker) -> None:
         super().__init__()
         quantizer = layer.input_quantizer
-        parts = list(quantizer.parts) if isinstance(quantizer, SplitFakeQuantize) else [quantizer]
+        parts = [part for part in quantizer.modules() if isinstance(part, FakeQuantize)]
         self.tracker = tracker
         self.sizes = tuple(quantizer.sizes) if isinstance(quantizer, SplitFakeQuantize) else (layer.weight.shape[1],)
         self.grids = [input_grids(part) for part in parts]

@@ -29,9 +29,7 @@ class IntegerAttention(nn.Module):
         joined: the three projections of self-attention as one weight, where these share the grid of their input.
     """
 
-    def __init__(
-        self, processor: QuantizedAttention, tracker: StepTracker, projections: list[QuantizedLayer]
-    ) -> None:
+    def __init__(self, processor: QuantizedAttention, tracker: StepTracker, projections: list[QuantizedLayer]) -> None:
         super().__init__()
         self.tracker = tracker
         self.joined = joined(projections)
@@ -122,23 +120,22 @@ class IntegerAttention(nn.Module):
 
 
 def joined(projections: list[QuantizedLayer]) -> IntegerWeight | None:
-    """Query, key and value of self-attention as one weight, or None where their inputs differ, or are of other sizes."""
+    """Query, key and value of self-attention as one weight, or None where their inputs or sizes differ."""
     parts = [layer.input_quantizer for layer in projections]
     grids = {input_grids(part) for part in parts if isinstance(part, FakeQuantize)}
-    biases = [layer.bias for layer in projections if layer.bias is not None]
+    biases = [layer.bias for layer in projections if isinstance(layer.bias, Tensor)]
     inputs = {layer.weight.shape[1] for layer in projections}
     if len(projections) < 3 or len(grids) + len(inputs) > 2 or len(biases) not in (0, 3):
         return None
     codes = torch.cat([layer.codes for layer in projections if layer.codes is not None])
     scale, point = (
-        torch.cat([getattr(layer, name)[:, 0] for layer in projections]) for name in ("weight_scale", "weight_zero_point")
+        torch.cat([getattr(layer, name)[:, 0] for layer in projections])
+        for name in ("weight_scale", "weight_zero_point")
     )
     return IntegerWeight(codes, scale, point, torch.cat(biases) if biases else None, None)
 
 
-def in_bytes(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids
-) -> Tensor:
+def in_bytes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids) -> Tensor:
     """Attention by oneDNN's 8-bit products, one head of an image after the other, some queries at a time.
 
     Keys and values are signed here, code - shift. The rest of a key, (shift - z_k) sum (q_q - z_q), is the same for all
@@ -172,9 +169,7 @@ def in_bytes(
     return output
 
 
-def in_floats(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids
-) -> Tensor:
+def in_floats(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids) -> Tensor:
     """Attention by products of centred codes in floating point, whose sums are exact, some heads at a time."""
     of_query, of_key, of_value, of_probabilities = grids
     images, tokens, heads, channels = query.shape

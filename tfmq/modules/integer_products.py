@@ -151,7 +151,7 @@ class Packed:
             codes: uint8 (N, C, H, W) in channels-last order, or (N, C).
         """
         operands = codes, grid.scale, grid.zero_point, self.of(codes.shape), scale, self.no_points, bias
-        as_floats = 1.0, 0, torch.float32, "none", [], ""
+        as_floats: tuple[object, ...] = 1.0, 0, torch.float32, "none", [], ""
         if self.window is None:
             return torch.ops.onednn.qlinear_pointwise(*operands, *as_floats)
         return torch.ops.onednn.qconv2d_pointwise(*operands, *self.window.lists, *as_floats)
@@ -159,7 +159,7 @@ class Packed:
 
 @cache
 def cpu_is_exact() -> bool:
-    """Whether this processor's 8-bit kernels add without saturating, as those without VNNI instructions do in 16 bits."""
+    """Whether this processor's 8-bit kernels add exactly: those without VNNI instructions saturate in 16 bits."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
         return False
     grid, scale = InputGrid(1.0, 0, 255), torch.ones(32)
@@ -167,7 +167,9 @@ def cpu_is_exact() -> bool:
     weight = torch.full((32, 64, 3, 3), 127, dtype=torch.int8)
     window = Window((3, 3), (1, 1), (0, 0), (1, 1))
     convolved = Packed(weight, window).product(codes, grid, scale, None)
-    multiplied = Packed(weight[:, :, 0, 0].contiguous(), None).product(codes[:, :, 0, 0].contiguous(), grid, scale, None)
+    multiplied = Packed(weight[:, :, 0, 0].contiguous(), None).product(
+        codes[:, :, 0, 0].contiguous(), grid, scale, None
+    )
     term = 64 * 255 * 127
     return bool((convolved == 9 * term).all() and (multiplied == term).all())
 
