@@ -38,9 +38,7 @@ class IntegerWeight(nn.Module):
     correction: Tensor | None
     bias: Tensor | None
 
-    def __init__(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: nn.Module | Tensor | None, window: Window | None
-    ) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: object, window: Window | None) -> None:
         super().__init__()
         point = zero_point.to(torch.int32)
         centred = codes.to(torch.int32) - point.view(-1, *[1] * (codes.dim() - 1))
@@ -53,7 +51,7 @@ class IntegerWeight(nn.Module):
         offset = None if fits.all() else shift - point
         self.register_buffer("offset", offset)
         self.register_buffer("correction", None if offset is None else (offset * self.scale)[None])
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+        self.bias = nn.Parameter(bias.detach().float(), False) if isinstance(bias, Tensor) else None
         self.packed = Packed(self.codes, window)
         pools = window is not None and window.pools
         ones = torch.ones_like(self.codes[:1, :, 0, 0] if pools else self.codes[:1])

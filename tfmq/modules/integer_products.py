@@ -186,7 +186,7 @@ def exact_parts(centred: Tensor, weight: Tensor, window: Window | None, largest:
     channels = weight.abs().flatten(2).sum(2) if window is not None else weight.abs()
     most = float(channels.sum(1).max()) * largest
     size = weight.shape[1] if most < EXACT else max(1, int(weight.shape[1] * EXACT / most))
-    with tensor_cores(max(largest, float(weight.abs().max())) <= TF32_EXACT):
+    with tensor_cores(centred, max(largest, float(weight.abs().max()))):
         parts = zip(centred.split(size, 1), weight.split(size, 1), strict=True)
         first, *others = (_product(piece, part, window) for piece, part in parts)
     for other in others:
@@ -206,7 +206,7 @@ def exact_bmm(a: Tensor, b: Tensor, largest: int, most: float) -> Tensor:
         most: what no sum of absolute products exceeds.
     """
     size = a.shape[2] if most < EXACT else max(1, EXACT // largest**2)
-    with tensor_cores(largest <= TF32_EXACT):
+    with tensor_cores(a, largest):
         first, *others = (torch.bmm(*parts) for parts in zip(a.split(size, 2), b.split(size, 1), strict=True))
     for other in others:
         first += other
@@ -214,11 +214,14 @@ def exact_bmm(a: Tensor, b: Tensor, largest: int, most: float) -> Tensor:
 
 
 @contextmanager
-def tensor_cores(allowed: bool) -> Iterator[None]:
-    """Allow, or not, TF32 inside, on CUDA."""
+def tensor_cores(operand: Tensor, largest: float) -> Iterator[None]:
+    """On CUDA, products inside run in TF32 if that holds integers of at most ``largest``, and else in float32."""
+    if not operand.is_cuda:
+        yield
+        return
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    matmul.allow_tf32 = cudnn.allow_tf32 = largest <= TF32_EXACT
     try:
         yield
     finally:
