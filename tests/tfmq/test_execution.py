@@ -114,6 +114,20 @@ def test_a_loaded_checkpoint_executes(network, tmp_path):
         assert torch.equal(evaluate(executing(loaded), *inputs), evaluate(executing(unet), *inputs))
 
 
+def test_an_unconditional_network_depends_on_neither_batch_nor_threads(network):
+    twin = executing(network("unconditional")[0])
+    latents, timestep = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(401)
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        whole = evaluate(twin, latents, timestep)
+        assert torch.equal(torch.cat([evaluate(twin, part, timestep) for part in latents.split(4)]), whole)
+        try:
+            torch.set_num_threads(2)
+            assert torch.equal(evaluate(twin, latents, timestep), whole)
+        finally:
+            torch.set_num_threads(threads)
+
+
 REFUSED = {
     "dynamic": ((Grids(dynamic_activations=True),), "w8a8", "the range of its input is dynamic"),
     "low rank": (
