@@ -150,7 +150,9 @@ class Packed:
         Args:
             codes: uint8 (N, C, H, W) in channels-last order, or (N, C).
         """
-        operands = codes, grid.scale, grid.zero_point, self.of(codes.shape), scale, self.no_points, bias
+        # One factor: of two, kernels for few rows and for many take the product in another order.
+        factor = grid.scale * scale
+        operands = codes, 1.0, grid.zero_point, self.of(codes.shape), factor, self.no_points, bias
         as_floats: tuple[object, ...] = 1.0, 0, torch.float32, "none", [], ""
         if self.window is None:
             return torch.ops.onednn.qlinear_pointwise(*operands, *as_floats)

@@ -239,12 +239,17 @@ def test_attention_in_bytes_and_in_floats_are_the_same_sums():
 
 def test_layers_depend_on_neither_batch_nor_threads():
     torch.manual_seed(0)
-    modules = ((nn.Conv2d(32, 48, 3, padding=1), random(64, 32, 8, 8)), (nn.Linear(32, 48), random(64, 16, 32)))
+    modules = (
+        (nn.Conv2d(32, 48, 3, padding=1), random(64, 32, 8, 8)),
+        (nn.Linear(32, 48), random(64, 16, 32)),
+        (nn.Linear(64, 64), random(64, 64)),
+    )
     for module, x in modules:
         layer, tracker = layer_of(module)
         executed = IntegerLayer(layer, tracker)
         whole = executed(x)
-        assert torch.equal(torch.cat([executed(part) for part in x.split(16)]), whole)
+        for rows in (1, 3, 16):
+            assert torch.equal(torch.cat([executed(part) for part in x.split(rows)]), whole)
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(2)
