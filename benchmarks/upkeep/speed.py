@@ -1,15 +1,14 @@
 """How much faster does a network run in integers? Float32, simulated and executed networks, one after the other.
 
 `python -m benchmarks.upkeep.speed data/emoji-ldm4/unet` prints seconds for one evaluation of a batch and the ratios of
-the three, each round of which times all networks once, so that what else the machine does meets them alike. A folder
-holds a network of diffusers; `stable-diffusion` stands for the UNet of Stable Diffusion v1.4 with random weights (10 GB
-of memory). Weights are rounded to nearest, and ranges are those of one random batch: speed does not depend on them.
+the three. Each round times all networks once, so that what else the machine does meets them alike. A folder holds a
+network of diffusers; `stable-diffusion` stands for the UNet of Stable Diffusion v1.4 with random weights. Weights are
+rounded to nearest, and ranges are those of one random batch: speed does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import sys
@@ -73,10 +72,10 @@ class Median:
         return f"{self.value:.3g}{unit} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def load(source: str, generator_seed: int = 0) -> Network:
+def load(source: str) -> Network:
     """The network in a folder, or Stable Diffusion's with random weights."""
     if source == "stable-diffusion":
-        torch.manual_seed(generator_seed)
+        torch.manual_seed(0)
         return NETWORKS[str(STABLE_DIFFUSION["_class_name"])].from_config(STABLE_DIFFUSION).eval()
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     return NETWORKS[config["_class_name"]].from_pretrained(source).eval()
@@ -142,18 +141,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--skip-simulated", action="store_true", help="for large networks: it takes memory and time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    network = load(options.source)
-    given = inputs(network, options.batch)
-    networks = {"float32": network}
-    simulated = copy.deepcopy(network)
-    quantize_quickly(simulated, Precision.parse(options.precision), given)
-    executed = executing(simulated)
-    if options.source != "stable-diffusion":
-        networks["simulated"] = simulated
-    del simulated
-    networks["executed"] = executed
+    quantized = load(options.source)
+    given = inputs(quantized, options.batch)
+    quantize_quickly(quantized, Precision.parse(options.precision), given)
+    executed = executing(quantized)
+    networks = {} if options.skip_simulated else {"simulated": quantized}
+    del quantized
+    networks |= {"float32": load(options.source), "executed": executed}
     described = environment.describe()
     print(f"{options.source}, {options.precision}, batches of {options.batch}, {options.rounds} rounds")
     print(
