@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.upkeep import speed
+from tests.tfmq.network.test_transformer import transformer
 from tests.tfmq.networks import unconditional
 from tfmq.modules.integer_products import cpu_is_exact
 
@@ -23,8 +24,9 @@ def test_ratios_are_those_of_the_rounds():
 
 
 @pytest.mark.skipif(not cpu_is_exact(), reason="the 8-bit kernels of this processor are not exact")
-def test_a_network_is_timed_and_listed(tmp_path, capsys):
-    unconditional().save_pretrained(tmp_path)
+@pytest.mark.parametrize("build", [unconditional, transformer])
+def test_a_network_is_timed_and_listed(build, tmp_path, capsys):
+    build().save_pretrained(tmp_path)
     speed.main([str(tmp_path), "--batch", "2", "--rounds", "2"])
     shown = capsys.readouterr().out
     assert "executed / simulated" in shown and "attention products: 8-bit integers" in shown
