@@ -55,6 +55,8 @@ _HOMES = {
     "correction_of": "passes.correction",
     "coverage": "state",
     "deployable": "passes.deployable",
+    "executed_coverage": "execution",
+    "executing": "execution",
     "export_onnx": "export.onnx",
     "export_openvino": "export.openvino",
     "load_quantized": "checkpoint",

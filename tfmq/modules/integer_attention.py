@@ -1,0 +1,224 @@
+"""Attention whose two products compute in integers: the executed twin of `tfmq.modules.attention`."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from tfmq.modules.attention import QuantizedAttention
+from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
+from tfmq.modules.integer import CODE_BITS, IntegerLayer, IntegerWeight, by_step, too_wide
+from tfmq.modules.integer_products import InputGrid, Packed, exact_bmm, input_grids
+from tfmq.modules.layers import QuantizedLayer
+
+# Scores that are worked on at a time: as many as stay in the cache of a core.
+CACHED_SCORES = 2**18
+# Where fewer keys are multiplied, 8-bit kernels cost more in calls than they gain.
+LEAST_KEYS = 1024
+
+Grids = tuple[InputGrid, InputGrid, InputGrid, InputGrid]  # of query, key, value and probabilities
+
+
+class IntegerAttention(nn.Module):
+    """Attention processor: query, key, value and probabilities are codes, both products are sums of integers.
+
+    Softmax and norms run in floating point. Set with ``Attention.set_processor``.
+
+    Attributes:
+        joined: the three projections of self-attention as one weight, where these share the grid of their input.
+    """
+
+    def __init__(self, processor: QuantizedAttention, tracker: StepTracker, projections: list[QuantizedLayer]) -> None:
+        super().__init__()
+        self.tracker = tracker
+        self.joined = joined(projections)
+        operands = (processor.query, processor.key, processor.value, processor.probabilities)
+        self.grids = [input_grids(operand) for operand in operands if isinstance(operand, FakeQuantize)]
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        # diffusers reads this signature to decide which arguments a processor takes.
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
+        """Self- or cross-attention over (B, C, H, W) or (B, tokens, C), as `QuantizedAttention` computes it."""
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if residual.dim() == 4:
+            # A norm of pixels in channels-last order: tokens are then rows of the same memory.
+            if attn.group_norm is not None:
+                hidden_states = attn.group_norm(hidden_states)
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        elif attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+
+        query, key, value = self._projections(attn, hidden_states, context)
+        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
+        operands = [x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value)]
+        if mask is not None:
+            operands.append(mask.unflatten(0, (-1, attn.heads)))
+        per_step = any(len(grids) > 1 for grids in self.grids)
+        output = by_step(
+            lambda index, *parts: self._of_step(attn.scale, index, *parts),
+            self.tracker.index if per_step else 0,
+            *operands,
+        )
+        output = attn.to_out[1](attn.to_out[0](output.flatten(2)))
+        if residual.dim() == 4:
+            output = output.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            output = output + residual
+        return output / attn.rescale_output_factor
+
+    def _projections(self, attn: Attention, hidden_states: Tensor, context: Tensor) -> list[Tensor]:
+        """Query, key and value, (B, tokens, C); an input that layers share in one grid is quantised once."""
+        layers = attn.to_q, attn.to_k, attn.to_v
+        grid = layers[0].grid if isinstance(layers[0], IntegerLayer) else None
+        if self.joined is not None and grid is not None and context is hidden_states:
+            rows = grid.codes(hidden_states).flatten(0, 1)
+            return list(self.joined(rows, grid).view(*hidden_states.shape[:2], -1).chunk(3, -1))
+        found: dict[InputGrid, Tensor] = {}
+        outputs = []
+        for layer, x in zip(layers, (hidden_states, context, context), strict=True):
+            grid = layer.grid if isinstance(layer, IntegerLayer) and x is context else None
+            if grid is None:
+                outputs.append(layer(x))
+                continue
+            if grid not in found:
+                found[grid] = grid.codes(x)
+            outputs.append(layer.of_codes(found[grid], grid))
+        return outputs
+
+    def _of_step(
+        self, scale: float, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, tokens, heads, channels) of all, of one time step."""
+        of_query, of_key, of_value, of_probabilities = (grids[index if len(grids) > 1 else 0] for grids in self.grids)
+        grids = (of_query, of_key, of_value, of_probabilities)
+        if query.device.type == "cpu" and key.shape[1] >= LEAST_KEYS:
+            return in_bytes(query, key, value, mask, scale, grids)
+        return in_floats(query, key, value, mask, scale, grids)
+
+
+def joined(projections: list[QuantizedLayer]) -> IntegerWeight | None:
+    """Query, key and value of self-attention as one weight, or None where their inputs or sizes differ."""
+    parts = [layer.input_quantizer for layer in projections]
+    grids = {input_grids(part) for part in parts if isinstance(part, FakeQuantize)}
+    biases = [layer.bias for layer in projections if isinstance(layer.bias, Tensor)]
+    inputs = {layer.weight.shape[1] for layer in projections}
+    if len(projections) < 3 or len(grids) + len(inputs) > 2 or len(biases) not in (0, 3):
+        return None
+    codes = torch.cat([layer.codes for layer in projections if layer.codes is not None])
+    scale, point = (
+        torch.cat([getattr(layer, name)[:, 0] for layer in projections])
+        for name in ("weight_scale", "weight_zero_point")
+    )
+    return IntegerWeight(codes, scale, point, torch.cat(biases) if biases else None, None)
+
+
+def in_bytes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids) -> Tensor:
+    """Attention by oneDNN's 8-bit products, one head of an image after the other, some queries at a time.
+
+    Keys and values are signed here, code - shift. The rest of a key, (shift - z_k) sum (q_q - z_q), is the same for all
+    keys of a query and so does nothing to the softmax. The rest of a value is (shift - z_v) times the sum of the
+    probabilities' codes, which one more column of ones gives.
+    """
+    of_query, of_key, of_value, of_probabilities = grids
+    images, tokens, heads, channels = query.shape
+    query_codes, key_codes = of_query.codes(query), _signed(of_key, key)
+    value_codes = _signed(of_value, value)
+    rest = of_value.scale * (_shift(of_value) - of_value.zero_point)
+    key_scale = torch.full((key.shape[1],), of_key.scale * scale)
+    value_scale = torch.full((channels + 1,), of_value.scale)
+    value_scale[-1] = rest
+    at_once = max(16, CACHED_SCORES // key.shape[1])
+    output = query.new_empty(query.shape)
+    for image in range(images):
+        for head in range(heads):
+            keys = Packed(key_codes[image, :, head].contiguous(), None)
+            columns = torch.ones(channels + 1, key.shape[1], dtype=torch.int8)
+            columns[:-1] = value_codes[image, :, head].t()
+            values = Packed(columns, None)
+            for start in range(0, tokens, at_once):
+                rows = slice(start, start + at_once)
+                scores = keys.product(query_codes[image, rows, head].contiguous(), of_query, key_scale, None)
+                if mask is not None:
+                    scores += mask[image, head] if mask.shape[2] == 1 else mask[image, head, rows]
+                codes = of_probabilities.codes_(_scaled_softmax_(scores, of_probabilities.scale))
+                y = values.product(codes, of_probabilities, value_scale, None)
+                torch.add(y[:, :-1], y[:, -1:], out=output[image, rows, head])
+    return output
+
+
+def in_floats(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids) -> Tensor:
+    """Attention by products of centred codes in floating point, whose sums are exact, some heads at a time."""
+    of_query, of_key, of_value, of_probabilities = grids
+    images, tokens, heads, channels = query.shape
+    by_head = [
+        grid.centred(x).transpose(1, 2).reshape(images * heads, -1, channels)
+        for grid, x in ((of_query, query), (of_key, key), (of_value, value))
+    ]
+    masks = None if mask is None else mask.flatten(0, 1)
+    most_scores = channels * of_query.largest * of_key.largest
+    # Probabilities of a query add up to one, and rounding adds at most half a code to each.
+    most_codes = min(1 / of_probabilities.scale + key.shape[1] / 2, key.shape[1] * of_probabilities.largest)
+    if of_probabilities.zero_point:
+        most_codes = key.shape[1] * of_probabilities.largest
+    factor = of_query.scale * of_key.scale * scale
+    at_once = max(1, CACHED_SCORES // (tokens * key.shape[1])) if query.device.type == "cpu" else len(by_head[0])
+    output = query.new_empty(len(by_head[0]), tokens, channels)
+    for start in range(0, len(output), at_once):
+        some = slice(start, start + at_once)
+        q, k, v = (x[some] for x in by_head)
+        scores = exact_bmm(q, k.transpose(1, 2), max(of_query.largest, of_key.largest), most_scores).mul_(factor)
+        if masks is not None:
+            scores += masks[some]
+        codes = of_probabilities.centred_(_scaled_softmax_(scores, of_probabilities.scale))
+        largest = max(of_probabilities.largest, of_value.largest)
+        output[some] = exact_bmm(codes, v, largest, most_codes * of_value.largest)
+    output *= of_probabilities.scale * of_value.scale
+    return output.unflatten(0, (images, heads)).transpose(1, 2)
+
+
+def _scaled_softmax_(scores: Tensor, scale: float) -> Tensor:
+    """softmax(scores) / scale along the last dimension, in place: on a CPU in half the time of ``torch.softmax``."""
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return scores.mul_(scores.sum(-1, keepdim=True).mul_(scale).reciprocal_())
+
+
+def _shift(grid: InputGrid) -> int:
+    """What makes codes signed: the zero point where code - zero point fits, else half of a byte."""
+    return grid.zero_point if grid.largest <= 127 else 128
+
+
+def _signed(grid: InputGrid, x: Tensor) -> Tensor:
+    """int8 code - shift."""
+    return grid.codes(x).to(torch.int16).sub_(_shift(grid)).to(torch.int8)
+
+
+def not_executable(processor: QuantizedAttention) -> str:
+    """Why an attention cannot compute in integers, or an empty text."""
+    if processor.dynamic:
+        return "the ranges of its operands are dynamic"
+    if any(too_wide(part) for part in processor.modules() if isinstance(part, FakeQuantize)):
+        return f"an operand of its products has more than {CODE_BITS} bits"
+    return ""

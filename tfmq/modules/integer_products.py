@@ -1,0 +1,237 @@
+"""Sums of products of integer codes: the one arithmetic of quantised layers, by the kernels that a processor has.
+
+With codes q_x, q_w and zero points z_x, z_w a quantised layer is
+
+    y = s_x s_w[c] sum (q_x - z_x) (q_w - z_w[c]) + b[c],
+
+an integer sum with one float factor. A sum of integers has no order, so that it depends neither on the batch, nor on
+threads, nor on the kernel. On a CPU the sums are those of oneDNN's 8-bit operators; elsewhere they are taken in
+floating point, in parts that are small enough to be exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tfmq.modules.fake_quantize import FakeQuantize
+
+EXACT = 2**24  # float32 holds every integer up to here,
+TF32_EXACT = 2**11  # and TF32 up to here
+PACKINGS = 4  # shapes of the input that a weight is kept packed for
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """The unsigned grid of an activation: codes 0 to ``last`` (at most 255), value = scale (code - zero_point).
+
+    A signed grid is one whose zero point is half its codes. The zero point may lie outside the codes.
+    """
+
+    scale: float
+    zero_point: int
+    last: int
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest |code - zero point|."""
+        return max(abs(self.zero_point), abs(self.last - self.zero_point))
+
+    @cached_property
+    def unscaled(self) -> InputGrid:
+        """The same grid with integers as values."""
+        return replace(self, scale=1.0)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes of ``x`` as uint8, in the order of its memory: clamp(round(x / scale) + zero_point).
+
+        Beside 1.5 * 2^23 floats are a unit apart: adding that rounds, half to even, and leaves the integer in the last
+        bits of the float. This takes half the time of rounding and converting.
+        """
+        return self.codes_(torch.div(x, self.scale))
+
+    def codes_(self, scaled: Tensor) -> Tensor:
+        """The codes of ``x / scale``, in whose memory they are worked out."""
+        if abs(self.zero_point) + self.last >= 2**22:
+            return scaled.round_().add_(self.zero_point).clamp_(0, self.last).to(torch.uint8)
+        low = 1.5 * 2**23 - self.zero_point
+        codes = scaled.add_(1.5 * 2**23).clamp_(low, low + self.last).view(torch.int32).to(torch.uint8)
+        return codes.add_(self.zero_point % 256) if self.zero_point % 256 else codes
+
+    def centred(self, x: Tensor) -> Tensor:
+        """code - zero point of ``x``, as float32."""
+        return self.centred_(torch.div(x, self.scale))
+
+    def centred_(self, scaled: Tensor) -> Tensor:
+        """code - zero point of ``x / scale``, in place."""
+        return scaled.round_().clamp_(-self.zero_point, self.last - self.zero_point)
+
+
+def input_grids(quantizer: FakeQuantize) -> tuple[InputGrid, ...]:
+    """The grid of an activation quantiser: one, or one for each of the tracker's steps."""
+    count = len(quantizer.scale)
+    widths = [quantizer.bits] * count if quantizer.step_bits is None else quantizer.step_bits.tolist()
+    grids = []
+    for bits, scale, point in zip(widths, quantizer.scale.tolist(), quantizer.zero_point.tolist(), strict=True):
+        shift = 2 ** (bits - 1) if quantizer.symmetric else 0
+        grids.append(InputGrid(scale, int(point) + shift, 2**bits - 1))
+    return tuple(grids)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution moves over its input; None in its place means a linear layer."""
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @cached_property
+    def is_point(self) -> bool:
+        """Whether the output's pixels are those of the input, one by one."""
+        return (self.size, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
+
+    @cached_property
+    def pools(self) -> bool:
+        """Whether pooling can take sums over the same windows."""
+        padded = all(2 * pixels <= side for pixels, side in zip(self.padding, self.size, strict=True))
+        return padded and self.dilation == (1, 1)
+
+    @cached_property
+    def lists(self) -> tuple[list[int], list[int], list[int], int]:
+        """As operators take it: with one group of channels."""
+        return list(self.stride), list(self.padding), list(self.dilation), 1
+
+
+class Packed:
+    """A signed 8-bit weight in the layouts of oneDNN, one for each shape of its input; packed when first needed.
+
+    A layout that was chosen without the input's shape makes a convolution five times slower.
+    """
+
+    def __init__(self, weight: Tensor, window: Window | None) -> None:
+        self.weight = weight
+        self.window = window
+        self.no_points = torch.zeros(len(weight), dtype=torch.int32)  # others are silently ignored by the operators
+        self.packed: dict[torch.Size, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Packed:
+        return Packed(self.weight, self.window)
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[Tensor, Window | None]]:
+        return Packed, (self.weight, self.window)
+
+    def of(self, shape: torch.Size) -> Tensor:
+        found = self.packed.get(shape)
+        if found is None:
+            found = self._pack(list(shape))
+            # A new dictionary each time, so that threads need not wait for each other.
+            kept = list(self.packed.items())[1 - PACKINGS :]
+            self.packed = dict(kept) | {shape: found}
+        return found
+
+    def _pack(self, shape: list[int]) -> Tensor:
+        if self.window is None:
+            return torch.ops.onednn.qlinear_prepack(self.weight, shape)
+        ones = torch.ones(len(self.weight))
+        # Whether the input has a zero point counts here, its value does not.
+        return torch.ops.onednn.qconv_prepack(self.weight, ones, 1.0, 1, *self.window.lists, shape)
+
+    def product(self, codes: Tensor, grid: InputGrid, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """grid.scale scale[c] sum (codes - zero point) weight[c] + bias[c], float32.
+
+        Args:
+            codes: uint8 (N, C, H, W) in channels-last order, or (N, C).
+        """
+        # One factor: of two, kernels for few rows and for many take the product in another order.
+        factor = grid.scale * scale
+        operands = codes, 1.0, grid.zero_point, self.of(codes.shape), factor, self.no_points, bias
+        as_floats: tuple[object, ...] = 1.0, 0, torch.float32, "none", [], ""
+        if self.window is None:
+            return torch.ops.onednn.qlinear_pointwise(*operands, *as_floats)
+        return torch.ops.onednn.qconv2d_pointwise(*operands, *self.window.lists, *as_floats)
+
+
+@cache
+def cpu_is_exact() -> bool:
+    """Whether this processor's 8-bit kernels add exactly: those without VNNI instructions saturate in 16 bits."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        return False
+    grid, scale = InputGrid(1.0, 0, 255), torch.ones(32)
+    codes = torch.full((32, 64, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight = torch.full((32, 64, 3, 3), 127, dtype=torch.int8)
+    window = Window((3, 3), (1, 1), (0, 0), (1, 1))
+    convolved = Packed(weight, window).product(codes, grid, scale, None)
+    multiplied = Packed(weight[:, :, 0, 0].contiguous(), None).product(
+        codes[:, :, 0, 0].contiguous(), grid, scale, None
+    )
+    term = 64 * 255 * 127
+    return bool((convolved == 9 * term).all() and (multiplied == term).all())
+
+
+def exact_parts(centred: Tensor, weight: Tensor, window: Window | None, largest: int) -> Tensor:
+    """sum centred weight in floating point, over parts of the channels whose sums stay below 2^24: so each is exact.
+
+    Operands of at most 2,048 are exact in TF32 too, which is then let in on CUDA.
+
+    Args:
+        centred: float32 (N, C, H, W) or (N, C), integers of at most ``largest``.
+        weight: float32 (O, C, k, k) or (O, C), integers.
+    """
+    channels = weight.abs().flatten(2).sum(2) if window is not None else weight.abs()
+    most = float(channels.sum(1).max()) * largest
+    size = weight.shape[1] if most < EXACT else max(1, int(weight.shape[1] * EXACT / most))
+    with tensor_cores(centred, max(largest, float(weight.abs().max()))):
+        parts = zip(centred.split(size, 1), weight.split(size, 1), strict=True)
+        first, *others = (_product(piece, part, window) for piece, part in parts)
+    for other in others:
+        first += other
+    return first
+
+
+def _product(x: Tensor, weight: Tensor, window: Window | None) -> Tensor:
+    return F.linear(x, weight) if window is None else F.conv2d(x, weight, None, *window.lists)
+
+
+def exact_bmm(a: Tensor, b: Tensor, largest: int, most: float) -> Tensor:
+    """``torch.bmm`` of integers of at most ``largest`` in floating point, exact: in parts where a sum may pass 2^24.
+
+    Args:
+        a, b: float32 (N, I, K) and (N, K, J).
+        most: what no sum of absolute products exceeds.
+    """
+    size = a.shape[2] if most < EXACT else max(1, EXACT // largest**2)
+    with tensor_cores(a, largest):
+        first, *others = (torch.bmm(*parts) for parts in zip(a.split(size, 2), b.split(size, 1), strict=True))
+    for other in others:
+        first += other
+    return first
+
+
+@contextmanager
+def tensor_cores(operand: Tensor, largest: float) -> Iterator[None]:
+    """On CUDA, products inside run in TF32 if that holds integers of at most ``largest``, and else in float32."""
+    if not operand.is_cuda:
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = largest <= TF32_EXACT
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def int_mm(codes: Tensor, zero_point: int, weight: Tensor) -> Tensor:
+    """sum (codes - zero_point) weight by ``torch._int_mm``: uint8 (N, C) and int8 (O, C) -> int32 (N, O)."""
+    shifted = codes.to(torch.int16).sub_(128).to(torch.int8)
+    sums = torch._int_mm(shifted, weight.t())
+    return sums.add_((128 - zero_point) * weight.sum(1, dtype=torch.int32))
