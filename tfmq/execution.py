@@ -17,7 +17,7 @@ from tfmq.modules.integer_attention import IntegerAttention
 from tfmq.modules.integer_products import cpu_is_exact
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Network
-from tfmq.plan import check_finished, check_quantized
+from tfmq.state import check_finished, check_quantized
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
 KERNEL = "8-bit integers"

@@ -16,8 +16,8 @@ from tfmq.modules.integer_products import cpu_is_exact
 from tfmq.network.backbone import evaluate
 from tfmq.passes.grids import Grids
 from tfmq.passes.low_rank import LowRankBranches
-from tfmq.plan import coverage
 from tfmq.precision import Precision
+from tfmq.state import coverage
 
 pytestmark = pytest.mark.skipif(not cpu_is_exact(), reason="the 8-bit kernels of this processor are not exact")
 RELATIVE = 1e-6
