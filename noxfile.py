@@ -132,7 +132,7 @@ def install(session: nox.Session) -> None:
     if STAMP.exists() and STAMP.read_text(encoding="utf-8") == requirements:
         return
     session.run(sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT), external=True)
-    extras = f"{ROOT}[bench,paper,small,dev,docs]"
+    extras = f"{ROOT}[bench,paper,small,deploy,dev,docs]"
     session.run(PYTHON, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", extras, external=True)
     STAMP.write_text(requirements, encoding="utf-8")
 
