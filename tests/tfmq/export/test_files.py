@@ -19,17 +19,6 @@ from tfmq.precision import Precision
 pytest.importorskip("openvino", reason="OpenVINO reads the files: pip install tfmq-bench[deploy]")
 
 
-def test_weights_of_4_bits_take_4_bits_in_the_file(tmp_path):
-    sizes = {}
-    for precision in ("w4a8", "w8a8"):
-        network = networks.unconditional()
-        quantize_roughly_(network, Precision.parse(precision), [1, 401])
-        export_openvino(network, tmp_path / precision, SHAPE)
-        sizes[precision] = (tmp_path / precision / "openvino_model.bin").stat().st_size
-    weights = sum(p.numel() for name, p in networks.unconditional().named_parameters() if p.dim() > 1)
-    assert sizes["w8a8"] - sizes["w4a8"] > 0.4 * weights
-
-
 def test_the_description_says_what_it_is(tmp_path):
     network, _, pool = quantized("tfmq", "w8a8", "deployable")
     save_quantized(network, tmp_path / "quantized.safetensors", {"method": "tfmq"})
