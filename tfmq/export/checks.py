@@ -12,6 +12,7 @@ from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Network
+from tfmq.numerics.steps import exact_steps
 from tfmq.plan import activation_quantizers, quantized_layers
 from tfmq.precision import FULL
 from tfmq.state import check_finished, check_quantized
@@ -21,6 +22,16 @@ def check_executable(network: Network, backbone: Backbone) -> None:
     """Raise ValueError naming the first layer or attention that no integer kernel executes, and why."""
     check_quantized(network)
     check_finished(network)
+    if backbone.condition_embedding:
+        raise ValueError(
+            f"this {type(network).__name__} adds conditions to its time embedding (SDXL, LCM), which an export can not "
+            "compute ahead: execute it in torch, by tfmq.executing"
+        )
+    if network.step_tracker.steps.is_floating_point():
+        raise ValueError(
+            "the network was calibrated for fractional time steps, and an exported one takes whole ones: take a "
+            "scheduler without them, such as DDIMScheduler"
+        )
     layers = {path: each for path, each in quantized_layers(network).items() if not _tabulated(path, backbone)}
     for path, layer in layers.items():
         problem = _of_layer(layer)
@@ -54,7 +65,9 @@ def chosen_timesteps(network: Network, given: Tensor | Sequence[int] | None) -> 
                 "scheduler.timesteps after scheduler.set_timesteps(20)"
             )
         return own
-    steps = torch.as_tensor(given).reshape(-1).to("cpu", torch.int64).unique()
+    steps = exact_steps(torch.as_tensor(given)).reshape(-1).unique()
+    if steps.is_floating_point():
+        raise ValueError(f"timesteps {steps.tolist()} are not all whole: take a scheduler with whole time steps")
     if not len(steps):
         raise ValueError("timesteps is empty: give the time steps that the network is sampled at")
     foreign = steps[~torch.isin(steps, own)] if len(own) else steps[:0]

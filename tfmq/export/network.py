@@ -44,7 +44,8 @@ class ExecutableNetwork(nn.Module):
         for path in backbone.attentions:
             attention = self.network.get_submodule(path)
             if isinstance(attention.processor, QuantizedAttention):
-                attention.set_processor(ExecutableAttention(attention, attention.processor, self.position))
+                # Not by its method, which keeps quantised products in place.
+                attention.processor = ExecutableAttention(attention, attention.processor, self.position)
 
     def forward(self, latents: Tensor, step: Tensor, condition: Tensor | None = None) -> Tensor:
         self.position.index = step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tfmq.export.description import Description
 from tfmq.export.kernels import check_integer, executed_kernels
 from tfmq.export.openvino import CORRECTION, compile_model, load_openvino
+from tfmq.numerics.steps import exact_steps
 from tfmq.passes.correction import NoiseCorrection, attach_correction
 
 
@@ -57,7 +59,7 @@ class ExportedNetwork:
         self.noise_correction: NoiseCorrection | None = None
         if self.description.corrected:
             state = load_file(folder / CORRECTION)
-            correction = NoiseCorrection(*state["biases"].shape)
+            correction = NoiseCorrection(*state["biases"].shape, predicts_noise="predicts" not in state)
             correction.load_state_dict(state)
             attach_correction(self, correction)
 
@@ -105,10 +107,14 @@ class ExportedNetwork:
         results = self._request.infer([tensor.detach().contiguous().numpy() for tensor in inputs])
         output = torch.from_numpy(results[0].copy()).to(sample.dtype)
         if not torch.isfinite(output).all():
-            raise ValueError(f"the exported network put out NaN or infinity at time step {int(step)}")
+            raise ValueError(f"the exported network put out NaN or infinity at time step {step}")
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
-    def _index(self, step: int) -> Tensor:
+    def parameters(self) -> Iterator[Tensor]:
+        """None: they are the compiled model's own."""
+        return iter(())
+
+    def _index(self, step: int | float) -> Tensor:
         """The index (1,) of a time step."""
         steps = self.description.timesteps
         if step not in steps:
@@ -116,15 +122,15 @@ class ExportedNetwork:
                 f"no table for time step {step}: this network was exported for the {len(steps)} steps {list(steps)}; "
                 "sample with that schedule, or export for yours"
             )
-        return torch.tensor([steps.index(step)])
+        return torch.tensor([steps.index(int(step))])
 
 
-def _single(timestep: Tensor | float | int) -> int:
+def _single(timestep: Tensor | float | int) -> int | float:
     """The time step that all rows are at."""
-    values = torch.as_tensor(timestep).detach().reshape(-1).to("cpu", torch.int64).unique()
+    values = exact_steps(timestep).reshape(-1).unique()
     if len(values) != 1:
         raise ValueError(f"the rows are at different time steps {values.tolist()}: give one for all")
-    return int(values[0])
+    return values[0].item()
 
 
 def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
