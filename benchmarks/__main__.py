@@ -105,6 +105,16 @@ def parser() -> argparse.ArgumentParser:
             "--seed", type=int, help="calibration seed (default: all that the table has for each precision)"
         )
         add_shards(command)
+    command = stage(
+        "latency",
+        "Execute a task's network with integers, and time it beside full precision and NNCF's own quantisation; without"
+        " a checkpoint the weights are random. Writes results/latency and results/DEPLOYMENT.md.",
+        device=False,
+    )
+    command.add_argument("--task", required=True, help="a task under `deployment` of params.yaml")
+    command.add_argument(
+        "--without", nargs="+", default=[], metavar="ENGINE", help="engines to leave out, such as nncf-w8a8"
+    )
     stage(
         "tables",
         "Regenerate all tables, pages and figures in results/, and the summary in README.md, from all records.",
@@ -183,6 +193,7 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "reference": _of_task,
     "generate": _of_cells,
     "score": _of_cells,
+    "latency": lambda options: (params.load(PARAMS), options.task, options.without),
     "tables": lambda options: (params.load(PARAMS),),
 }
 

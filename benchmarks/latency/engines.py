@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from benchmarks.latency import Engine, Evaluate, Workload
 from tfmq.checkpoint import NETWORKS, load_quantized, save_quantized
 from tfmq.network.backbone import Network, evaluate
+from tfmq.network.rows import CalibrationRows
+
+if TYPE_CHECKING:
+    import openvino
 
 MODEL, CLASS = "model.xml", "class.json"
 FULL = "w32a32"
@@ -122,11 +127,9 @@ class NNCF(OpenVINO):
         import nncf
         import openvino
 
-        batches = list(workload.rows.shuffled(torch.Generator().manual_seed(0)).batches(workload.batch))
-        samples = [
-            _arrays(rows.latents, rows.timesteps[:1], rows.context)
-            for rows in (_of_one_step(workload, index) for index in range(min(NNCF_SAMPLES, len(batches))))
-        ]
+        count = min(NNCF_SAMPLES, len(workload.rows) // workload.batch)
+        rows = [_of_one_step(workload, index) for index in range(count)]
+        samples = [_arrays(each.latents, each.timesteps[:1], each.context) for each in rows]
         quantized = nncf.quantize(
             _converted(workload),
             nncf.Dataset(samples),
@@ -173,7 +176,7 @@ def _of_torch(network: Network) -> Evaluate:
     return run
 
 
-def _of_one_step(workload: Workload, index: int):  # noqa: ANN202
+def _of_one_step(workload: Workload, index: int) -> CalibrationRows:
     """One evaluation's rows, all of one time step, that differ from those of other indices."""
     step = workload.timesteps[index % len(workload.timesteps)]
     rows = workload.rows[(workload.rows.timesteps == step).nonzero().flatten()]
@@ -181,7 +184,7 @@ def _of_one_step(workload: Workload, index: int):  # noqa: ANN202
     return rows[slice(first, first + workload.batch)]
 
 
-def _converted(workload: Workload):  # noqa: ANN202
+def _converted(workload: Workload) -> openvino.Model:
     """The full-precision network as an OpenVINO model of fixed shapes."""
     import openvino
 
@@ -191,9 +194,8 @@ def _converted(workload: Workload):  # noqa: ANN202
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(_Plain(workload.full).eval(), example, check_trace=False)
         model = openvino.convert_model(traced, example_input=example)
-    model.reshape(
-        {port: openvino.PartialShape(list(part.shape)) for port, part in zip(model.inputs, example, strict=True)}
-    )
+    shapes = [openvino.PartialShape(list(part.shape)) for part in example]
+    model.reshape(dict(zip(model.inputs, shapes, strict=True)))
     return model
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -17,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.runtime import files
 from benchmarks.latency import Engine
 from benchmarks.latency.engines import engines
+from benchmarks.runtime import files
+from benchmarks.runtime.workspace import peak_memory
 
 INPUTS = "inputs.safetensors"
 MIB = 2**20
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
         start = time.perf_counter()
         run(*given)
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+    peak = peak_memory(torch.device("cpu"))
     print(json.dumps({"seconds": seconds[1:], "peak_memory_mib": peak}))
 
 

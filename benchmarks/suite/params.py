@@ -165,6 +165,41 @@ class Reported:
 
 
 @dataclass(frozen=True)
+class Deployment:
+    """How executed networks are measured: `python -m benchmarks latency`.
+
+    Attributes:
+        tasks: whose networks are executed.
+        method: quantises them, under the protocol `deployable`.
+        precisions: of weights and activations.
+        images: sampled by every engine, and compared with full precision.
+        batch: rows of one evaluation; under guidance twice the images.
+        threads: of each timed process.
+        rounds: turns of each engine.
+        evaluations: timed in each turn.
+    """
+
+    tasks: tuple[str, ...]
+    method: str
+    precisions: tuple[str, ...]
+    images: int
+    batch: int
+    threads: int
+    rounds: int
+    evaluations: int
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "threads", "rounds", "evaluations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"deployment.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.images % self.batch:
+            raise ValueError(f"deployment.images is {self.images}: give a multiple of batch, {self.batch}")
+        for precision in self.precisions:
+            if not Precision.parse(precision).quantizes_activations:
+                raise ValueError(f"deployment.precisions has {precision}, whose activations no integer kernel takes")
+
+
+@dataclass(frozen=True)
 class Suite:
     """All cells of a benchmark: those of its tables and one full-precision cell a task.
 
@@ -173,6 +208,7 @@ class Suite:
         gates: bounds of metrics of a task's full-precision row, ``{task: {fd_data: [low, high]}}``. Where it is
             outside, all cells of the task are shown as unverified.
         reported: which numbers of papers stand beside the suite's.
+        deployment: what of it is executed, and timed.
     """
 
     name: str
@@ -181,6 +217,7 @@ class Suite:
     methods: dict[str, dict[str, object]]
     gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     reported: Reported | None = None
+    deployment: Deployment | None = None
 
     def __post_init__(self) -> None:
         if FULL_PRECISION in self.methods:
@@ -188,6 +225,13 @@ class Suite:
         for task in self.reported.tasks if self.reported else ():
             if task not in self.tasks:
                 raise discover.unknown("task in reported", task, self.tasks, "Tasks stand above.")
+        if self.deployment is not None:
+            for task in self.deployment.tasks:
+                if task not in self.tasks:
+                    raise discover.unknown("task in deployment", task, self.tasks, "Tasks stand above.")
+            if self.deployment.method not in self.methods:
+                advice = "Those under `methods` are meant."
+                raise discover.unknown("method in deployment", self.deployment.method, self.methods, advice)
         for task, bounds in self.gates.items():
             if task not in self.tasks:
                 raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")

@@ -59,7 +59,8 @@ class ExportedNetwork:
         self.noise_correction: NoiseCorrection | None = None
         if self.description.corrected:
             state = load_file(folder / CORRECTION)
-            correction = NoiseCorrection(*state["biases"].shape, predicts_noise="predicts" not in state)
+            steps, channels = state["biases"].shape
+            correction = NoiseCorrection(steps, channels, predicts_noise="predicts" not in state)
             correction.load_state_dict(state)
             attach_correction(self, correction)
 
