@@ -51,8 +51,10 @@ FAMILIES = ("ldm", "ddpm", "dit", "text", "inpainting", "controlnet", "sdxl", "l
 # Those of DiTPipeline, whose class for no class is the one after the last.
 CLASSES = 1000
 DRAWS = int(os.environ.get("TFMQ_DRAWS", "304"))
-# Largest difference from the stock pipeline, as a share of its own largest value.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
+# Largest relative difference from the stock pipeline, in the Euclidean norm. Samplers of few steps amplify rounding;
+# tables of temporal features are float32, which in half precision is another rounding than the network's own.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
+CACHED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 0.1, torch.bfloat16: 0.5}
 SCHEDULERS = sorted(EXACT)
 # The pipelines that take some schedulers alone: DDPMPipeline hands each step a generator.
 OWN_SCHEDULER = {
@@ -345,10 +347,8 @@ def check(case: Drawn) -> str:
 
 def close(case: Drawn, found: Tensor, expected: Tensor) -> bool:
     """Whether two tensors are equal but for rounding in the case's number type."""
-    largest = (found.double() - expected.double()).abs().max()
-    # Tables of temporal features are float32.
-    tolerance = TOLERANCE[torch.float32 if case.cached and case.dtype == torch.float64 else case.dtype]
-    return bool(largest <= tolerance * expected.double().abs().max())
+    tolerance = (CACHED_TOLERANCE if case.cached else TOLERANCE)[case.dtype]
+    return bool((found.double() - expected.double()).norm() <= tolerance * expected.double().norm())
 
 
 def known(case: Drawn, message: str) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, LDMPipeline
+from diffusers.configuration_utils import FrozenDict
 
 from tests.tfmq import networks
 from tests.tfmq.oracle import each, read, said, tensors
@@ -45,7 +46,7 @@ class Network(torch.nn.Module):
         super().__init__()
         self.function = function
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.config = SimpleNamespace(in_channels=channels)
+        self.config = FrozenDict(in_channels=channels)
 
     def forward(self, latents, timestep, context=None):
         return SimpleNamespace(sample=self.function(latents, int(timestep), context))
