@@ -104,8 +104,8 @@ def input_grids(quantizer: FakeQuantize) -> tuple[InputGrid, ...]:
 
 def in_memory(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """``x`` with its dimensions in the order of its memory, made contiguous, and the order that they came in."""
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1), (0, 3, 1, 2)
+    if x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous():
+        return x.permute(0, 2, 3, 1).contiguous(), (0, 3, 1, 2)  # of channels-last memory, or a part of its channels
     return x.contiguous(), tuple(range(x.dim()))
 
 
