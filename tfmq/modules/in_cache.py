@@ -11,7 +11,7 @@ from tfmq.modules.integer_products import CACHED
 
 # Torch's own group norm of channels-last memory takes its time by the pixel, this one by the channel.
 MOST_CHANNELS = 128
-LEAST_PIXELS = 16
+LEAST_PIXELS = 64
 LEAST_ROWS = 64
 
 
