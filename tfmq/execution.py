@@ -12,7 +12,7 @@ from torch import nn
 from tfmq.modules import integer, integer_attention
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.cache import CachedProjection
-from tfmq.modules.in_cache import ChannelsLastGroupNorm, RowsFeedForward
+from tfmq.modules.in_cache import RowsFeedForward
 from tfmq.modules.integer import IntegerLayer
 from tfmq.modules.integer_attention import IntegerAttention
 from tfmq.modules.integer_products import cpu_is_exact
@@ -97,8 +97,6 @@ def executing(network: Network, partly: bool = False) -> Network:
     for path, module in [*twin.named_modules()]:
         if RowsFeedForward.suits(module):
             twin.set_submodule(path, RowsFeedForward(module))
-        elif type(module) is nn.GroupNorm:
-            twin.set_submodule(path, ChannelsLastGroupNorm.of(module))
     twin.not_executed = refused
     return twin
 
