@@ -12,6 +12,7 @@ from torch import nn
 from tfmq.modules import integer, integer_attention
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.cache import CachedProjection
+from tfmq.modules.in_cache import RowsFeedForward
 from tfmq.modules.integer import IntegerLayer
 from tfmq.modules.integer_attention import IntegerAttention
 from tfmq.modules.integer_products import cpu_is_exact
@@ -93,6 +94,9 @@ def executing(network: Network, partly: bool = False) -> Network:
             memo[id(module)] = IntegerAttention(module, tracker, layers).to(network.device)
     memo |= {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, memo)
+    for path, module in [*twin.named_modules()]:
+        if RowsFeedForward.suits(module):
+            twin.set_submodule(path, RowsFeedForward(module))
     twin.not_executed = refused
     return twin
 

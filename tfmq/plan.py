@@ -201,7 +201,9 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
 
 
 def check_unquantized(network: Network) -> None:
-    """Raise ValueError for a network that holds quantised layers."""
+    """Raise ValueError for a network that holds quantised layers, or executes those of another."""
+    if hasattr(network, "not_executed"):
+        raise ValueError("the network is a copy that executes in integers: start from the full-precision one")
     if quantized_layers(network):
         raise ValueError("the network is quantised already: start from the full-precision one")
 

@@ -7,16 +7,19 @@ import pickle
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler
 
-from tests.tfmq.networks import ALL_ROWS, KINDS, quantized, recipe
+from tests.tfmq.networks import ALL_ROWS, KINDS, quantized, recipe, scheduler
 from tests.tfmq.networks import pool as pool_of
 from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.execution import executed_coverage, executing
+from tfmq.modules.in_cache import RowsFeedForward
 from tfmq.modules.integer_products import cpu_is_exact
 from tfmq.network.backbone import evaluate
 from tfmq.passes.grids import Grids
 from tfmq.passes.low_rank import LowRankBranches
 from tfmq.precision import Precision
+from tfmq.quantization import quantize_
 from tfmq.state import coverage
 
 pytestmark = pytest.mark.skipif(not cpu_is_exact(), reason="the 8-bit kernels of this processor are not exact")
@@ -128,6 +131,32 @@ def test_an_unconditional_network_depends_on_neither_batch_nor_threads(network):
             torch.set_num_threads(threads)
 
 
+def test_a_stock_pipeline_draws_with_an_executed_network(network):
+    unet, *_ = network("unconditional")
+
+    def drawn(net):
+        pipeline = DDIMPipeline(net, DDIMScheduler.from_config(scheduler().config))
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        return torch.from_numpy(pipeline(2, generator, num_inference_steps=5, output_type="np").images)
+
+    simulated, executed = drawn(unet), drawn(executing(unet))
+    assert executed.shape == (2, 8, 8, 3)
+    assert (executed - simulated).norm() < 0.05 * simulated.norm()
+
+
+def test_feed_forward_parts_take_some_tokens_at_a_time(network):
+    unet, _, pool = network("text")
+    whole, parts = executing(unet), executing(unet)
+    layers = [module for module in parts.modules() if isinstance(module, RowsFeedForward)]
+    assert layers
+    for module in layers:
+        module.at_once = 5
+    inputs = pool.latents[2], pool.timesteps[2], pool.context
+    with torch.no_grad():
+        assert torch.equal(evaluate(whole, *inputs), evaluate(parts, *inputs))
+
+
 REFUSED = {
     "dynamic": ((Grids(dynamic_activations=True),), "w8a8", "the range of its input is dynamic"),
     "low rank": (
@@ -166,6 +195,9 @@ def test_what_is_not_quantised_or_not_in_float32_is_refused(network):
         executing(copy.deepcopy(unet).double())
     with pytest.raises(ValueError, match="does not execute"):
         executed_coverage(unet)
+    with pytest.raises(ValueError, match="executes in integers: start from the full-precision one"):
+        rows = pool_of(KINDS["unconditional"].build())
+        quantize_(executing(unet), Precision.parse("w8a8"), recipe(), rows, torch.Generator())
 
 
 def test_a_processor_whose_kernels_saturate_is_refused(network, monkeypatch):

@@ -24,6 +24,8 @@ from tfmq.modules.fake_quantize import FakeQuantize
 
 EXACT = 2**24  # float32 holds every integer up to here,
 TF32_EXACT = 2**11  # and TF32 up to here
+UNITS = 1.5 * 2**23  # beside it, floats are the integers
+CACHED = 2**17  # floats that stay in the cache of a core
 PACKINGS = 4  # shapes of the input that a weight is kept packed for
 
 
@@ -49,20 +51,36 @@ class InputGrid:
         return replace(self, scale=1.0)
 
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of ``x`` as uint8, in the order of its memory: clamp(round(x / scale) + zero_point).
+        """The codes of ``x`` as uint8, in the order of its memory: clamp(round(x / scale) + zero_point)."""
+        if x.device.type != "cpu" or x.numel() <= CACHED:
+            return self.codes_(torch.div(x, self.scale))
+        # So many at a time that what lies between stays in the cache of a core.
+        x, order = in_memory(x)
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        scaled = torch.empty(CACHED)
+        for given, found in zip(x.view(-1).split(CACHED), codes.view(-1).split(CACHED), strict=True):
+            self.codes_(torch.div(given, self.scale, out=scaled[: len(given)]), out=found)
+        return codes.permute(order)
+
+    def codes_(self, scaled: Tensor, factor: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The codes of ``x / scale``, or of a ``factor`` times it, in whose memory they are worked out.
 
         Beside 1.5 * 2^23 floats are a unit apart: adding that rounds, half to even, and leaves the integer in the last
         bits of the float. This takes half the time of rounding and converting.
         """
-        return self.codes_(torch.div(x, self.scale))
-
-    def codes_(self, scaled: Tensor) -> Tensor:
-        """The codes of ``x / scale``, in whose memory they are worked out."""
+        if out is None:
+            out = torch.empty_like(scaled, dtype=torch.uint8)
         if abs(self.zero_point) + self.last >= 2**22:
-            return scaled.round_().add_(self.zero_point).clamp_(0, self.last).to(torch.uint8)
-        low = 1.5 * 2**23 - self.zero_point
-        codes = scaled.add_(1.5 * 2**23).clamp_(low, low + self.last).view(torch.int32).to(torch.uint8)
-        return codes.add_(self.zero_point % 256) if self.zero_point % 256 else codes
+            scaled = scaled if factor is None else scaled.mul_(factor)
+            return out.copy_(scaled.round_().add_(self.zero_point).clamp_(0, self.last))
+        low = UNITS - self.zero_point
+        if factor is None:
+            scaled.add_(UNITS)
+        else:
+            units = scaled.new_full((1, scaled.shape[-1]), UNITS)
+            torch.addcmul(units, scaled, factor, out=scaled)
+        out.copy_(scaled.clamp_(low, low + self.last).view(torch.int32))
+        return out.add_(self.zero_point % 256) if self.zero_point % 256 else out
 
     def centred(self, x: Tensor) -> Tensor:
         """code - zero point of ``x``, as float32."""
@@ -82,6 +100,13 @@ def input_grids(quantizer: FakeQuantize) -> tuple[InputGrid, ...]:
         shift = 2 ** (bits - 1) if quantizer.symmetric else 0
         grids.append(InputGrid(scale, int(point) + shift, 2**bits - 1))
     return tuple(grids)
+
+
+def in_memory(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """``x`` with its dimensions in the order of its memory, made contiguous, and the order that they came in."""
+    if x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous():
+        return x.permute(0, 2, 3, 1).contiguous(), (0, 3, 1, 2)  # of channels-last memory, or a part of its channels
+    return x.contiguous(), tuple(range(x.dim()))
 
 
 @dataclass(frozen=True)
@@ -111,16 +136,17 @@ class Window:
 
 
 class Packed:
-    """A signed 8-bit weight in the layouts of oneDNN, one for each shape of its input; packed when first needed.
+    """A signed 8-bit weight in the layouts of oneDNN, packed when first needed.
 
-    A layout that was chosen without the input's shape makes a convolution five times slower.
+    Of a convolution one for each shape of its input: a layout that was chosen without it makes a convolution five times
+    slower. Linear layers have one for all.
     """
 
     def __init__(self, weight: Tensor, window: Window | None) -> None:
         self.weight = weight
         self.window = window
         self.no_points = torch.zeros(len(weight), dtype=torch.int32)  # others are silently ignored by the operators
-        self.packed: dict[torch.Size, Tensor] = {}
+        self.packed: dict[torch.Size | None, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Packed:
         return Packed(self.weight, self.window)
@@ -129,20 +155,21 @@ class Packed:
         return Packed, (self.weight, self.window)
 
     def of(self, shape: torch.Size) -> Tensor:
-        found = self.packed.get(shape)
+        key = None if self.window is None else shape
+        found = self.packed.get(key)
         if found is None:
-            found = self._pack(list(shape))
+            found = self._pack(shape)
             # A new dictionary each time, so that threads need not wait for each other.
             kept = list(self.packed.items())[1 - PACKINGS :]
-            self.packed = dict(kept) | {shape: found}
+            self.packed = dict(kept) | {key: found}
         return found
 
-    def _pack(self, shape: list[int]) -> Tensor:
+    def _pack(self, shape: torch.Size) -> Tensor:
         if self.window is None:
-            return torch.ops.onednn.qlinear_prepack(self.weight, shape)
+            return torch.ops.onednn.qlinear_prepack(self.weight, None)
         ones = torch.ones(len(self.weight))
         # Whether the input has a zero point counts here, its value does not.
-        return torch.ops.onednn.qconv_prepack(self.weight, ones, 1.0, 1, *self.window.lists, shape)
+        return torch.ops.onednn.qconv_prepack(self.weight, ones, 1.0, 1, *self.window.lists, list(shape))
 
     def product(self, codes: Tensor, grid: InputGrid, scale: Tensor, bias: Tensor | None) -> Tensor:
         """grid.scale scale[c] sum (codes - zero point) weight[c] + bias[c], float32.
@@ -151,8 +178,11 @@ class Packed:
             codes: uint8 (N, C, H, W) in channels-last order, or (N, C).
         """
         # One factor: of two, kernels for few rows and for many take the product in another order.
-        factor = grid.scale * scale
-        operands = codes, 1.0, grid.zero_point, self.of(codes.shape), factor, self.no_points, bias
+        return self.scaled(codes, grid.zero_point, grid.scale * scale, bias)
+
+    def scaled(self, codes: Tensor, zero_point: int, factor: Tensor, bias: Tensor | None) -> Tensor:
+        """factor[c] sum (codes - zero point) weight[c] + bias[c], float32."""
+        operands = codes, 1.0, zero_point, self.of(codes.shape), factor, self.no_points, bias
         as_floats: tuple[object, ...] = 1.0, 0, torch.float32, "none", [], ""
         if self.window is None:
             return torch.ops.onednn.qlinear_pointwise(*operands, *as_floats)

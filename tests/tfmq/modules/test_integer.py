@@ -14,7 +14,7 @@ from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.integer import IntegerLayer, IntegerWeight
 from tfmq.modules.integer_attention import IntegerAttention, in_bytes, in_floats
-from tfmq.modules.integer_products import InputGrid, Packed, cpu_is_exact, exact_bmm, exact_parts
+from tfmq.modules.integer_products import InputGrid, Packed, Window, cpu_is_exact, exact_bmm, exact_parts
 from tfmq.modules.layers import quantized_layer
 
 pytestmark = pytest.mark.skipif(not cpu_is_exact(), reason="the 8-bit kernels of this processor are not exact")
@@ -237,6 +237,31 @@ def test_attention_in_bytes_and_in_floats_are_the_same_sums():
     assert close.float().mean() > 0.99
 
 
+@pytest.mark.parametrize("scale", [0.1, 0.35, 40.0], ids=["small", "usual", "exponentials underflow"])
+def test_attention_of_any_scores_is_that_in_float64(scale):
+    query, key, value = random(1, 40, 2, 8), random(1, 50, 2, 8, seed=1), random(1, 50, 2, 8, seed=2)
+    grid, last = InputGrid(6 / 255, 119, 255), 255
+    probabilities = InputGrid(1 / last, 0, last)
+    q, k, v = ((grid.codes(x).double() - grid.zero_point).transpose(1, 2) * grid.scale for x in (query, key, value))
+    codes = (torch.softmax(q @ k.transpose(2, 3) * scale, -1) * last).round()
+    expected = (codes / last @ v).transpose(1, 2)
+    for function in (in_bytes, in_floats):
+        found = function(query, key, value, None, scale, (grid, grid, grid, probabilities))
+        assert (~torch.isclose(found.double(), expected, rtol=1e-5, atol=1e-5)).float().mean() < 0.01
+
+
+def test_codes_of_many_values_in_any_order_of_memory(monkeypatch):
+    """Some at a time: of channels-last memory, a part of its channels, and other strides."""
+    monkeypatch.setattr("tfmq.modules.integer_products.CACHED", 100)
+    grid = InputGrid(0.03, 118, 255)
+    x = random(3, 8, 5, 7)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for given in (x, last, last[:, 2:7], x[:, 2:7], x.transpose(1, 2), x.flatten(2).transpose(1, 2), x[0, 0]):
+        expected = (torch.round(given / grid.scale) + grid.zero_point).clamp(0, 255)
+        assert torch.equal(grid.codes(given).float(), expected)
+    assert grid.codes(last[:, 2:7]).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_layers_depend_on_neither_batch_nor_threads():
     torch.manual_seed(0)
     modules = (
@@ -259,8 +284,10 @@ def test_layers_depend_on_neither_batch_nor_threads():
 
 
 def test_a_weight_is_packed_for_a_few_shapes():
-    weight = IntegerWeight(torch.zeros(8, 8, dtype=torch.uint8), torch.ones(8), torch.zeros(8), None, None)
-    for rows in range(1, 20):
-        weight(torch.zeros(rows, 8, dtype=torch.uint8), InputGrid(1.0, 0, 255))
-    assert 1 <= len(weight.packed.packed) <= 4
-    assert isinstance(weight.packed, Packed)
+    for window, kept, shape in ((None, 1, ()), (Window((1, 1), (1, 1), (0, 0), (1, 1)), 4, (1, 1))):
+        weight = IntegerWeight(
+            torch.zeros(8, 8, *shape, dtype=torch.uint8), torch.ones(8), torch.zeros(8), None, window
+        )
+        for rows in range(1, 20):
+            weight(torch.zeros(rows, 8, *shape, dtype=torch.uint8), InputGrid(1.0, 0, 255))
+        assert isinstance(weight.packed, Packed) and len(weight.packed.packed) == kept
