@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -68,10 +69,11 @@ def take_turns(
     ``folder`` holds a folder for each engine, and `INPUTS`. Raises ValueError with its last line where one fails.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in names}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the modules of this process
     for _ in range(rounds):
         for name in names:
             command = [sys.executable, "-m", __name__, name, str(folder), str(threads), str(evaluations)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if done.returncode:
                 raise ValueError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
             found = json.loads(done.stdout.splitlines()[-1])

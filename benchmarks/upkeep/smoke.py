@@ -3,7 +3,8 @@
 `python -m benchmarks.upkeep.smoke params < params.yaml` prints the cut-down settings. With these, in the current
 folder, `targets` prints the DVC stages to run: one row of each table, and so what comes before it. `rest` runs others
 in one process, since a row's own would take longer to start than to run: each method on one task, the next one on the
-next task. `check` fails unless their records and the tables are there. `nox -s bench-smoke` uses all four.
+next task. It also executes and times a network. `check` fails unless their records and the tables are there.
+`nox -s bench-smoke` uses all four.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ PRECISION = "w4a8"
 ITERATIONS = 2
 TASK_LIMITS = {"steps": 4, "images": 12, "batch": 4, "calibration_images": 4, "reference_images": 16, "data_images": 64}
 PAGES = ("results/README.md", "results/METHODS.md", "results/COVERAGE.md", "results/FINDINGS.md", "results/cells.csv")
+# Of what is executed and timed.
+DEPLOYMENT = {"images": 4, "batch": 4, "rounds": 1, "evaluations": 1}
+DEPLOYMENT_PAGE = "results/DEPLOYMENT.md"
 
 
 def cut(document: dict[str, object]) -> dict[str, object]:
@@ -36,6 +40,8 @@ def cut(document: dict[str, object]) -> dict[str, object]:
     small["gates"] = {}
     for table in small["tables"].values():
         table |= {"precisions": [PRECISION], "seeds": {}}
+    if "deployment" in small:
+        small["deployment"] |= {"tasks": small["deployment"]["tasks"][:1], **DEPLOYMENT}
     for task in small["tasks"].values():
         for key, limit in TASK_LIMITS.items():
             if task.get(key) != 0:
@@ -70,7 +76,7 @@ def run_rest(suite: params.Suite, device: str) -> None:
     """
     from benchmarks.runtime import files, workers
     from benchmarks.runtime.devices import device_of
-    from benchmarks.stages import calibrate, generate, reference, score
+    from benchmarks.stages import calibrate, generate, latency, reference, score
 
     shards = workers.default_shards(device_of(device))
     rest = [cell for cell in chosen(suite) if not files.record_file(cell).is_file()]
@@ -81,12 +87,16 @@ def run_rest(suite: params.Suite, device: str) -> None:
     for cells in (full, [cell for cell in rest if cell not in full]):
         for stage in (generate, score):
             stage.run(suite, cells, device, shards)
+    if suite.deployment is not None:
+        latency.run(suite, suite.deployment.tasks[0])
 
 
 def problems(root: Path) -> list[str]:
     """What is missing or wrong, a line each, after a run of the suite in ``root``: records, pages, failed cells."""
-    found = [f"{path} is missing" for path in PAGES if not (root / path).is_file()]
-    for cell in chosen(params.load(root / "params.yaml")):
+    suite = params.load(root / "params.yaml")
+    pages = PAGES if suite.deployment is None else (*PAGES, DEPLOYMENT_PAGE)
+    found = [f"{path} is missing" for path in pages if not (root / path).is_file()]
+    for cell in chosen(suite):
         path = root / "results" / "records" / f"{cell.name}.json"
         if not path.is_file():
             found.append(f"{path.relative_to(root)} is missing")
