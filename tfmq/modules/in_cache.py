@@ -13,9 +13,9 @@ LEAST_ROWS = 64
 
 
 class RowsFeedForward(nn.Module):
-    """The feed-forward part of a transformer block, some tokens at a time: on a CPU several times as fast.
+    """The feed-forward part of a transformer block, some tokens at a time: its hidden layer is large.
 
-    Its hidden layer is the largest tensor of a network.
+    At 64x64 latents this saves a CPU up to a tenth of Stable Diffusion's time.
 
     Attributes:
         net: as in ``FeedForward``.
