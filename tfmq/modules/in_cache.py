@@ -15,7 +15,7 @@ LEAST_ROWS = 64
 class RowsFeedForward(nn.Module):
     """The feed-forward part of a transformer block, some tokens at a time: its hidden layer is large.
 
-    At 64x64 latents this saves a CPU up to a tenth of Stable Diffusion's time.
+    At 64x64 latents a CPU is then faster, by 6 % or more in a UNet of Stable Diffusion's two upper levels.
 
     Attributes:
         net: as in ``FeedForward``.
