@@ -13,9 +13,9 @@ LEAST_ROWS = 64
 
 
 class RowsFeedForward(nn.Module):
-    """The feed-forward part of a transformer block, some tokens at a time: on a CPU several times as fast.
+    """The feed-forward part of a transformer block, some tokens at a time: its hidden layer is large.
 
-    Its hidden layer is the largest tensor of a network.
+    At 64x64 latents a CPU is then faster, by 6 % or more in a UNet of Stable Diffusion's two upper levels.
 
     Attributes:
         net: as in ``FeedForward``.
