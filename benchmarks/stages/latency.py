@@ -56,7 +56,8 @@ def run(suite: Suite, task_name: str, leave_out: Sequence[str] = ()) -> str:
             raise discover.unknown("engine", name, chosen, "Those of benchmarks/latency/engines.py are meant.")
         del chosen[name]
     random = not Path(task.checkpoint).exists()
-    with TemporaryDirectory(prefix=".latency-", dir=Path()) as name:
+    files.WORK.mkdir(exist_ok=True)
+    with TemporaryDirectory(prefix=".latency-", dir=files.WORK) as name:
         folder = Path(name)
         found = _random(task, wanted, chosen, folder) if random else _trained(suite, task, wanted, chosen, folder)
         turns = take_turns(list(chosen), folder, wanted.threads, wanted.rounds, wanted.evaluations)

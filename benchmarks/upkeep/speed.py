@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.latency.timing import Interval
 from benchmarks.runtime import environment
 from tfmq.checkpoint import NETWORKS
 from tfmq.execution import executed_coverage, executing
@@ -43,33 +42,6 @@ STABLE_DIFFUSION = {
 }
 TOKENS = 77
 TIMESTEP = 401
-
-
-@dataclass(frozen=True)
-class Median:
-    """A median with its 95 % interval by order statistics, which assumes no distribution."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Median:
-        """The median of ``values``; of fewer than six the interval is all of them."""
-        ordered, count = sorted(values), len(values)
-        # The number below the median is binomial: the largest rank with at most 2.5 % below.
-        rank, below = 0, 0.0
-        while True:
-            below += math.comb(count, rank) / 2**count
-            if below > 0.025:
-                break
-            rank += 1
-        rank = max(rank - 1, 0)
-        middle = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
-        return cls(middle, ordered[rank], ordered[count - 1 - rank])
-
-    def text(self, unit: str = "") -> str:
-        return f"{self.value:.3g}{unit} [{self.low:.3g}, {self.high:.3g}]"
 
 
 def load(source: str) -> Network:
@@ -124,12 +96,12 @@ def alternating(
 
 def table(seconds: dict[str, list[float]]) -> str:
     """Medians of seconds, and of the ratios of the rounds."""
-    lines = [f"{name:10} {Median.of(values).text(' s')}" for name, values in seconds.items()]
+    lines = [f"{name:10} {_text(values, ' s')}" for name, values in seconds.items()]
     executed = seconds["executed"]
     for name, values in seconds.items():
         if name != "executed":
             ratios = [mine / others for mine, others in zip(executed, values, strict=True)]
-            lines.append(f"executed / {name}: {Median.of(ratios).text()}")
+            lines.append(f"executed / {name}: {_text(ratios)}")
     return "\n".join(lines)
 
 
@@ -160,6 +132,11 @@ def main(arguments: list[str]) -> None:
     print(table(alternating(networks, given, options.rounds)))
     for (kind, kernel), count in sorted(Counter((row.kind, row.kernel) for row in executed_coverage(executed)).items()):
         print(f"{count:4} {kind}: {kernel}")
+
+
+def _text(values: Sequence[float], unit: str = "") -> str:
+    median = Interval.of(values)
+    return f"{median.value:.3g}{unit} [{median.low:.3g}, {median.high:.3g}]"
 
 
 if __name__ == "__main__":

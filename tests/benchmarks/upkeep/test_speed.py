@@ -10,14 +10,6 @@ from tests.tfmq.networks import unconditional
 from tfmq.modules.integer_products import cpu_is_exact
 
 
-def test_the_interval_of_a_median_is_between_order_statistics():
-    # Of 40 values the 95 % interval is from the 14th to the 27th (tables of the sign test).
-    median = speed.Median.of([float(i) for i in range(40, 0, -1)])
-    assert (median.value, median.low, median.high) == (20.5, 14.0, 27.0)
-    few = speed.Median.of([3.0, 1.0, 2.0])
-    assert (few.value, few.low, few.high) == (2.0, 1.0, 3.0)
-
-
 def test_ratios_are_those_of_the_rounds():
     text = speed.table({"float32": [2.0, 4.0, 8.0], "executed": [1.0, 2.0, 2.0]})
     assert "executed / float32: 0.5 [0.25, 0.5]" in text
