@@ -212,6 +212,9 @@ def test_a_lora_that_is_fused_later_is_refused_until_the_codes_are_back(unet, ma
     with pytest.raises(ValueError, match="LoRA is fused into .*unfuse_lora and tfmq.restore_weights"):
         predict(unet)
     unet.unload_lora()  # keeps the fused weights
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no longer that of its codes: a LoRA was fused into it.*restore_weights"):
+            predict(unet)
     changed = {row.path for row in coverage(unet) if "LoRA was fused" in row.reason}
     assert "mid_block.resnets.0.conv1" in changed and "conv_in" not in changed
     assert all(row.weight_bits == 32 for row in coverage(unet) if row.path in changed and "product" not in row.kind)

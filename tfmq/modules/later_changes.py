@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from tfmq.modules.fake_quantize import StepTracker
 from tfmq.modules.layers import QuantizedLayer
 
+# None on networks whose adapters were unloaded.
+UNLOADED = "_hf_peft_config_loaded"
+
 
 def guard(network: nn.Module, tracker: StepTracker) -> None:
     """Let ``network``, whose layers are quantised, refuse what its quantisation would be lost by.
@@ -48,14 +51,30 @@ def adapted(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def refuse_fused_adapters(network: nn.Module, inputs: tuple) -> None:
-    """Raise ValueError if an adapter was fused into quantised weights: a forward pre-hook of a quantised network."""
+    """Raise ValueError if an adapter was fused into quantised weights: a forward pre-hook of a quantised network.
+
+    Of adapters that are unloaded nothing is left but a mark of diffusers', and what they have done to the weights:
+    after them the weights are compared with their codes once.
+    """
     if "peft_config" not in vars(network):
+        if vars(network).get(UNLOADED, False) is None:
+            _refuse_changed_weights(network)
+            delattr(network, UNLOADED)
         return
     for path, adapter in adapted(network).items():
         if getattr(adapter, "merged", False) and isinstance(adapter.base_layer, QuantizedLayer):
             raise ValueError(
                 f"a LoRA is fused into {path}, whose weight is quantised: call unfuse_lora and tfmq.restore_weights, "
                 "and use it attached; or fuse it into the full-precision network and quantise that"
+            )
+
+
+def _refuse_changed_weights(network: nn.Module) -> None:
+    for path, layer in network.named_modules():
+        if isinstance(layer, QuantizedLayer) and layer.codes is not None and not layer.consistent:
+            raise ValueError(
+                f"the weight of {path} is no longer that of its codes: a LoRA was fused into it, and then unloaded. "
+                "Call tfmq.restore_weights for the quantised network, or fuse it into the full-precision one"
             )
 
 
