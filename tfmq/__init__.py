@@ -41,6 +41,7 @@ _HOMES = {
     "RoundToNearest": "passes.weight_ranges",
     "RoundingConfig": "passes.reconstruction",
     "SamplingSettings": "network.sampling",
+    "SecondOrderRounding": "passes.second_order_rounding",
     "Spaced": "network.calibration",
     "StepSizeConfig": "passes.reconstruction",
     "StepSizes": "passes.step_sizes",

@@ -37,7 +37,7 @@ def test_every_weight_is_on_its_grid_and_every_quantizer_is_frozen():
     unet, _, _, report = networks.quantized(recipe)
     for path, layer in quantized_layers(unet).items():
         assert layer.codes.max() <= (255 if path in ("conv_in", "conv_out") else 15), path
-        scale, point = layer._spread(layer.weight_scale), layer._spread(layer.weight_zero_point)
+        scale, point = layer.spread(layer.weight_scale), layer.spread(layer.weight_zero_point)
         assert torch.equal((layer.codes - point) * scale, layer.weight), path
     assert all(quantizer.enabled and quantizer.observer is None for quantizer in activation_quantizers(unet).values())
     assert report.coverage == coverage(unet) and not any(row.reason for row in report.coverage)

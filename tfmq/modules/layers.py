@@ -123,8 +123,8 @@ class QuantizedLayer(KeepsTypes):
         points = [torch.full_like(point, 2 ** (bits - 1)) if symmetric else point for _, point in groups]
         self.weight_zero_point = torch.stack(points, 1)
 
-    def _spread(self, per_group: Tensor) -> Tensor:
-        """(output channels, groups) -> a shape that broadcasts against the weight."""
+    def spread(self, per_group: Tensor) -> Tensor:
+        """What there is of each output channel and group, in a shape that broadcasts against the weight."""
         if len(self.splits) > 1:
             per_group = per_group.repeat_interleave(
                 torch.tensor(self.splits, device=per_group.device), 1, output_size=sum(self.splits)
@@ -134,7 +134,7 @@ class QuantizedLayer(KeepsTypes):
     def learn_rounding(self) -> AdaRound:
         """Start AdaRound from the present ranges; ``effective_weight`` uses it until ``fold``."""
         self.check_ranged()
-        scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
+        scale, zero_point = self.spread(self.weight_scale), self.spread(self.weight_zero_point)
         rounding = self.rounding = AdaRound(self.weight.detach(), scale, zero_point, self.grid)
         return rounding
 
@@ -145,7 +145,7 @@ class QuantizedLayer(KeepsTypes):
         Raises ValueError for a weight that has no range.
         """
         self.check_ranged()
-        scale, zero_point = self._spread(self.weight_scale), self._spread(self.weight_zero_point)
+        scale, zero_point = self.spread(self.weight_scale), self.spread(self.weight_zero_point)
         if isinstance(self.rounding, AdaRound):
             codes, self.rounding = self.rounding.codes(), None
         else:
@@ -165,7 +165,7 @@ class QuantizedLayer(KeepsTypes):
         return torch.equal(self._dequantized(self.codes).to(self.weight.dtype), self.weight)
 
     def _dequantized(self, codes: Tensor) -> Tensor:
-        return dequantize(codes, self._spread(self.weight_scale), self._spread(self.weight_zero_point))
+        return dequantize(codes, self.spread(self.weight_scale), self.spread(self.weight_zero_point))
 
     @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -63,7 +63,7 @@ class BlockReconstruction(Pass[CalibrationRows]):
         network, full, backbone = session.network, session.full, session.backbone
         place = place_for(full, backbone, rows, 2, self.memory_bytes, session.workspace.allocate)
         for path in backbone.embedding:
-            layers = _unrounded(network, Block(path))
+            layers = unrounded_layers(network, Block(path))
             if layers:
                 x, targets = time_layer_data(backbone, network, full, path, rows)
                 loss = loss_against(targets, on_rows(layers[path], x), self.rounding.norm)
@@ -73,7 +73,7 @@ class BlockReconstruction(Pass[CalibrationRows]):
             targets = reference.outputs(block, reference.inputs(block))
             reference.advance(block, targets)
             inputs = stream.inputs(block)
-            layers = _unrounded(network, block)
+            layers = unrounded_layers(network, block)
             if layers:
                 predict = partial(stream.evaluate, network, block, inputs)
                 loss = loss_against(targets, predict, self.rounding.norm)
@@ -95,6 +95,6 @@ class BlockReconstruction(Pass[CalibrationRows]):
         return Memory.of_blocks(list(map(max, learned, evaluated)), waiting, self.memory_bytes)
 
 
-def _unrounded(network: Network, block: Block) -> dict[str, QuantizedLayer]:
+def unrounded_layers(network: Network, block: Block) -> dict[str, QuantizedLayer]:
     """The quantised layers of a block whose weights are not rounded yet, by path in ``network``."""
     return {p: layer for p, layer in quantized_layers(network).items() if block.holds(p) and layer.codes is None}

@@ -107,7 +107,7 @@ def test_training_lowers_the_diffusion_loss_and_leaves_a_plain_quantised_network
         assert not torch.equal(old, new)
     for path, layer in quantized_layers(after).items():
         assert layer.rounding is None and layer.codes is not None, path
-        levels = (layer.codes - layer._spread(layer.weight_zero_point)) * layer._spread(layer.weight_scale)
+        levels = (layer.codes - layer.spread(layer.weight_zero_point)) * layer.spread(layer.weight_scale)
         assert torch.equal(layer.weight, levels), path
     assert not torch.equal(before.conv_norm_out.weight, after.conv_norm_out.weight)
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in after.parameters())
