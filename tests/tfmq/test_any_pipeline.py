@@ -54,7 +54,7 @@ DRAWS = int(os.environ.get("TFMQ_DRAWS", "304"))
 # Largest relative difference from the stock pipeline, in the Euclidean norm. Samplers of few steps amplify rounding;
 # tables of temporal features are float32, which in half precision is another rounding than the network's own.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
-CACHED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 0.1, torch.bfloat16: 0.5}
+CACHED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 0.05, torch.bfloat16: 0.25}
 SCHEDULERS = sorted(EXACT)
 # The pipelines that take some schedulers alone: DDPMPipeline hands each step a generator.
 OWN_SCHEDULER = {
@@ -63,8 +63,8 @@ OWN_SCHEDULER = {
 }
 # Sizes of latents; only networks with a context fit what they upsample to any.
 SIZES = {"dit": (4, 8), "ldm": (4, 6, 8), "ddpm": (4, 6, 8)}
-# Their pipelines draw noise in float32 whatever the network is in.
-FLOAT32 = ("ldm",)
+# LDMPipeline draws noise in float32 whatever the network is in, and DDPMPipeline gives its images to numpy as they are.
+TYPES = {"ldm": [torch.float32], "ddpm": [torch.float64, torch.float32, torch.float16]}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def drawn(draw: st.DrawFn, family: str) -> Drawn:
     height = draw(st.sampled_from(SIZES.get(family, (4, 6, 8, 9, 11))))
     return Drawn(
         family=family,
-        dtype=draw(st.sampled_from([torch.float32] if family in FLOAT32 else list(TOLERANCE))),
+        dtype=draw(st.sampled_from(TYPES.get(family, list(TOLERANCE)))),
         channels_last=draw(st.booleans()),
         height=height,
         width=height if square else draw(st.sampled_from((4, 5, 8, 10))),
@@ -280,7 +280,7 @@ def conditioning_of(case: Drawn, pipeline: DiffusionPipeline) -> Conditioning | 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pipeline_quantised_without_loss_makes_its_own_images(family):
-    count = {"made": 0, "refused": 0, "not run by diffusers": 0}
+    count = {"made": 0, "refused": 0}
 
     @settings(
         max_examples=DRAWS // len(FAMILIES),
@@ -300,18 +300,14 @@ def test_a_pipeline_quantised_without_loss_makes_its_own_images(family):
 
 
 def check(case: Drawn) -> str:
-    """Whether the pipeline was ``made`` as it should be, ``refused`` for a known reason, or is not run by diffusers."""
+    """Whether the pipeline was ``made`` as it should be, or ``refused`` for a known reason."""
     network = network_of(case)
     pipeline = pipeline_of(case, network)
     network = pipeline.components["transformer" if case.family == "dit" else "unet"]
     if case.channels_last:
         network.to(memory_format=torch.channels_last)
-    try:
-        expected = run(case, pipeline)
-    except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError, IndexError):
-        return "not run by diffusers"
-    if not torch.isfinite(expected).all():
-        return "not run by diffusers"
+    expected = run(case, pipeline)
+    assert torch.isfinite(expected).all(), "there is nothing to compare with"
     pipeline_gives_latents = case.family not in ("ldm", "ddpm", "dit")
     generator = torch.Generator().manual_seed(case.seed + 2)
     channels = 4 if pipeline_gives_latents else 3
