@@ -6,6 +6,7 @@ activations are not quantised.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,13 +91,14 @@ def learn_signed_roundings(
     """
     roundings = [start_rounding(layer) for layer in layers]
     parameters = [part for rounding in roundings for part in rounding.learned]
-    best = [part.detach().clone() for part in parameters]
+    best, smallest = [part.detach().clone() for part in parameters], math.inf
     trace: list[float] = []
     with torch.enable_grad():
         for iteration, rows in enumerate(batches):
             value = loss(rows)
             trace.append(finite(value))
-            if trace[-1] == min(trace):
+            if trace[-1] < smallest:
+                smallest = trace[-1]
                 for kept, part in zip(best, parameters, strict=True):
                     kept.copy_(part.detach())
             for part in parameters:
