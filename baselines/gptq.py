@@ -10,8 +10,8 @@ Where the paper, its released code and this row differ:
   pixels of each layer.
 - The paper rounds columns in their order; here those of the largest second moment come first, which is an option of the
   released code (``act_order``) and that of GPTQ's later implementations.
-- The paper quantises language models block after block and, in each, layer after layer; here all layers of a block
-  are rounded by what they see while none of them is.
+- The released code rounds what it finds in a block of a language model one group of layers after the other; here it is
+  one layer after the other.
 - The paper rounds weights alone. Here activations get ranges afterwards.
 - Columns are rounded by the factor of the second moments and not of their inverse, which gives the same codes
   (`tfmq.numerics.second_order`).

@@ -66,9 +66,9 @@ class SecondOrderRounding(Pass[CalibrationRows]):
     """
 
     share: float = 0.5
-    damping: float = 0.01
+    damping: float = 0.1
     range: Range = "weighted"
-    sweeps: int = 2
+    sweeps: int = 1
     biases: bool = True
     in_turn: bool = True
     data: Draw = Spaced(20, 64)
