@@ -20,7 +20,7 @@ def error(network, full) -> float:
 def test_it_is_nearer_than_rounding_to_nearest_and_leaves_biases_alone():
     network, full, pool, report = networks.quantized(gptq.Config(steps=5, images=4).recipe(), "w4a32")
     other, *_ = networks.quantized(nearest.Config(steps=5, images=4).recipe(), "w4a32", recorded=pool)
-    assert error(network, full) < 0.8 * error(other, full)
+    assert error(network, full) < 0.9 * error(other, full)
     for path, layer in quantized_layers(network).items():
         given, nearest_layer = full.get_submodule(path), quantized_layers(other)[path]
         assert layer.bias is None or torch.equal(layer.bias, given.bias)

@@ -94,7 +94,7 @@ def test_of_two_inputs_it_finds_nearly_the_best_codes():
 
 def test_uncorrelated_inputs_round_to_nearest():
     _, weight, _, scale, zero_point = example(inputs=30)
-    squares = torch.diag(torch.arange(1.0, 31.0))
+    squares, scale = torch.diag(torch.arange(1.0, 31.0)), 1.01 * scale  # no ties
     nearest = quantize(weight, scale, zero_point, GRID)
     assert torch.equal(nearest_plane(weight, scale, zero_point, GRID, squares, 0.01), nearest)
     assert torch.equal(best_codes(weight, nearest, scale, zero_point, GRID, squares), nearest)
