@@ -6,8 +6,10 @@ directions that the samples do not show, is
 
     W* = W + P (H + l I)^-1,   l = damping * mean of H's diagonal                                (least squares)
 
-and rounding it to codes q on its grid costs tr (W* - W_q) H (W* - W_q)^T. With H = R^T R, R upper triangular, this is a
-sum over columns from the last to the first, in each of which the best code is known once those after it are fixed:
+and rounding it to codes q on its grid costs tr (W* - W_q) (H + l I) (W* - W_q)^T. Functions below take the damped
+H + l I as H: few samples show some directions by chance alone, and rounding would lean on them. With H = R^T R, R upper
+triangular, the cost is a sum over columns from the last to the first, in each of which the best code is known once
+those after it are fixed:
 
     q_i = round(w_i + sum_{j > i} R_ij / R_ii (w_j - w_hat_j))
 
@@ -195,9 +197,9 @@ def damped(squares: Tensor, damping: float) -> Tensor:
     return squares + torch.diag(damping * mean + torch.where(diagonal > 0, 0.0, 1.0) * mean)
 
 
-def least_squares(weight: Tensor, squares: Tensor, products: Tensor, damping: float) -> Tensor:
-    """W* (O, D) for a weight W (O, D), H (D, D) and P (O, D); float32."""
-    factor = torch.linalg.cholesky(damped(squares, damping))
+def least_squares(weight: Tensor, squares: Tensor, products: Tensor) -> Tensor:
+    """W* (O, D) for a weight W (O, D), the damped H (D, D) and P (O, D); float32."""
+    factor = torch.linalg.cholesky(squares)
     return weight + torch.cholesky_solve(products.T, factor).T
 
 
@@ -221,15 +223,13 @@ def weighted_range(weight: Tensor, importance: Tensor, bits: int, symmetric: boo
     return scale, zero_point
 
 
-def nearest_plane(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, squares: Tensor, damping: float
-) -> Tensor:
+def nearest_plane(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, squares: Tensor) -> Tensor:
     """Integer codes (O, D), as floats, of a weight (O, D) whose scales and zero points (O, D) are given.
 
     Inputs of the largest second moment are rounded first, while there are others to make up for it.
     """
     order = torch.argsort(squares.diagonal(), stable=True)
-    factor = torch.linalg.cholesky(damped(squares, damping)[order][:, order]).mT  # upper: H = R^T R needs R = L^T
+    factor = torch.linalg.cholesky(squares[order][:, order]).mT  # upper: H = R^T R needs R = L^T
     factor = (factor / factor.diagonal()[:, None]).contiguous()
     weight, scale, zero_point = (each.T[order].contiguous() for each in (weight, scale, zero_point))
     codes, errors = torch.empty_like(weight), torch.zeros_like(weight)

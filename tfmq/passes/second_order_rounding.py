@@ -28,6 +28,7 @@ from tfmq.numerics.second_order import (
     SecondMoments,
     best_codes,
     best_scales,
+    damped,
     least_squares,
     nearest_plane,
     weighted_range,
@@ -65,8 +66,8 @@ class SecondOrderRounding(Pass[CalibrationRows]):
         memory_bytes: as in `BlockReconstruction`.
     """
 
-    share: float = 0.5
-    damping: float = 0.1
+    share: float = 1.0
+    damping: float = 0.2
     range: Range = "weighted"
     sweeps: int = 1
     biases: bool = True
@@ -196,10 +197,11 @@ class SecondOrderRounding(Pass[CalibrationRows]):
     def _round_layer(self, layer: QuantizedLayer, moments: SecondMoments) -> None:
         weight, bias = layer.weight.flatten(1), _bias(layer) if self.biases else None
         squares, products = (moments.squares, moments.products) if bias is None else moments.centred()
-        wanted = least_squares(weight, squares, self.share * products, self.damping) if self.share else weight
+        squares = damped(squares, self.damping)
+        wanted = least_squares(weight, squares, self.share * products) if self.share else weight
         self._find_range(layer, wanted, squares)
         scale, zero_point = _spread(layer, layer.weight_scale), _spread(layer, layer.weight_zero_point)
-        codes = nearest_plane(wanted, scale, zero_point, layer.grid, squares, self.damping)
+        codes = nearest_plane(wanted, scale, zero_point, layer.grid, squares)
         for _ in range(self.sweeps):
             layer.weight_scale = best_scales(wanted, codes - zero_point, layer.weight_scale, _columns(layer), squares)
             scale = _spread(layer, layer.weight_scale)

@@ -68,7 +68,7 @@ def every_choice(inputs: int):
 
 def test_it_is_gptq_without_an_inverse():
     _, weight, squares, scale, zero_point = example()
-    found = nearest_plane(weight, scale, zero_point, GRID, squares, 0.01)
+    found = nearest_plane(weight, scale, zero_point, GRID, damped(squares, 0.01))
     expected = published_gptq(weight, scale, zero_point, squares, 0.01)
     assert (found != expected).float().mean() < 0.01, "but for ties"
     costs = [cost(weight, codes, scale, zero_point, squares) for codes in (found, expected)]
@@ -79,7 +79,7 @@ def test_it_is_gptq_without_an_inverse():
 
 def test_of_two_inputs_it_finds_nearly_the_best_codes():
     _, weight, squares, scale, zero_point = example(inputs=2, outputs=8)
-    found = nearest_plane(weight, scale, zero_point, GRID, squares, 0.0)
+    found = nearest_plane(weight, scale, zero_point, GRID, damped(squares, 0.0))
     better = best_codes(weight, found, scale, zero_point, GRID, squares)
     for row in range(len(weight)):
         one = slice(row, row + 1)
@@ -96,13 +96,13 @@ def test_uncorrelated_inputs_round_to_nearest():
     _, weight, _, scale, zero_point = example(inputs=30)
     squares, scale = torch.diag(torch.arange(1.0, 31.0)), 1.01 * scale  # no ties
     nearest = quantize(weight, scale, zero_point, GRID)
-    assert torch.equal(nearest_plane(weight, scale, zero_point, GRID, squares, 0.01), nearest)
+    assert torch.equal(nearest_plane(weight, scale, zero_point, GRID, damped(squares, 0.01)), nearest)
     assert torch.equal(best_codes(weight, nearest, scale, zero_point, GRID, squares), nearest)
 
 
 def test_no_other_code_is_better_once_each_is_the_best():
     _, weight, squares, scale, zero_point = example(inputs=150)
-    codes = nearest_plane(weight, scale, zero_point, GRID, squares, 0.01)
+    codes = nearest_plane(weight, scale, zero_point, GRID, damped(squares, 0.01))
     start = cost(weight, codes, scale, zero_point, squares)
     for _ in range(40):
         codes = best_codes(weight, codes, scale, zero_point, GRID, squares)
@@ -157,9 +157,9 @@ def test_the_best_weight_is_that_of_least_squares():
     noisy = x + 0.2 * torch.randn(x.shape, generator=generator)
     moments = moments_of(noisy, (x - noisy) @ weight.T)
     expected, *_ = np.linalg.lstsq(noisy.double().numpy(), (x @ weight.T).double().numpy(), rcond=None)
-    found = least_squares(weight, moments.squares, moments.products, 0.0)
+    found = least_squares(weight, moments.squares, moments.products)
     np.testing.assert_allclose(found.numpy(), expected.T, atol=2e-3)
-    assert torch.equal(least_squares(weight, moments.squares, 0 * moments.products, 0.01), weight)
+    assert torch.equal(least_squares(weight, moments.squares, 0 * moments.products), weight)
 
 
 def test_centred_moments_are_those_of_deviations_from_the_mean():
@@ -174,7 +174,7 @@ def test_centred_moments_are_those_of_deviations_from_the_mean():
 def test_an_input_that_is_always_0_keeps_its_weight():
     squares = torch.diag(torch.tensor([4.0, 0.0]))
     weight = torch.tensor([[1.0, 2.0]])
-    found = least_squares(weight, squares, torch.tensor([[4.0, 0.0]]), 0.0)
+    found = least_squares(weight, damped(squares, 0.0), torch.tensor([[4.0, 0.0]]))
     assert torch.equal(found, torch.tensor([[2.0, 2.0]]))
 
 
@@ -212,5 +212,5 @@ def test_moments_of_a_convolution_are_those_of_the_linear_layer_that_it_is(kerne
     expected = moments_of(patches, lacking.permute(0, 2, 3, 1).flatten(0, 2))
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(moments, name), value, rtol=1e-4, atol=1e-4)
-    found = least_squares(layer.weight.detach().flatten(1), *moments.centred(), 0.0)
+    found = least_squares(layer.weight.detach().flatten(1), *moments.centred())
     torch.testing.assert_close(found, other.weight.detach().flatten(1), rtol=1e-3, atol=1e-3)
