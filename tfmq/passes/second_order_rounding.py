@@ -66,7 +66,7 @@ class SecondOrderRounding(Pass[CalibrationRows]):
         memory_bytes: as in `BlockReconstruction`.
     """
 
-    share: float = 1.0
+    share: float = 0.7
     damping: float = 0.2
     range: Range = "weighted"
     sweeps: int = 1
@@ -266,7 +266,8 @@ def _add(moments: SecondMoments, layer: nn.Module, x: Tensor, lacking: Tensor | 
         raise ValueError(
             f"{layer} has groups, dilation or padding whose patches are not known: round it by another pass"
         )
-    moments.add_convolution(x, lacking, layer.kernel_size, layer.stride, layer.padding)
+    (high, wide), (down, across), (top, left) = layer.kernel_size, layer.stride, layer.padding
+    moments.add_convolution(x, lacking, (high, wide), (down, across), (top, left))
 
 
 @dataclass
