@@ -67,7 +67,7 @@ class SecondOrderRounding(Pass[CalibrationRows]):
     """
 
     share: float = 0.7
-    damping: float = 0.2
+    damping: float = 0.1
     range: Range = "weighted"
     sweeps: int = 1
     biases: bool = True
