@@ -20,6 +20,7 @@ from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.grids import Grids
 from tfmq.passes.second_order_rounding import SecondOrderRounding
 from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
+from tfmq.plan import quantized_layers
 from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 from tfmq.session import Session
@@ -103,7 +104,7 @@ class Compared(SecondOrderRounding):
     def _round_layer(self, layer, moments):
         (session,) = self.sessions
         path = next(path for path, module in session.network.named_modules() if module is layer)
-        if not path.startswith("time_embedding"):
+        if not path.startswith("time_embedding") and (self.in_turn or not begun(session, path)):
             expected = directly(session, path)
             for name, value in vars(expected).items():
                 found = torch.as_tensor(getattr(moments, name)).double()
@@ -113,6 +114,14 @@ class Compared(SecondOrderRounding):
                 )
             self.paths.append(path)
         super()._round_layer(layer, moments)
+
+
+def begun(session, path):
+    """Whether a layer of the block that holds a layer is rounded, after moments of all were taken."""
+    (block,) = (block for block in session.backbone.blocks if block.holds(path))
+    return any(
+        layer.codes is not None for each, layer in quantized_layers(session.network).items() if block.holds(each)
+    )
 
 
 def directly(session, path):
@@ -137,7 +146,7 @@ def directly(session, path):
 @pytest.mark.parametrize("in_turn", [True, False])
 def test_moments_are_those_of_the_whole_network_in_float64(in_turn):
     networks.quantized((Compared(data=networks.ALL_ROWS, batch=8, in_turn=in_turn),), "w4a32")
-    assert len(Compared.paths) == len(set(Compared.paths)) > 30
+    assert len(Compared.paths) == len(set(Compared.paths)) > (30 if in_turn else 10)
 
 
 def test_settings_that_make_no_sense_are_refused():
