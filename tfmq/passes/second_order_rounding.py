@@ -2,7 +2,8 @@
 
 Each layer first takes the weight that best gives its full-precision output from the inputs that it has in the network
 quantised so far, then that weight is rounded with the same statistics (`tfmq.numerics.second_order`; GPTQ,
-arXiv 2210.17323, has the second step). Full precision and quantised stream side by side, block after block.
+arXiv 2210.17323, has the second step). Full precision and quantised stream side by side, block after block. Where
+activations have ranges already, the inputs are quantised ones, so that weights make up for that too.
 """
 
 from __future__ import annotations
@@ -11,47 +12,66 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes, evaluation_bytes
+from tfmq.live_bytes import LiveBytes
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Block
 from tfmq.network.calibration import CalibrationRows, CalibrationSet, Draw, Spaced
 from tfmq.network.offload import BlockStream, place_for
-from tfmq.numerics.second_order import SecondMoments, least_squares, nearest_plane
+from tfmq.numerics.second_order import (
+    SecondMoments,
+    best_codes,
+    best_scales,
+    damped,
+    least_squares,
+    nearest_plane,
+    weighted_range,
+)
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.block_reconstruction import unrounded_layers
 from tfmq.passes.reconstruction import time_layer_data
-from tfmq.passes.weight_ranges import WeightRange
-from tfmq.plan import quantized_layers
+from tfmq.plan import announce_step, quantized_layers
 from tfmq.session import Session
 from tfmq.settings import check_choices, check_counts, check_numbers
 
 FLOAT = 4
+Moments = Mapping[str, SecondMoments]
+Range = Literal["minmax", "search", "thresholds", "weighted"]
 
 
 @dataclass(frozen=True)
 class SecondOrderRounding(Pass[CalibrationRows]):
     """Round all layers that no earlier pass has rounded: time-embedding layers, then block by block.
 
+    Every layer gets its range here, so that `WeightRanges` need not come before.
+
     Attributes:
-        share: how much of a layer's own inputs' mistakes its weight makes up for: 0 none (GPTQ), 1 all.
+        share: how much of what a layer's output lacks, by the mistakes of its inputs, its weight makes up for: 0 none
+            (GPTQ), 1 all.
         damping: as in `tfmq.numerics.second_order`.
-        range: how ranges are found, on the weights that make up for mistakes.
-        pixels: of each row that a layer is seen at, drawn at random; tokens likewise.
+        range: how ranges are found, on the weights that make up for mistakes: ``weighted`` for the smallest squared
+            error weighted by the second moment of each input, or as in `WeightRanges`.
+        sweeps: how often scales and codes are each made the best ones, in turn, after rounding.
+        biases: whether biases take up what outputs lack on average.
+        in_turn: whether layers of a block are rounded one after the other, each by what it sees once those before are.
+            All rows are evaluated at once then, which takes memory. Otherwise they are rounded together.
         data: which rows of the pool.
-        batch: rows evaluated at once.
+        batch: rows evaluated at once, where layers are not rounded in turn.
         memory_bytes: as in `BlockReconstruction`.
     """
 
-    share: float = 0.5
-    damping: float = 0.01
-    range: WeightRange = "search"
-    pixels: int = 16
+    share: float = 0.7
+    damping: float = 0.1
+    range: Range = "weighted"
+    sweeps: int = 1
+    biases: bool = True
+    in_turn: bool = True
     data: Draw = Spaced(20, 64)
     batch: int = 64
     memory_bytes: int = field(default=8 * 2**30, compare=False)
@@ -60,9 +80,15 @@ class SecondOrderRounding(Pass[CalibrationRows]):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_counts(self, "pixels", "batch", "memory_bytes")
+        check_counts(self, "batch", "memory_bytes")
+        check_counts(self, "sweeps", least=0)
         check_numbers(self, "share", least=0, most=1)
         check_numbers(self, "damping", least=0)
+
+    @property
+    def evaluations(self) -> int:
+        """Of each row: in full precision where it is wanted, and quantised, before layers are rounded and after."""
+        return 3 if self.share else 2
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""
@@ -72,35 +98,31 @@ class SecondOrderRounding(Pass[CalibrationRows]):
     def run(self, session: Session, rows: CalibrationRows) -> None:
         """See `Pass`. Raises ValueError for rows that do not fit, and a block's NaN or infinity."""
         network, full, backbone = session.network, session.full, session.backbone
-        place = place_for(full, backbone, rows, 2, self.memory_bytes, session.workspace.allocate)
+        place = place_for(full, backbone, rows, self.evaluations - 1, self.memory_bytes, session.workspace.allocate)
         for path in backbone.embedding:
             layers = unrounded_layers(network, Block(path))
             if layers:
-                self._round(session, path, layers, partial(_of_embedding, session, path, rows))
-        reference, stream = (BlockStream(each, backbone, rows, self.batch, place) for each in (full, network))
+                self._learn(session, path, layers, partial(self._round_embedding, session, path, rows))
+        stream = BlockStream(network, backbone, rows, self.batch, place)
+        reference = BlockStream(full, backbone, rows, self.batch, place) if self.share else None
         for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             layers = unrounded_layers(network, block)
+            made = _Outputs()
             if layers:
-                self._round(
-                    session, block.path, layers, partial(self._of_block, session, reference, stream, block, layers)
-                )
-            for each in (reference, stream):
-                each.advance(block, each.outputs(block, each.inputs(block)))
-        session.count_evaluations(4 * len(rows))
+                learn = partial(self._round_block, reference, stream, block, layers, made)
+                self._learn(session, block.path, layers, learn)
+            if reference is not None:
+                reference.advance(block, _either(made.full, reference, block))
+            stream.advance(block, _either(made.quantized, stream, block))
+        session.count_evaluations(self.evaluations * len(rows))
 
-    def _round(
-        self,
-        session: Session,
-        unit: str,
-        layers: Mapping[str, QuantizedLayer],
-        moments: Callable[[], Mapping[str, SecondMoments]],
+    def _learn(
+        self, session: Session, unit: str, layers: Mapping[str, QuantizedLayer], round_all: Callable[[], None]
     ) -> None:
         """Round some layers as one unit of learning."""
 
         def learn() -> list[float]:
-            found = moments()
-            for path, layer in layers.items():
-                self._round_layer(layer, found[path])
+            round_all()
             return []
 
         def learned() -> dict[str, Tensor]:
@@ -120,112 +142,166 @@ class SecondOrderRounding(Pass[CalibrationRows]):
 
         session.learn(unit, learn, learned, restore)
 
-    def _round_layer(self, layer: QuantizedLayer, moments: SecondMoments) -> None:
-        weight, bias = layer.weight.flatten(1), _bias(layer)
-        if bias is None:
-            squares, products = moments.squares, moments.products
-        else:
-            squares, products = moments.centred()
-        products = self.share * products + (1 - self.share) * (weight @ squares)
-        wanted = least_squares(weight, squares, products, self.damping)
-        layer.weight = nn.Parameter(wanted.view_as(layer.weight), requires_grad=False)
-        layer.find_weight_range(self.range)
-        scale, zero_point = (
-            each.expand_as(layer.weight).flatten(1)
-            for each in (layer.spread(layer.weight_scale), layer.spread(layer.weight_zero_point))
-        )
-        codes = nearest_plane(wanted, scale, zero_point, layer.grid, squares, self.damping)
-        layer.load_codes(codes.to(torch.uint8).view_as(layer.weight))
-        if bias is not None:
-            mean = moments.inputs / moments.count
-            full_mean = self.share * moments.outputs / moments.count + (1 - self.share) * (weight @ mean + bias)
-            layer.bias = nn.Parameter(full_mean - layer.weight.flatten(1) @ mean, requires_grad=False)
+    def _round_embedding(self, session: Session, path: str, rows: CalibrationRows) -> None:
+        """Round a layer that embeds time steps, or conditions."""
+        backbone, network, layer = session.backbone, session.network, quantized_layers(session.network)[path]
+        announce_step(network, rows.timesteps if path in backbone.condition_embedding else rows.timesteps.unique())
+        x, targets = time_layer_data(backbone, network, session.full, path, rows)
+        moments = SecondMoments.of(layer.weight)
+        moments.add(layer.input_quantizer(x), targets - layer(x))
+        self._round_layer(layer, moments)
 
-    def _of_block(
+    def _round_block(
         self,
-        session: Session,
-        reference: BlockStream,
+        reference: BlockStream | None,
         stream: BlockStream,
         block: Block,
         layers: Mapping[str, QuantizedLayer],
-    ) -> dict[str, SecondMoments]:
-        """Second moments of layers of a block over all rows."""
-        moments = {
-            path: SecondMoments.empty(layer.weight[0].numel(), len(layer.weight), layer.weight.device)
-            for path, layer in layers.items()
-        }
-        full = {path: session.full.get_submodule(path) for path in layers}
-        for start in range(0, len(reference.rows), self.batch):
-            chosen = slice(start, start + self.batch)
-            outputs: dict[str, Tensor] = {}
-            inputs: dict[str, Tensor] = {}
-            with _watched(full, outputs, after=True):
-                reference.evaluate(session.full, block, reference.inputs(block), chosen)
-            with _watched(layers, inputs, after=False):
-                stream.evaluate(session.network, block, stream.inputs(block), chosen)
-            for path, layer in layers.items():
-                x, y = samples(layer, inputs[path], outputs[path], self.pixels, session.generator)
-                moments[path].add(x, y)
-        return moments
+        made: _Outputs,
+    ) -> None:
+        """Round layers of a block, and keep the block's outputs where all rows were evaluated for it."""
+        rows = len(stream.rows)
+        batch = rows if self.in_turn else self.batch
+        moments = {} if self.in_turn else {path: SecondMoments.of(layer.weight) for path, layer in layers.items()}
+        inputs: dict[str, Tensor] = {}
+        wanted: dict[str, Tensor] = {}
+
+        def see(path: str, layer_input: Tensor, output: Tensor) -> Tensor | None:
+            found = SecondMoments.of(layers[path].weight) if self.in_turn else moments[path]
+            _add(found, layers[path], inputs.pop(path), wanted.pop(path) - output if self.share else None)
+            if not self.in_turn:
+                return None
+            self._round_layer(layers[path], found)
+            output = layers[path].forward(layer_input)
+            inputs.clear()  # once more recorded
+            return output
+
+        full = {} if reference is None else {path: reference.network.get_submodule(path) for path in layers}
+        quantizers = {path: layer.input_quantizer for path, layer in layers.items()}
+        for start in range(0, rows, batch):
+            chosen = slice(start, start + batch)
+            if reference is not None:
+                with _watched(full, lambda path, _, output: _keep(wanted, path, output)):
+                    part = reference.evaluate(reference.network, block, reference.inputs(block), chosen)
+                made.full = _put(reference, made.full, part, chosen)
+            with (
+                _watched(quantizers, lambda path, _, output: _keep(inputs, path, output)),
+                _watched(layers, see),
+            ):
+                part = stream.evaluate(stream.network, block, stream.inputs(block), chosen)
+            if self.in_turn:
+                made.quantized = _put(stream, None, part, chosen)
+        for path, found in moments.items():
+            self._round_layer(layers[path], found)
+
+    def _round_layer(self, layer: QuantizedLayer, moments: SecondMoments) -> None:
+        weight, bias = layer.weight.flatten(1), _bias(layer) if self.biases else None
+        squares, products = (moments.squares, moments.products) if bias is None else moments.centred()
+        squares = damped(squares, self.damping)
+        wanted = least_squares(weight, squares, self.share * products) if self.share else weight
+        self._find_range(layer, wanted, squares)
+        scale, zero_point = _spread(layer, layer.weight_scale), _spread(layer, layer.weight_zero_point)
+        codes = nearest_plane(wanted, scale, zero_point, layer.grid, squares)
+        for _ in range(self.sweeps):
+            layer.weight_scale = best_scales(wanted, codes - zero_point, layer.weight_scale, _columns(layer), squares)
+            scale = _spread(layer, layer.weight_scale)
+            codes = best_codes(wanted, codes, scale, zero_point, layer.grid, squares)
+        layer.load_codes(codes.to(torch.uint8).view_as(layer.weight))
+        if bias is not None:
+            mean, lacking = moments.inputs / moments.count, moments.lacking / moments.count
+            wanted_mean = weight @ mean + bias + lacking
+            layer.bias = nn.Parameter(wanted_mean - layer.weight.flatten(1) @ mean, requires_grad=False)
+
+    def _find_range(self, layer: QuantizedLayer, wanted: Tensor, squares: Tensor) -> None:
+        """Give a layer the range in which the weight ``wanted`` (O, D) is rounded."""
+        if self.range != "weighted":
+            layer.weight = nn.Parameter(wanted.view_as(layer.weight), requires_grad=False)
+            layer.find_weight_range(self.range)
+            return
+        columns = _columns(layer)
+        groups = zip(wanted.split(columns, 1), squares.diagonal().split(columns), strict=True)
+        found = [weighted_range(*group, layer.weight_bits, layer.symmetric_weight) for group in groups]
+        layer.weight_scale, layer.weight_zero_point = (torch.stack(each, 1) for each in zip(*found, strict=True))
+        layer.ranged = True
 
     def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
         """See `Pass`."""
         shapes.rounded |= shapes.unrounded
-        return Cost(4 * len(rows))
+        return Cost(self.evaluations * len(rows))
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
-        evaluated = shapes.of_blocks(rows, self.batch, evaluation_bytes)
-        layers = quantized_layers(shapes.network)
-        moments = [
-            sum(
-                _moment_bytes(layer) for path, layer in layers.items() if block.holds(path) and path in shapes.unrounded
-            )
-            for block in shapes.backbone.blocks
-        ]
-        waiting = [2 * each for each in shapes.waiting(rows)]
-        working = [a + b for a, b in zip(evaluated, moments, strict=True)]
+        at_once = len(rows) if self.in_turn else self.batch
+        working = shapes.of_blocks(rows, at_once, partial(self._working_bytes, shapes))
+        waiting = [(self.evaluations - 1) * each for each in shapes.waiting(rows)]
         return Memory.of_blocks(working, waiting, self.memory_bytes)
 
+    def _working_bytes(self, shapes: Shapes, stream: BlockStream, block: Block) -> int:
+        """What rounding a block takes, with a batch of rows evaluated at once."""
+        layers = {
+            path: layer
+            for path, layer in quantized_layers(shapes.network).items()
+            if block.holds(path) and path in shapes.unrounded
+        }
+        if not layers:
+            return evaluation_bytes(stream, block)
+        outputs: dict[str, Tensor] = {}
+        with (
+            torch.no_grad(),
+            LiveBytes() as live,
+            _watched(layers, lambda path, _, output: _keep(outputs, path, output)),
+        ):
+            stream.evaluate(stream.network, block, stream.inputs(block), slice(None))
+        of_layers = [_moment_bytes(layer) for layer in layers.values()]
+        moments = max(of_layers) if self.in_turn else sum(of_layers)
+        return live.most + moments + max(map(_rounding_bytes, layers.values()))
 
-def samples(layer: nn.Module, x: Tensor, y: Tensor, pixels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs (n, D) and outputs (n, O) of a layer at so many places of each row, drawn at random.
 
-    Of a convolution the input at a place is the patch that gives the output there.
-    """
-    if x.dim() == 2:
-        return x, y
-    if x.dim() == 3:
-        if pixels >= x.shape[1]:
-            return x.flatten(0, 1), y.flatten(0, 1)
-        places = torch.randint(x.shape[1], (len(x), pixels), generator=generator).to(x.device)
-        image = torch.arange(len(x), device=x.device)[:, None].expand_as(places)
-        return x[image, places].flatten(0, 1), y[image, places].flatten(0, 1)
+def _add(moments: SecondMoments, layer: nn.Module, x: Tensor, lacking: Tensor | None) -> None:
+    """Add what a layer sees of some rows, and what its outputs lack."""
     if not isinstance(layer, nn.Conv2d):
-        raise ValueError(f"a {type(layer).__name__} with inputs of shape {tuple(x.shape)} has no known patches")
-    (high, wide), (down, across) = layer.kernel_size, layer.stride
-    top, left = (int(width) for width in layer.padding)
-    patches = F.pad(x, (left, left, top, top)).unfold(2, high, down).unfold(3, wide, across)
-    outputs = y.shape[2] * y.shape[3]
-    if pixels >= outputs:
-        chosen = torch.arange(outputs).expand(len(x), -1)
-    else:
-        chosen = torch.randint(outputs, (len(x), pixels), generator=generator)
-    chosen = chosen.to(x.device)
-    image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
-    row, column = chosen // y.shape[3], chosen % y.shape[3]
-    return patches[image, :, row, column].flatten(2).flatten(0, 1), y[image, :, row, column].flatten(0, 1)
+        moments.add(x.flatten(0, -2), None if lacking is None else lacking.flatten(0, -2))
+        return
+    if layer.groups > 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise ValueError(
+            f"{layer} has groups, dilation or padding whose patches are not known: round it by another pass"
+        )
+    (high, wide), (down, across), (top, left) = layer.kernel_size, layer.stride, layer.padding
+    moments.add_convolution(x, lacking, (high, wide), (down, across), (top, left))
+
+
+@dataclass
+class _Outputs:
+    """Of a block, for all rows, as far as they are known."""
+
+    full: Tensor | None = None
+    quantized: Tensor | None = None
+
+
+def _put(stream: BlockStream, outputs: Tensor | None, part: Tensor, rows: slice) -> Tensor:
+    """Put a batch of a block's outputs where the rows of a stream wait."""
+    if outputs is None:
+        outputs = stream.place.empty(len(stream.rows), part)
+    outputs[rows] = part
+    return outputs
+
+
+def _either(outputs: Tensor | None, stream: BlockStream, block: Block) -> Tensor:
+    """A block's outputs for all rows: those given, or else they are computed."""
+    return stream.outputs(block, stream.inputs(block)) if outputs is None else outputs
+
+
+def _keep(outputs: dict[str, Tensor], path: str, output: Tensor) -> None:
+    outputs[path] = output
 
 
 @contextmanager
-def _watched(layers: Mapping[str, nn.Module], found: dict[str, Tensor], after: bool) -> Iterator[None]:
-    """Record the inputs of layers, or their outputs ``after`` the call."""
-    hooks = []
-    for path, layer in layers.items():
-        if after:
-            hooks.append(layer.register_forward_hook(lambda module, args, output, p=path: found.update({p: output})))
-        else:
-            hooks.append(layer.register_forward_pre_hook(lambda module, args, p=path: found.update({p: args[0]})))
+def _watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call ``see`` with path, input and output of modules as they are evaluated; what it returns replaces these."""
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, path=path: see(path, args[0], output))
+        for path, module in modules.items()
+    ]
     try:
         yield
     finally:
@@ -233,18 +309,25 @@ def _watched(layers: Mapping[str, nn.Module], found: dict[str, Tensor], after: b
             hook.remove()
 
 
-def _of_embedding(session: Session, path: str, rows: CalibrationRows) -> dict[str, SecondMoments]:
-    """Second moments of a layer that embeds time steps, or conditions."""
-    x, targets = time_layer_data(session.backbone, session.network, session.full, path, rows)
-    moments = SecondMoments.empty(x.shape[1], targets.shape[1], x.device)
-    moments.add(x, targets)
-    return {path: moments}
+def _columns(layer: QuantizedLayer) -> tuple[int, ...]:
+    """How many columns of the weight as a matrix (O, D) share a range, group after group."""
+    return tuple(size * layer.weight[0, 0].numel() for size in layer.splits)
+
+
+def _spread(layer: QuantizedLayer, per_group: Tensor) -> Tensor:
+    """What there is of each output channel and group, for each element of the weight as a matrix (O, D)."""
+    return layer.spread(per_group).expand_as(layer.weight).flatten(1)
 
 
 def _moment_bytes(layer: QuantizedLayer) -> int:
-    """Of a layer's second moments, and of as much again while they are factorised."""
     inputs = layer.weight[0].numel()
-    return 2 * FLOAT * inputs * (inputs + len(layer.weight))
+    return FLOAT * inputs * (inputs + len(layer.weight))
+
+
+def _rounding_bytes(layer: QuantizedLayer) -> int:
+    """Of rounding a layer: second moments centred, damped, sorted and factorised, and copies of the weight."""
+    inputs = layer.weight[0].numel()
+    return FLOAT * (5 * inputs**2 + 8 * layer.weight.numel())
 
 
 def _bias(layer: QuantizedLayer) -> Tensor | None:
