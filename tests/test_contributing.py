@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from benchmarks.datasets import dataset
 from benchmarks.metrics import metrics
+from benchmarks.runtime import excerpt
 from benchmarks.suite import discover
-from benchmarks.suite.record import Record
+from benchmarks.suite.record import Cell, Record
 from tests.benchmarks.tiny_suite import PARAMS, generate, prepared, run, score, suite
 from tests.tfmq import networks
 from tfmq.plan import quantized_layers
@@ -137,7 +138,7 @@ def test_a_metric(suite, add, run, generate, score):
     value = score("nearest", "w4a8")["w4a8"].metrics["last_noise_error"]
     errors = load_file("work/cells/toy/nearest/w4a8/errors.safetensors")["trajectory"]
     assert value.value == pytest.approx(errors[:, -1].double().mean().item()) and value.low < value.high
-    assert load_file("work/scores/toy/nearest/w4a8.safetensors")["last_noise_error"].shape == (len(errors),)
+    assert excerpt.read(Cell("toy", "nearest", "w4a8")).values["last_noise_error"].shape == (len(errors),)
     assert run("tables") == (0, [])
     assert "Noise error, last step" in Path("results/README.md").read_text()
     cells = pd.read_csv("results/cells.csv").set_index(["method", "precision", "table"])

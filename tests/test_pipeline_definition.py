@@ -72,7 +72,7 @@ def test_a_row_depends_on_the_settings_and_cells_of_its_own_table(root, suite, t
     row = f"${{item.task}}/${{item.method}}{suffix}"
     assert f"work/cells/{row}" in score["deps"]
     outs = {name for out in score["outs"] for name in out}
-    assert outs == {f"results/records/{row}", f"work/scores/{row}"}
+    assert outs == {f"results/records/{row}"}
 
 
 @pytest.mark.parametrize("suite", TABLES)

@@ -42,6 +42,8 @@ _HOMES = {
     "RoundingConfig": "passes.reconstruction",
     "SamplingSettings": "network.sampling",
     "SecondOrderRounding": "passes.second_order_rounding",
+    "SignedRounding": "passes.signed_rounding",
+    "SignedRoundingConfig": "passes.signed_rounding",
     "Spaced": "network.calibration",
     "StepSizeConfig": "passes.reconstruction",
     "StepSizes": "passes.step_sizes",

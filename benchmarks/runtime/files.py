@@ -77,11 +77,6 @@ def full_precision_cell(cell: Cell) -> Cell:
     return Cell(cell.task, FULL_PRECISION, "w32a32")
 
 
-def scores(cell: Cell) -> Path:
-    """The values of a cell's images by metric; without tensors where it was not measured."""
-    return WORK / "scores" / f"{cell.name}.safetensors"
-
-
 def record_file(cell: Cell) -> Path:
     """The record of a cell."""
     return RECORDS / f"{cell.name}.json"

@@ -1,8 +1,8 @@
 """score: evaluators extract features of the images of each of a row's cells, and its metrics are written as a record.
 
 The work is a queue of units, for one process or many: parts of a cell's images, and, when features of all parts are
-there, its record. The per-image values behind a metric that is a mean are kept beside it, for comparing two cells image
-by image.
+there, its record. Beside it goes an excerpt: the per-image values behind a metric that is a mean, for comparing two
+cells image by image, and what figures show.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.metrics import Evidence, metrics
-from benchmarks.runtime import files
+from benchmarks.runtime import excerpt, files
 from benchmarks.runtime.devices import device_of
+from benchmarks.runtime.excerpt import Excerpt
 from benchmarks.runtime.workers import run_units
 from benchmarks.stages import _evidence, reference
 from benchmarks.stages._setup import seed_of, task_of
@@ -33,7 +34,7 @@ Unit = tuple[Cell, range | None]
 
 
 def run(suite: Suite, cells: Sequence[Cell], device_name: str, shards: int) -> None:
-    """Write the records and the values of images of some cells, ``shards`` processes sharing them.
+    """Write the records of some cells, and the excerpts beside them, ``shards`` processes sharing the work.
 
     A cell that its method does not apply to gets a record that says so. The full-precision cell leaves its features for
     the cells that are paired with it. Raises an ExceptionGroup of what stopped cells, when the others are done.
@@ -105,7 +106,10 @@ def _score(task: Task, cell: Cell, device: torch.device, extracted: Path) -> Non
         inputs=outcome.inputs | found,
         environment={} if made is None else made.environment,
     )
-    files.write_tensors(files.scores(cell), per_image)
+    if made is None:
+        excerpt.path_of(cell).unlink(missing_ok=True)
+    else:
+        excerpt.write(cell, _excerpt(cell, made, per_image))
     files.write_text(files.record_file(cell), record.to_json())
 
 
@@ -138,6 +142,15 @@ def _measure(
             if metric.per_image is not None:
                 per_image[name] = metric.per_image(evidence)
     return values, per_image
+
+
+def _excerpt(cell: Cell, made: Made, per_image: dict[str, torch.Tensor]) -> Excerpt:
+    images = files.read_images(cell).first(excerpt.SHOWN).numpy()
+    values = {name: tensor.numpy() for name, tensor in per_image.items()}
+    if cell.method == FULL_PRECISION:
+        return Excerpt(made.images, images, values)
+    errors = files.read_tensors(files.cell_folder(cell) / files.ERRORS)
+    return Excerpt(made.images, images, values, errors["temporal"].mean(1).numpy(), errors["timesteps"].numpy())
 
 
 def _cost(cell: Cell, made: Made) -> Cost:

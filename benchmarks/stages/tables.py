@@ -12,16 +12,13 @@ import pandas as pd
 import baselines
 from benchmarks.metrics import Metric, metrics
 from benchmarks.report import figures, findings, pages, tables
-from benchmarks.runtime import files
+from benchmarks.runtime import excerpt, files
 from benchmarks.stages._setup import prompts_of
-from benchmarks.suite.fields import read
-from benchmarks.suite.outcome import Outcome
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, SHARED, Cell, Record, Value
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")
-GRID_COLUMNS = 10
 LEADERBOARD = "leaderboard"
 
 Draw = Callable[[str, str, figures.Figure], None]
@@ -70,7 +67,7 @@ def run(suite: Suite) -> str:
     files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, summary, comparison))
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
-    images = {cell: _image_values(cell) for cell, record in records.items() if record.metrics}
+    images = {cell: excerpt.read(cell).values for cell, record in records.items() if record.metrics}
     found = findings.page(list(records.values()), images, known, small=suite.reported is None)
     files.write_text(files.RESULTS / "FINDINGS.md", found)
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
@@ -83,9 +80,9 @@ def _read(suite: Suite, cell: Cell) -> Record:
     reason = "no record; run `dvc repro`"
     if path.is_file():
         record = Record.load(path)
-        if not record.metrics or (files.scores(cell).is_file() and _has_images(record)):
+        if not record.metrics or _is_of(record):
             return record
-        reason = "its images or their scores are missing or newer than its record; run `dvc repro`"
+        reason = "what pages show beside its record is missing or of other images; run `dvc repro`"
     task = suite.tasks[cell.task]
     return Record(
         task=task.name,
@@ -106,16 +103,12 @@ def _read(suite: Suite, cell: Cell) -> Record:
     )
 
 
-def _has_images(record: Record) -> bool:
-    """Whether the cell's images are those that were scored; hashed when they were made, they are only counted here."""
+def _is_of(record: Record) -> bool:
+    """Whether the excerpt beside a record is of the images that were scored."""
     try:
-        path = files.cell_folder(record.cell) / files.OUTCOME
-        made = read(Outcome, files.read_json(path), str(path)).made
-        count = len(files.read_images(record.cell))
+        return excerpt.read(record.cell).scored == record.inputs["images"]
     except ValueError:
         return False
-    found = None if made is None else made.images
-    return (count, found) == (record.settings["task"]["images"], record.inputs["images"])
 
 
 def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metric]) -> list[tuple[str, str]]:
@@ -168,7 +161,7 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
 
 def _draw_grid(draw: Draw, task: Task, name: str, text: str, records: Sequence[Record]) -> None:
     """The first images of some rows, under their prompts where the task has any."""
-    grid = {_label(record): files.read_images(record.cell).first(GRID_COLUMNS).numpy() for record in records}
+    grid = {_label(record): excerpt.read(record.cell).images for record in records}
     columns = min(len(images) for images in grid.values())
     prompts = [] if task.prompts is None else prompts_of(task, "sample", range(columns))
     same = "noise and prompt" if prompts else "noise"
@@ -182,11 +175,5 @@ def _label(record: Record) -> str:
 
 def _curves(records: Sequence[Record]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Temporal error at each step by row, and the time steps."""
-    errors = {_label(record): files.read_tensors(files.cell_folder(record.cell) / files.ERRORS) for record in records}
-    timesteps = next(iter(errors.values()))["timesteps"].numpy()
-    return {name: tensors["temporal"].mean(1).numpy() for name, tensors in errors.items()}, timesteps
-
-
-def _image_values(cell: Cell) -> dict[str, np.ndarray]:
-    """Values of a cell's images by metric."""
-    return {name: tensor.numpy() for name, tensor in files.read_tensors(files.scores(cell)).items()}
+    read = {_label(record): excerpt.read(record.cell) for record in records}
+    return {name: each.temporal_error for name, each in read.items()}, next(iter(read.values())).timesteps

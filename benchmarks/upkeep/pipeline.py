@@ -153,8 +153,7 @@ class Pipeline:
                 "python -m benchmarks score --task ${key} --method full_precision",
                 deps=[
                     *self._evaluators,
-                    "work/calibration/${key}/cost.json",
-                    "work/cells/${key}/full_precision",
+                    "work/cells/${key}/full_precision/w32a32/images",
                     "work/reference/${key}",
                 ],
                 code=code_of(STAGES / "score.py") | _plugins(discover.EXTRACTORS) | _plugins(METRICS),
@@ -162,7 +161,6 @@ class Pipeline:
                 outs={
                     "results/records/${key}/full_precision": "{cache: false}",
                     "work/paired/${key}": "{cache: false}",
-                    "work/scores/${key}/full_precision": self._kept,
                 },
                 over=OF_TASKS,
             ),
@@ -196,15 +194,14 @@ class Pipeline:
             "",
             f"python -m benchmarks score --table {table} --task ${{item.task}} --method ${{item.method}}",
             deps=[
-                "work/calibration/${item.task}/cost.json",
-                "work/cells/${item.task}/full_precision",
+                "work/cells/${item.task}/full_precision/w32a32/images",
                 f"work/cells/{row}",
                 "work/paired/${item.task}",
                 "work/reference/${item.task}",
             ],
             code=code_of(STAGES / "score.py") | _plugins(discover.EXTRACTORS) | _plugins(METRICS),
             params=[*_of_table(table), "tasks.${item.task}"],
-            outs={f"results/records/{row}": "{cache: false}", f"work/scores/{row}": self._kept},
+            outs={f"results/records/{row}": "{cache: false}"},
             over=(
                 "matrix",
                 {"task": f"${{tables.{table}.tasks}}", "method": f"${{tables.{table}.methods}}"},
@@ -217,7 +214,7 @@ class Pipeline:
             "This stage first measures all that is missing; `python -m benchmarks tables` shows what there is. It also"
             " writes the leaderboard's region of README.md, which is no output.",
             "python -m benchmarks tables",
-            deps=["results/records", "work/cells", "work/scores"],
+            deps=["results/records"],
             code=code_of(STAGES / "tables.py") | _plugins(METRICS) | _plugins(discover.METHODS),
             params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
             outs={f"results/{name}": "{cache: false}" for name in PAGES},

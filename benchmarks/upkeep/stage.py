@@ -22,6 +22,7 @@ BYSTANDERS = tuple(
         "__main__.py",
         "runtime/devices.py",
         "runtime/environment.py",
+        "runtime/excerpt.py",
         "runtime/files.py",
         "runtime/manifest.py",
         "runtime/workers.py",

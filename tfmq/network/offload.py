@@ -92,7 +92,9 @@ class BlockStream:
         """Output of ``block`` of ``network`` for some rows of ``inputs``."""
         announce_step(network, self.rows.timesteps[rows])
         context = None if self.rows.context is None else self.rows.context[rows]
-        parts = [part[rows].to(network.device) for part in inputs]
+        # Where the network is; diffusers walks through all its modules to say so.
+        device = self.time.device
+        parts = [part[rows].to(device) for part in inputs]
         added = self.rows.inputs
         if block.pop_adds in added:
             parts[-1] = parts[-1] + added[block.pop_adds][rows]

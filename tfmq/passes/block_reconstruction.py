@@ -6,10 +6,14 @@ weight pass of BRECQ as Q-Diffusion and TFMQ-DM run it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes, evaluation_bytes, units_of
@@ -20,11 +24,13 @@ from tfmq.network.offload import BlockStream, place_for
 from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.reconstruction import (
+    Loss,
     RoundingConfig,
+    block_loss,
     learn_roundings,
-    learning_bytes,
     loss_against,
     on_rows,
+    rounding_bytes,
     time_layer_data,
 )
 from tfmq.plan import quantized_layers
@@ -32,19 +38,35 @@ from tfmq.session import Session
 from tfmq.settings import check_counts
 
 
+class Learning(Protocol):
+    """What settings of learning a unit have, whichever they are."""
+
+    @property
+    def iterations(self) -> int:
+        """Optimiser steps for each unit that is learned."""
+
+    @property
+    def batch(self) -> int:
+        """Rows in each."""
+
+    @property
+    def norm(self) -> float:
+        """Exponent of the reconstruction loss."""
+
+
 @dataclass(frozen=True)
-class BlockReconstruction(Pass[CalibrationRows]):
-    """Learn the roundings of all layers that no earlier pass has rounded: layers of embeddings, then block by block.
+class BlockwiseRounding(Pass[CalibrationRows]):
+    """What passes share that learn all layers that no earlier pass has rounded: those of embeddings, then by block.
 
     Attributes:
-        rounding: how roundings are learned.
-        data: which rows of the pool they are learned on.
+        rounding: how a unit is learned.
+        data: which rows of the pool it is learned on.
         batch: rows evaluated at once where nothing is learned.
         memory_bytes: most memory that rows waiting between blocks may take. More wait where the workspace says, and
             are refused where it does not.
     """
 
-    rounding: RoundingConfig = RoundingConfig()
+    rounding: Learning
     data: Draw = Spaced(20, 256)
     batch: int = 64
     memory_bytes: int = field(default=8 * 2**30, compare=False)
@@ -53,6 +75,14 @@ class BlockReconstruction(Pass[CalibrationRows]):
 
     def __post_init__(self) -> None:
         check_counts(self, "batch", "memory_bytes")
+
+    @abstractmethod
+    def learn(self, session: Session, unit: str, layers: Mapping[str, QuantizedLayer], loss: Loss, rows: int) -> None:
+        """Learn ``layers`` as one unit, on random batches of so many ``rows``, and fold them."""
+
+    @abstractmethod
+    def learning_bytes(self, layers: Sequence[QuantizedLayer], loss: Callable[[], Tensor]) -> int:
+        """Bytes that learning layers on the meta device takes."""
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""
@@ -66,8 +96,7 @@ class BlockReconstruction(Pass[CalibrationRows]):
             layers = unrounded_layers(network, Block(path))
             if layers:
                 x, targets = time_layer_data(backbone, network, full, path, rows)
-                loss = loss_against(targets, on_rows(layers[path], x), self.rounding.norm)
-                learn_roundings(session, path, layers, loss, len(x), self.rounding)
+                self.learn(session, path, layers, self._loss(targets, on_rows(layers[path], x)), len(x))
         reference, stream = (BlockStream(each, backbone, rows, self.batch, place) for each in (full, network))
         for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             targets = reference.outputs(block, reference.inputs(block))
@@ -76,8 +105,7 @@ class BlockReconstruction(Pass[CalibrationRows]):
             layers = unrounded_layers(network, block)
             if layers:
                 predict = partial(stream.evaluate, network, block, inputs)
-                loss = loss_against(targets, predict, self.rounding.norm)
-                learn_roundings(session, block.path, layers, loss, len(rows), self.rounding)
+                self.learn(session, block.path, layers, self._loss(targets, predict), len(rows))
             stream.advance(block, stream.outputs(block, inputs))
         session.count_evaluations(2 * len(rows))
 
@@ -89,10 +117,34 @@ class BlockReconstruction(Pass[CalibrationRows]):
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
-        learned = shapes.of_blocks(rows, self.rounding.batch, partial(learning_bytes, shapes.unrounded))
+        learned = shapes.of_blocks(rows, self.rounding.batch, partial(self._bytes_of_block, shapes.unrounded))
         evaluated = shapes.of_blocks(rows, self.batch, evaluation_bytes)
         waiting = [2 * each for each in shapes.waiting(rows)]
         return Memory.of_blocks(list(map(max, learned, evaluated)), waiting, self.memory_bytes)
+
+    def _loss(self, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Loss:
+        return loss_against(targets, predict, self.rounding.norm)
+
+    def _bytes_of_block(self, paths: Collection[str], stream: BlockStream, block: Block) -> int:
+        """Of those layers of a block whose path is among ``paths``."""
+        quantized = quantized_layers(stream.network)
+        layers = [layer for path, layer in quantized.items() if block.holds(path) and path in paths]
+        return self.learning_bytes(layers, partial(block_loss, stream, block)) if layers else 0
+
+
+@dataclass(frozen=True)
+class BlockReconstruction(BlockwiseRounding):
+    """Learn the roundings of all layers that no earlier pass has rounded: layers of embeddings, then block by block."""
+
+    rounding: RoundingConfig = RoundingConfig()
+
+    def learn(self, session: Session, unit: str, layers: Mapping[str, QuantizedLayer], loss: Loss, rows: int) -> None:
+        """See `BlockwiseRounding`."""
+        learn_roundings(session, unit, layers, loss, rows, self.rounding)
+
+    def learning_bytes(self, layers: Sequence[QuantizedLayer], loss: Callable[[], Tensor]) -> int:
+        """See `BlockwiseRounding`."""
+        return rounding_bytes(layers, loss)
 
 
 def unrounded_layers(network: Network, block: Block) -> dict[str, QuantizedLayer]:

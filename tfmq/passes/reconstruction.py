@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Block, Network
 from tfmq.network.offload import BlockStream
 from tfmq.network.rows import CalibrationRows
-from tfmq.numerics.rounding import annealed_beta
-from tfmq.plan import activation_quantizers, quantized_layers
+from tfmq.numerics.rounding import AdaRound, annealed_beta
+from tfmq.plan import activation_quantizers
 from tfmq.session import Session
 from tfmq.settings import check_counts, check_numbers, check_positive
 
@@ -85,7 +84,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, norm: float) -> Tens
     return (prediction - target).abs().pow(norm).sum(1).mean()
 
 
-def _finite(loss: Tensor) -> float:
+def finite(loss: Tensor) -> float:
     """The loss as a number. Raises ValueError for NaN or infinity, which would round every weight to one side."""
     value = loss.item()
     if not math.isfinite(value):
@@ -124,7 +123,7 @@ def learn_rounding(
     with torch.enable_grad():
         for iteration, rows in enumerate(batches, 1):
             value = loss(rows)
-            trace.append(_finite(value))
+            trace.append(finite(value))
             optimizer.zero_grad()
             value.backward()
             beta = annealed_beta(iteration, config.iterations, config.warmup)
@@ -153,7 +152,7 @@ def learn_step_sizes(
     with torch.enable_grad():
         for rows in batches:
             value = loss(rows)
-            trace.append(_finite(value))
+            trace.append(finite(value))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -229,28 +228,45 @@ def time_layer_data(
 
 def rounding_bytes(layers: Sequence[QuantizedLayer], loss: Callable[[], Tensor]) -> int:
     """Bytes that learning the roundings of layers on the meta device takes, from the second iteration on."""
-    with torch.enable_grad(), LiveBytes() as live:
-        roundings = [layer.learn_rounding() for layer in layers]
-        state = [torch.empty_like(rounding.alpha) for rounding in roundings for _ in range(ADAM_TENSORS)]
-        for rounding in roundings:
-            rounding.alpha.grad = torch.empty_like(rounding.alpha)
-        value = loss()
-        for rounding in roundings:
-            rounding.alpha.grad = None
-        value.backward()
+
+    def start() -> list[nn.Parameter]:
+        roundings.extend(layer.learn_rounding() for layer in layers)
+        return [rounding.alpha for rounding in roundings]
+
+    def finish() -> None:
         for rounding in roundings:
             rounding.add_penalty_gradient(1.0, 2.0)
-    del state
+
+    roundings: list[AdaRound] = []
+    return iteration_bytes(layers, start, ADAM_TENSORS, loss, finish)
+
+
+def iteration_bytes(
+    layers: Sequence[QuantizedLayer],
+    start: Callable[[], Sequence[nn.Parameter]],
+    copies: int,
+    loss: Callable[[], Tensor],
+    finish: Callable[[], None],
+) -> int:
+    """Bytes that an iteration on layers on the meta device takes, from the second one on.
+
+    ``start`` lets the layers learn and gives their parameters, of each of which ``copies`` tensors are kept; ``finish``
+    comes after the backward pass.
+    """
+    with torch.enable_grad(), LiveBytes() as live:
+        parameters = start()
+        kept = [torch.empty_like(parameter) for parameter in parameters for _ in range(copies)]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        value = loss()
+        for parameter in parameters:
+            parameter.grad = None
+        value.backward()
+        finish()
+    del kept
     for layer in layers:
         restore_unrounded(layer)
     return live.most
-
-
-def learning_bytes(paths: Collection[str], stream: BlockStream, block: Block) -> int:
-    """Bytes that learning the roundings of those layers of a block takes whose path is among ``paths``."""
-    quantized = quantized_layers(stream.network)
-    layers = [layer for path, layer in quantized.items() if block.holds(path) and path in paths]
-    return rounding_bytes(layers, partial(block_loss, stream, block)) if layers else 0
 
 
 def step_size_bytes(paths: Collection[str], stream: BlockStream, block: Block) -> int:

@@ -175,14 +175,15 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: _rate(iteration, config))
-    encodings = encode(network.step_tracker.steps.to(network.device))
+    device = network.device
+    encodings = encode(network.step_tracker.steps.to(device))
     trace = []
     with torch.enable_grad():
         for iteration in tqdm(range(config.iterations), desc="training", disable=None):
             rows, target = noised(pool, config.batch, generator)
-            rows, target = rows.to(network.device), target.to(network.device)
+            rows, target = rows.to(device), target.to(device)
             set_tables(quantizers, networks(encodings))
-            predicted = evaluate(network, rows.latents, rows.timesteps.to(network.device), rows.context, rows.inputs)
+            predicted = evaluate(network, rows.latents, rows.timesteps.to(device), rows.context, rows.inputs)
             loss = F.mse_loss(predicted, target)
             trace.append(loss.item())
             if not math.isfinite(trace[-1]):

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.features import Evaluator, Extractor, Features, compare, extract, extract_with_maps
 from benchmarks.metrics import Evidence, References, reference_statistics
-from benchmarks.runtime import files
+from benchmarks.runtime import excerpt, files
 from benchmarks.runtime.images import batch_name
 from benchmarks.stages import _evidence, reference, score
 from benchmarks.suite.outcome import Made, Outcome, Quantized
@@ -87,7 +87,7 @@ def save_cell(cell, images):
     hashed = files.sha256_folder(folder / files.IMAGES)
     outcome = Outcome("measured", made=Made("cpu", {}, sample_seconds=1.0, images=hashed, quantized=SIZES))
     files.write_json(folder / files.OUTCOME, outcome.to_json())
-    errors = {"trajectory": torch.rand(4, 2), "temporal": torch.rand(2, 3)}
+    errors = {"trajectory": torch.rand(4, 2), "temporal": torch.rand(2, 3), "timesteps": torch.tensor([9, 1])}
     save_file(errors, folder / files.ERRORS)
 
 
@@ -155,7 +155,7 @@ def test_processes_share_the_images_of_one_cell(suite):
         for cell in (FULL, ROW):
             score.run(suite, [cell], "cpu", shards)
         records.append([files.record_file(cell).read_text() for cell in (FULL, ROW)])
-        records[-1] += [files.sha256_folder(files.paired("toy")), files.sha256(files.scores(ROW))]
+        records[-1] += [files.sha256_folder(files.paired("toy")), files.sha256(excerpt.path_of(ROW))]
     assert records[0] == records[1]
     assert not [path.name for path in files.WORK.iterdir() if path.name.startswith(".")]
 

@@ -11,12 +11,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 import baselines
 from benchmarks.metrics import metrics
 from benchmarks.report import tables
-from benchmarks.runtime import files
+from benchmarks.runtime import excerpt, files
 
 DUMMY = '''
 """A method in one file, with a pass of its own: round to nearest in narrower ranges, with per-step ranges."""
@@ -114,33 +113,56 @@ def test_a_cell_without_a_record_stays_visible(suite, run):
     assert Path("results/README.md").read_text().count("no record; run `dvc repro`") >= 7
 
 
-def test_a_record_without_its_images_is_not_shown_as_measured(suite, run, generate, score):
+def test_pages_are_made_of_results_alone(suite, run, generate, score):
+    for method in ("nearest", "tfmq"):
+        generate(method, "w4a8")
+        score(method, "w4a8")
+    assert run("tables") == (0, [])
+    before = {path: path.read_bytes() for path in Path("results").rglob("*.*")}
+    shutil.rmtree("work")
+    for path in (Path("results") / name for name in ("README.md", "FINDINGS.md", "figures/toy-intervals.png")):
+        path.unlink()
+    assert run("tables") == (0, [])
+    assert before == {path: path.read_bytes() for path in Path("results").rglob("*.*")}
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-30])])
+def test_a_record_without_its_excerpt_is_not_shown_as_measured(suite, run, generate, score, damage):
     generate("nearest", "w4a8")
     score("nearest", "w4a8")
-    Path("work/cells/toy/nearest/w4a8/images/00000.safetensors").unlink()
+    damage(Path("results/records/toy/nearest/w4a8.npz"))
     assert run("tables") == (0, [])
-    assert "failed: its images or their scores are missing" in Path("results/README.md").read_text()
+    assert "failed: what pages show beside its record is missing" in Path("results/README.md").read_text()
+
+
+def test_an_excerpt_of_other_images_is_not_shown(suite, run, generate, score):
+    for method in ("nearest", "tfmq"):
+        generate(method, "w4a8")
+        score(method, "w4a8")
+    shutil.copy("results/records/toy/nearest/w4a8.npz", "results/records/toy/tfmq/w4a8.npz")
+    assert run("tables") == (0, [])
+    assert "failed: what pages show beside its record" in Path("results/README.md").read_text()
 
 
 def test_the_values_of_images_are_kept_for_comparing_rows(suite, run, generate, score):
     for method in ("nearest", "tfmq"):
         generate(method, "w4a8")
         record = score(method, "w4a8")["w4a8"]
-        values = load_file(f"work/scores/toy/{method}/w4a8.safetensors")
+        values = excerpt.read(record.cell).values
         means = {name for name, metric in metrics().items() if metric.per_image is not None}
         assert set(values) == means & set(record.metrics) >= {"feature_distance", "psnr", "noise_error", "perceptual"}
-        for name, tensor in values.items():
+        for name, array in values.items():
             expected = record.metrics[name]
-            assert tensor.shape == (expected.n,) and tensor.mean().item() == pytest.approx(expected.value)
+            assert array.shape == (expected.n,) and array.mean() == pytest.approx(expected.value)
     assert run("tables") == (0, [])
     page = Path("results/FINDINGS.md").read_text()
     assert "PTQ4DM" not in page and "| Difference |" not in page.split("## toy")[0]
 
 
-def test_a_cell_that_was_not_measured_has_scores_without_values(suite, generate, score):
+def test_a_cell_that_was_not_measured_has_no_excerpt(suite, generate, score):
     generate("nearest", table="published")
     assert score("nearest", table="published")["w4a8"].status == "not applicable"
-    assert load_file("work/scores/toy/nearest-published/w4a8.safetensors") == {}
+    assert not Path("results/records/toy/nearest-published/w4a8.npz").exists()
 
 
 def test_tasks_and_seeds_are_summarised(suite, run, generate, score):
@@ -155,7 +177,7 @@ def test_tasks_and_seeds_are_summarised(suite, run, generate, score):
     document["tasks"]["twin"] = document["tasks"]["toy"]
     document["tables"]["leaderboard"]["tasks"].append("twin")
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    for folder in ("work/cells", "work/scores", "results/records"):
+    for folder in ("work/cells", "results/records"):
         shutil.copytree(f"{folder}/toy", f"{folder}/twin")
     for path in Path("results/records/twin").rglob("*.json"):
         record = json.loads(path.read_text())
@@ -210,7 +232,7 @@ def test_a_cell_that_cannot_be_scored_stops_no_other_one(suite, run, generate, s
     Path("work/cells/toy/nearest/w4a8/images/00000.safetensors").unlink()
     code, lines = run("score", "--task", "toy", "--method", "nearest", "--table", "leaderboard", "--shards", "1")
     assert code == 1 and len(lines) == 1 and lines[0].startswith("error: toy/nearest/w4a8: ")
-    assert [path.stem for path in Path("results/records/toy/nearest").iterdir()] == ["w4a32"]
+    assert [path.stem for path in Path("results/records/toy/nearest").glob("*.json")] == ["w4a32"]
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "reference", "generate", "score", "tables"])
