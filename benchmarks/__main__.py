@@ -115,6 +115,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--without", nargs="+", default=[], metavar="ENGINE", help="engines to leave out, such as nncf-w8a8"
     )
+    command = stage(
+        "study",
+        "Quantise a task's network by the methods and settings under `study` of params.yaml, and measure how near each"
+        " comes to full precision in how many CPU seconds. Writes results/study and results/STUDY.md; a run that was"
+        " stopped goes on.",
+        device=False,
+    )
+    command.add_argument("--task", required=True, help="a task under `study` of params.yaml")
     stage(
         "tables",
         "Regenerate all tables, pages and figures in results/, and the summary in README.md, from all records.",
@@ -194,6 +202,7 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "generate": _of_cells,
     "score": _of_cells,
     "latency": lambda options: (params.load(PARAMS), options.task, options.without),
+    "study": lambda options: (params.load(PARAMS), options.task),
     "tables": lambda options: (params.load(PARAMS),),
 }
 

@@ -200,6 +200,51 @@ class Deployment:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """One line of a study: a method with some of its settings varied.
+
+    Attributes:
+        method: what quantises.
+        settings: that differ from those of the suite, at all points.
+        points: settings that differ from point to point; none is one point.
+        precisions: at which it is measured; none means those of the study.
+        seeds: whether it is measured on each calibration seed of the study, or on the first alone.
+    """
+
+    method: str
+    settings: dict[str, object] = field(default_factory=dict)
+    points: tuple[dict[str, object], ...] = ()
+    precisions: tuple[str, ...] = ()
+    seeds: bool = True
+
+
+@dataclass(frozen=True)
+class Study:
+    """How error falls with time: `python -m benchmarks study`.
+
+    Attributes:
+        tasks: whose networks are quantised.
+        precisions: of weights and activations.
+        seeds: calibration seeds.
+        images: that errors are means over, of noise that nothing else uses.
+        curves: by their labels.
+    """
+
+    tasks: tuple[str, ...]
+    precisions: tuple[str, ...]
+    seeds: int
+    images: int
+    curves: dict[str, Curve]
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"study.{name} is {getattr(self, name)}, but must be at least 1")
+        for precision in (*self.precisions, *(each for curve in self.curves.values() for each in curve.precisions)):
+            Precision.parse(precision)
+
+
+@dataclass(frozen=True)
 class Suite:
     """All cells of a benchmark: those of its tables and one full-precision cell a task.
 
@@ -209,6 +254,7 @@ class Suite:
             outside, all cells of the task are shown as unverified.
         reported: which numbers of papers stand beside the suite's.
         deployment: what of it is executed, and timed.
+        study: how error falls with the time that quantising takes.
     """
 
     name: str
@@ -218,6 +264,7 @@ class Suite:
     gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     reported: Reported | None = None
     deployment: Deployment | None = None
+    study: Study | None = None
 
     def __post_init__(self) -> None:
         if FULL_PRECISION in self.methods:
@@ -232,6 +279,13 @@ class Suite:
             if self.deployment.method not in self.methods:
                 advice = "Those under `methods` are meant."
                 raise discover.unknown("method in deployment", self.deployment.method, self.methods, advice)
+        for task in self.study.tasks if self.study else ():
+            if task not in self.tasks:
+                raise discover.unknown("task in study", task, self.tasks, "Tasks stand above.")
+        for label, curve in self.study.curves.items() if self.study else ():
+            if curve.method not in self.methods:
+                where = f"method in study.curves.{label}"
+                raise discover.unknown(where, curve.method, self.methods, "Those under `methods` are meant.")
         for task, bounds in self.gates.items():
             if task not in self.tasks:
                 raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")
@@ -328,6 +382,9 @@ def check_methods(suite: Suite) -> None:
     for task in suite.tasks.values():
         for name, overrides in task.methods.items():
             read(discover.method(name).config, overrides, f"tasks.{task.name}.methods.{name}")
+    for label, curve in suite.study.curves.items() if suite.study else ():
+        for varied in curve.points or ({},):
+            read(discover.method(curve.method).config, curve.settings | varied, f"study.curves.{label}")
 
 
 def _named(name: str, task: object) -> object:

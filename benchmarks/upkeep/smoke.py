@@ -27,7 +27,8 @@ TASK_LIMITS = {"steps": 4, "images": 12, "batch": 4, "calibration_images": 4, "r
 PAGES = ("results/README.md", "results/METHODS.md", "results/COVERAGE.md", "results/FINDINGS.md", "results/cells.csv")
 # Of what is executed and timed.
 DEPLOYMENT = {"images": 4, "batch": 4, "rounds": 1, "evaluations": 1}
-DEPLOYMENT_PAGE = "results/DEPLOYMENT.md"
+STUDY = {"precisions": [PRECISION], "seeds": 1, "images": 4}
+DEPLOYMENT_PAGE, STUDY_PAGE = "results/DEPLOYMENT.md", "results/STUDY.md"
 
 
 def cut(document: dict[str, object]) -> dict[str, object]:
@@ -42,17 +43,26 @@ def cut(document: dict[str, object]) -> dict[str, object]:
         table |= {"precisions": [PRECISION], "seeds": {}}
     if "deployment" in small:
         small["deployment"] |= {"tasks": small["deployment"]["tasks"][:1], **DEPLOYMENT}
+    if "study" in small:
+        small["study"] |= {"tasks": small["study"]["tasks"][:1], **STUDY}
+        for curve in small["study"]["curves"].values():
+            curve["settings"] = _fewer(curve.get("settings", {}))
+            curve["points"] = [_fewer(settings) for settings in curve.get("points", [])[:1]]
     for task in small["tasks"].values():
         for key, limit in TASK_LIMITS.items():
             if task.get(key) != 0:
                 task[key] = min(task.get(key) or limit, limit)
         for settings in task.get("methods", {}).values():
-            settings |= {key: min(value, ITERATIONS) for key, value in settings.items() if key.endswith("iterations")}
+            settings |= _fewer(settings)
     for name, settings in small["methods"].items():
         for field in dataclasses.fields(discover.method(name).config):
             if field.name.endswith("iterations"):
                 settings[field.name] = min(getattr(discover.method(name).config(**settings), field.name), ITERATIONS)
     return small
+
+
+def _fewer(settings: dict[str, object]) -> dict[str, object]:
+    return {key: min(value, ITERATIONS) if key.endswith("iterations") else value for key, value in settings.items()}
 
 
 def chosen(suite: params.Suite) -> list[Cell]:
@@ -76,7 +86,7 @@ def run_rest(suite: params.Suite, device: str) -> None:
     """
     from benchmarks.runtime import files, workers
     from benchmarks.runtime.devices import device_of
-    from benchmarks.stages import calibrate, generate, latency, reference, score
+    from benchmarks.stages import calibrate, generate, latency, reference, score, study
 
     shards = workers.default_shards(device_of(device))
     rest = [cell for cell in chosen(suite) if not files.record_file(cell).is_file()]
@@ -89,12 +99,15 @@ def run_rest(suite: params.Suite, device: str) -> None:
             stage.run(suite, cells, device, shards)
     if suite.deployment is not None:
         latency.run(suite, suite.deployment.tasks[0])
+    if suite.study is not None:
+        study.run(suite, suite.study.tasks[0])
 
 
 def problems(root: Path) -> list[str]:
     """What is missing or wrong, a line each, after a run of the suite in ``root``: records, pages, failed cells."""
     suite = params.load(root / "params.yaml")
-    pages = PAGES if suite.deployment is None else (*PAGES, DEPLOYMENT_PAGE)
+    extra = {DEPLOYMENT_PAGE: suite.deployment, STUDY_PAGE: suite.study}
+    pages = [*PAGES, *(page for page, asked in extra.items() if asked is not None)]
     found = [f"{path} is missing" for path in pages if not (root / path).is_file()]
     for cell in chosen(suite):
         path = root / "results" / "records" / f"{cell.name}.json"
