@@ -31,6 +31,7 @@ _HOMES = {
     "LowRankBranches": "passes.low_rank",
     "MeasureCorrection": "passes.correction",
     "Memory": "passes",
+    "NoiseDistillation": "passes.noise_distillation",
     "NormallyDistributed": "network.calibration",
     "Pass": "passes",
     "Precision": "precision",
