@@ -24,6 +24,7 @@ _HOMES = {
     "FitConfig": "passes.step_network",
     "FolderWorkspace": "workspace",
     "FreezeTemporal": "passes.temporal_reconstruction",
+    "FreshNoise": "network.fresh_noise",
     "Grids": "passes.grids",
     "InputShape": "export.description",
     "Kernel": "export.kernels",

@@ -65,6 +65,8 @@ class NoiseDistillation(Pass[CalibrationRows]):
         check_counts(self, "iterations", "batch")
         check_numbers(self, "scale_rate", "step_size_rate", "vector_rate", "rounding_rate", least=0)
         check_positive(self, "norm")
+        if not (self.scale_rate or self.step_size_rate or self.vector_rate or self.rounding_rate):
+            raise ValueError("all learning rates are 0, so that nothing learns: give at least one")
 
     def draw(self, pool: CalibrationSet, generator: torch.Generator) -> CalibrationRows:
         """See `Pass`."""

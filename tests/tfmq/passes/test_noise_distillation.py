@@ -15,6 +15,7 @@ from tfmq.cost import plan_cost
 from tfmq.execution import executing
 from tfmq.modules.integer_products import cpu_is_exact
 from tfmq.network.backbone import evaluate
+from tfmq.network.fresh_noise import FreshNoise
 from tfmq.network.sampling import predict_noise
 from tfmq.passes.grids import Grids
 from tfmq.passes.noise_distillation import (
@@ -146,6 +147,19 @@ def test_a_rate_of_nothing_lets_its_part_be():
     assert changed == {name for name, parameter in before.named_parameters() if parameter.dim() == 1}
 
 
+def test_fresh_noise_is_that_of_the_schedule_and_goes_to_both_halves():
+    kind = networks.KINDS["class"]
+    pool = kind.pool(kind.build())
+    rows = FreshNoise(400)(pool, networks.generator())
+    assert len(rows) == 400 and is_both_halves(rows) and set(rows.timesteps.tolist()) == set(pool.timesteps.tolist())
+    alpha = networks.scheduler().alphas_cumprod[rows.timesteps].view(-1, 1, 1, 1)
+    clean = pool.samples[torch.arange(200) % pool.images].repeat(2, 1, 1, 1)
+    noise = (rows.latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+    assert abs(noise[:200].std() - 1) < 0.02 and len(noise[:200].flatten(1)[:, 0].unique()) == 200
+    assert torch.equal(rows.context[:200], pool.context[torch.arange(200) % pool.images])
+    assert torch.equal(rows.context[200:], pool.unconditional[torch.arange(200) % pool.images])
+
+
 @pytest.mark.parametrize("kind", ["class", "text", "transformer"])
 def test_under_guidance_it_is_the_guided_prediction_that_counts(kind):
     network, full, pool, rows, targets = prepared(kind=kind)
@@ -218,3 +232,5 @@ def test_settings_that_make_no_sense_are_refused():
     for wrong in ({"iterations": 0}, {"batch": 0}, {"scale_rate": -1.0}, {"rounding_rate": -0.1}, {"norm": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             NoiseDistillation(**wrong)
+    with pytest.raises(ValueError, match="nothing learns"):
+        NoiseDistillation(scale_rate=0, step_size_rate=0, vector_rate=0)
