@@ -188,7 +188,9 @@ class Tuned:
                 growth = nn.Parameter(torch.zeros_like(quantizer.scale))
                 self.step_sizes.append((quantizer, quantizer.scale, growth))
         if config.vector_rate:
-            self.vectors = [vector.requires_grad_() for vector in vectors(network).values()]
+            self.vectors = list(vectors(network).values())
+            for vector in self.vectors:
+                vector.requires_grad_()
         self.rates: list[tuple[float, list[nn.Parameter]]] = [
             (config.scale_rate, [weight.growth for weight in self.weights]),
             (config.rounding_rate, [weight.position for weight in self.weights if weight.position is not None]),
