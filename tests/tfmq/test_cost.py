@@ -22,6 +22,7 @@ from tfmq.passes import Cost, Memory, Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.grids import Grids
 from tfmq.passes.low_rank import LowRankBranches
+from tfmq.passes.noise_distillation import NoiseDistillation
 from tfmq.passes.predicted_step_sizes import PredictedStepSizes
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.step_network import FitConfig
@@ -185,6 +186,10 @@ RECIPES = {
         RoundToNearest(),
     ),
     "step networks": (WeightRanges(), RoundToNearest(), PREDICTED),
+    "distilled": (
+        *networks.recipe(scales="temporal"),
+        NoiseDistillation(2, 16, rounding_rate=0.01, data=Spaced(5, 4)),
+    ),
     "training": (QuantizationAwareTraining(TrainingConfig(iterations=2, batch=8), PREDICTED),),
 }
 
