@@ -204,7 +204,7 @@ class Curve:
     """One line of a study: a method with some of its settings varied.
 
     Attributes:
-        method: what quantises.
+        method: what quantises; it need not be in a table.
         settings: that differ from those of the suite, at all points.
         points: settings that differ from point to point; none is one point.
         precisions: at which it is measured; none means those of the study.
@@ -282,10 +282,6 @@ class Suite:
         for task in self.study.tasks if self.study else ():
             if task not in self.tasks:
                 raise discover.unknown("task in study", task, self.tasks, "Tasks stand above.")
-        for label, curve in self.study.curves.items() if self.study else ():
-            if curve.method not in self.methods:
-                where = f"method in study.curves.{label}"
-                raise discover.unknown(where, curve.method, self.methods, "Those under `methods` are meant.")
         for task, bounds in self.gates.items():
             if task not in self.tasks:
                 raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")
@@ -363,7 +359,8 @@ def parse(document: object) -> Suite:
             _check(discover.EXTRACTORS, "evaluator", evaluator)
         if task.dataset is not None:
             _check(discover.DATASETS, "dataset", task.dataset)
-    for method in suite.methods:
+    studied = suite.study.curves.values() if suite.study else ()
+    for method in (*suite.methods, *(curve.method for curve in studied)):
         _check(discover.METHODS, "method", method)
     return suite
 
