@@ -50,23 +50,25 @@ class Point:
     Attributes:
         curve: its label.
         method, settings: what quantises, with what differs from the method's settings in the suite.
+        protocol: which layers, and on which grids.
         precision, seed: of the quantisation.
     """
 
     curve: str
     method: str
     settings: dict[str, object]
+    protocol: str
     precision: str
     seed: int
 
 
-def points(found: Study) -> list[Point]:
-    """All points of a study: seed by seed, so that a run that was stopped has whole curves."""
+def points(found: Study, task: str) -> list[Point]:
+    """All points of a task: seed by seed, so that a run that was stopped has whole curves."""
     return [
-        Point(label, curve.method, curve.settings | varied, precision, seed)
+        Point(label, curve.method, curve.settings | varied, curve.protocol, precision, seed)
         for seed in range(found.seeds)
         for label, curve in found.curves.items()
-        if not seed or curve.seeds
+        if task in (curve.tasks or found.tasks) and (not seed or curve.seeds)
         for precision in curve.precisions or found.precisions
         for varied in curve.points or ({},)
     ]
@@ -81,7 +83,7 @@ def run(suite: Suite, task_name: str) -> str:
     if wanted is None or task.name not in wanted.tasks:
         known = ", ".join(wanted.tasks) if wanted else "none"
         raise ValueError(f"{task.name} is none of the tasks under `study` of params.yaml, which are {known}")
-    recipes = [(point, _recipe(suite, task, point)) for point in points(wanted)]
+    recipes = [(point, _recipe(suite, task, point)) for point in points(wanted, task.name)]
     torch.set_num_threads(1)
     path = FOLDER / f"{task.name}.json"
     kept = {row["key"]: row for row in files.read_json(path)["points"]} if path.is_file() else {}
@@ -129,7 +131,8 @@ class _Bench:
         network = load_model(self.task, torch.device("cpu")).unet
         generator = torch.Generator().manual_seed(seed_of(self.task.name, self.task.version, "quantize", point.seed))
         start = time.process_time()
-        report = quantize_(network, Precision.parse(point.precision), recipe, pool, generator)
+        protocol = discover.method(point.method).protocol(point.protocol)
+        report = quantize_(network, Precision.parse(point.precision), recipe, pool, generator, protocol)
         seconds = time.process_time() - start
         errors, deviation = self.errors(network), self.deviation(network)
         draws = torch.Generator().manual_seed(0)
@@ -173,11 +176,19 @@ class _Bench:
 def _recipe(suite: Suite, task: Task, point: Point) -> Recipe:
     config = discover.method(point.method).config
     settings = suite.settings(task.name, point.method) | point.settings
-    return recipe_under("shared", read(config, settings, f"study.curves.{point.curve}"))
+    return recipe_under(point.protocol, read(config, settings, f"study.curves.{point.curve}"))
 
 
 def _address(task: Task, wanted: Study, point: Point, recipe: Recipe) -> str:
     """The hash of all that decides a point: it is measured anew where code or settings have changed."""
     code = code_hash(*sorted({Path(inspect.getfile(type(step))) for step in recipe}))
-    described = [repr(task), wanted.images, point.precision, point.seed, [repr(step) for step in recipe], code]
+    described = [
+        repr(task),
+        wanted.images,
+        point.protocol,
+        point.precision,
+        point.seed,
+        [repr(step) for step in recipe],
+        code,
+    ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

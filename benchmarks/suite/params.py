@@ -207,15 +207,22 @@ class Curve:
         method: what quantises; it need not be in a table.
         settings: that differ from those of the suite, at all points.
         points: settings that differ from point to point; none is one point.
-        precisions: at which it is measured; none means those of the study.
+        protocol: which layers are quantised, and on which grids.
+        tasks, precisions: where it is measured; none means those of the study.
         seeds: whether it is measured on each calibration seed of the study, or on the first alone.
     """
 
     method: str
     settings: dict[str, object] = field(default_factory=dict)
     points: tuple[dict[str, object], ...] = ()
+    protocol: str = SHARED
+    tasks: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     seeds: bool = True
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise discover.unknown("protocol", self.protocol, PROTOCOLS, "Choose one of them.")
 
 
 @dataclass(frozen=True)
@@ -282,6 +289,12 @@ class Suite:
         for task in self.study.tasks if self.study else ():
             if task not in self.tasks:
                 raise discover.unknown("task in study", task, self.tasks, "Tasks stand above.")
+        for label, curve in self.study.curves.items() if self.study else ():
+            for task in curve.tasks:
+                if task not in self.study.tasks:
+                    raise discover.unknown(
+                        f"task in study.curves.{label}", task, self.study.tasks, "Those of the study are meant."
+                    )
         for task, bounds in self.gates.items():
             if task not in self.tasks:
                 raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")
