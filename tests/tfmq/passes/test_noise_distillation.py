@@ -64,7 +64,7 @@ def error(network, pool, rows, targets) -> float:
     ("kind", "precision", "rate"),
     [
         ("unconditional", "w4a4", 3e-3),
-        ("class", "w8a8", 1e-4),
+        ("class", "w4a4", 1e-3),
         ("text", "w4a8", 1e-3),
         ("transformer", "w4a4", 3e-3),
     ],
@@ -138,7 +138,7 @@ def test_codes_and_zero_points_stay_where_roundings_do_not_move():
         for each in layers:
             assert torch.equal(layer.weight_zero_point, each[path].weight_zero_point), path
             assert each[path].rounding is None and each[path].consistent, path
-        assert layers[2][path].codes.max() < 2**layer.weight_bits, path
+        assert layers[2][path].codes.max().item() < 2**layer.weight_bits, path
     assert not all(torch.equal(layer.codes, layers[2][path].codes) for path, layer in layers[0].items())
     for path, quantizer in activation_quantizers(after).items():
         assert torch.equal(quantizer.zero_point, before.get_submodule(path).zero_point), path
@@ -173,7 +173,8 @@ def test_fresh_noise_is_that_of_the_schedule_and_goes_to_both_halves():
 
 @pytest.mark.parametrize("kind", ["class", "text", "transformer"])
 def test_under_guidance_it_is_the_guided_prediction_that_counts(kind):
-    network, full, pool, rows, targets = prepared(kind=kind)
+    # Of activations that are not quantised no code can fall to another side where batches differ.
+    network, full, pool, rows, targets = prepared("w4a32", (WeightRanges(), RoundToNearest()), kind)
     assert is_both_halves(rows) and not is_both_halves(rows[1:]) and not is_both_halves(rows[:-2])
     scale, pairs = pool.settings.guidance_scale, len(rows) // 2
     config = replace(FEW, iterations=1, batch=len(rows))
