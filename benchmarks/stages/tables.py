@@ -17,7 +17,7 @@ from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Outcome
 from benchmarks.suite.params import Suite, Task
-from benchmarks.suite.record import FULL_PRECISION, SHARED, Cell, Record, Value
+from benchmarks.suite.record import FULL_PRECISION, Cell, Record, Value
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")
@@ -48,6 +48,7 @@ def run(suite: Suite) -> str:
     records = {record.cell: record for record in tables.gated(read, gates)}
     if suite.reported is not None:
         records = {cell: record for cell, record in records.items() if files.record_file(cell).is_file()}
+    images = {cell: _image_values(cell) for cell, record in records.items() if record.metrics}
     full = [record for cell, record in records.items() if cell.method == FULL_PRECISION]
     measured = {name: [records[cell] for cell in suite.measured(name) if cell in records] for name in suite.tables}
     shown = {
@@ -62,15 +63,14 @@ def run(suite: Suite) -> str:
     if suite.reported is None:
         first = next(iter(shown))
         summary, comparison = tables.leaders(shown[first]), ""
-        front = summary or tables.RENDERERS[first](shown[first], known)
+        front = summary or tables.section(first, shown[first], known, images)
     else:
         summary = ""
         front = comparison = tables.paper(list(records.values()), suite, numbers)
     drawn = _figures(suite, shown, known)
-    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, summary, comparison))
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
-    images = {cell: _image_values(cell) for cell, record in records.items() if record.metrics}
+    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, images, summary, comparison))
     found = findings.page(list(records.values()), images, known, small=suite.reported is None)
     files.write_text(files.RESULTS / "FINDINGS.md", found)
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
@@ -94,6 +94,7 @@ def _read(suite: Suite, cell: Cell) -> Record:
         precision=cell.precision,
         seed=cell.seed,
         protocol=cell.protocol,
+        backend=cell.backend,
         settings={"task": asdict(task), "method": {}},
         status="failed",
         reason=reason,
@@ -138,7 +139,7 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
     for task in dict.fromkeys(record.task for record in every):
         values: dict[str, dict[str, Value]] = {}
         for record in every:
-            if record.task == task and record.protocol == SHARED and tables.QUALITY in record.metrics:
+            if record.task == task and record.cell.row == record.method and tables.QUALITY in record.metrics:
                 panel = values.setdefault(record.precision, {})
                 panel[tables.label(record.method)] = record.metrics[tables.QUALITY]
         if values:
@@ -159,30 +160,26 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
     for record in every:
         if "cached" in record.details:
             cached, names = np.array(record.details["cached"]), record.details["projections"]
-            text = f"{record.task}, {_label(record)}, {record.precision}: cached and computed temporal features"
             name = record.cell.name.replace("/", "-")
-            title = f"{_label(record)}, {record.precision}"
+            title = f"{tables.row_label(record)}, {record.precision}"
+            text = f"{record.task}, {title}: cached and computed temporal features"
             draw(f"{name}-selection", text, figures.selection(cached, names, record.details["timesteps"], title))
     return drawn
 
 
 def _draw_grid(draw: Draw, task: Task, name: str, text: str, records: Sequence[Record]) -> None:
     """The first images of some rows, under their prompts where the task has any."""
-    grid = {_label(record): files.read_images(record.cell).first(GRID_COLUMNS).numpy() for record in records}
+    grid = {tables.row_label(record): files.read_images(record.cell).first(GRID_COLUMNS).numpy() for record in records}
     columns = min(len(images) for images in grid.values())
     prompts = [] if task.prompts is None else prompts_of(task, "sample", range(columns))
     same = "noise and prompt" if prompts else "noise"
     draw(f"{name}-samples", f"{text}: the same {same} in each column", figures.sample_grid(grid, columns, prompts))
 
 
-def _label(record: Record) -> str:
-    name = tables.label(record.method)
-    return name if record.cell.row == record.method else f"{name} ({record.protocol})"
-
-
 def _curves(records: Sequence[Record]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Temporal error at each step by row, and the time steps."""
-    errors = {_label(record): files.read_tensors(files.cell_folder(record.cell) / files.ERRORS) for record in records}
+    paths = {tables.row_label(record): files.cell_folder(record.cell) / files.ERRORS for record in records}
+    errors = {name: files.read_tensors(path) for name, path in paths.items()}
     timesteps = next(iter(errors.values()))["timesteps"].numpy()
     return {name: tensors["temporal"].mean(1).numpy() for name, tensors in errors.items()}, timesteps
 
