@@ -12,7 +12,7 @@ from torch import nn
 from tfmq.modules import integer, integer_attention
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.cache import CachedProjection
-from tfmq.modules.in_cache import RowsFeedForward
+from tfmq.modules.in_cache import CodesUpsample, InPlaceResnetBlock, PixelsGroupNorm, RowsFeedForward
 from tfmq.modules.integer import IntegerLayer
 from tfmq.modules.integer_attention import IntegerAttention
 from tfmq.modules.integer_products import cpu_is_exact
@@ -66,11 +66,7 @@ def executing(network: Network, partly: bool = False) -> Network:
     if network.dtype != torch.float32:
         raise ValueError(f"the network computes in {network.dtype}: only networks in float32 can be executed")
     check_finished(network)
-    if network.device.type == "cpu" and not cpu_is_exact():
-        raise ValueError(
-            "the 8-bit kernels of this processor are not exact (VNNI instructions are missing, or torch was built "
-            "without oneDNN): simulate the network here, and execute it on another processor"
-        )
+    check_processor(network.device)
     refused = not_executable(network)
     if refused and not partly:
         path, reason = next(iter(refused.items()))
@@ -94,11 +90,21 @@ def executing(network: Network, partly: bool = False) -> Network:
             memo[id(module)] = IntegerAttention(module, tracker, layers).to(network.device)
     memo |= {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, memo)
-    for path, module in [*twin.named_modules()]:
-        if RowsFeedForward.suits(module):
-            twin.set_submodule(path, RowsFeedForward(module))
+    for faster in (PixelsGroupNorm, RowsFeedForward, InPlaceResnetBlock, CodesUpsample):
+        for path, module in [*twin.named_modules()]:
+            if faster.suits(module):
+                twin.set_submodule(path, faster(module))
     twin.not_executed = refused
     return twin
+
+
+def check_processor(device: torch.device) -> None:
+    """Raise ValueError for a processor that cannot execute a network."""
+    if device.type == "cpu" and not cpu_is_exact():
+        raise ValueError(
+            "the 8-bit kernels of this processor are not exact (VNNI instructions are missing, or torch was built "
+            "without oneDNN): simulate the network here, and execute it on another processor"
+        )
 
 
 def not_executable(network: Network) -> dict[str, str]:

@@ -18,7 +18,7 @@ from baselines import recipe_under
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
-from benchmarks.suite.record import FULL_PRECISION, Cell
+from benchmarks.suite.record import FULL_PRECISION, SIMULATED, Cell
 from tfmq.cost import Planned, plan_cost
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
@@ -30,6 +30,7 @@ from tfmq.precision import Precision
 
 GIB = 2**30
 FLOAT = 4
+NOT_APPLICABLE = "not applicable"
 # What a quantised evaluation, and a row that is learned on, take in evaluations of full precision: about the medians
 # over the rows of the small suite, on a CPU. On a GPU learning takes less.
 QUANTIZED, LEARNED = 1.1, 6.0
@@ -234,9 +235,13 @@ class Planner:
         method, precision = discover.method(cell.method), Precision.parse(cell.precision)
         protocol = method.protocol(cell.protocol)
         if protocol is None or method.objection(precision):
-            return Item(name, note="not applicable")
+            return Item(name, note=NOT_APPLICABLE)
         settings = read(method.config, self.suite.settings(cell.task, cell.method), f"methods.{cell.method}")
         recipe = recipe_under(cell.protocol, settings)
+        if cell.backend != SIMULATED:
+            structure = quantized_structure(self.network.unet, precision, recipe, protocol)
+            if discover.backend(cell.backend).refusal(structure):
+                return Item(name, note=NOT_APPLICABLE)
         cost = plan_cost(self.network.unet, precision, recipe, self.pool, protocol, memory=False).cost
         sampled = self.passes * (self.task.images + min(self.task.batch, self.task.images))
         timed = cost.unet_evaluations + QUANTIZED * sampled + LEARNED * cost.learned_rows
@@ -266,9 +271,14 @@ class Planner:
 
 def checkpoint_bytes(unet: Network, precision: Precision, recipe: Recipe, protocol: Protocol) -> int:
     """The size of a quantised checkpoint of ``unet``, which is on the meta device, without tables over time steps."""
+    return packed_bytes(quantized_structure(unet, precision, recipe, protocol))
+
+
+def quantized_structure(unet: Network, precision: Precision, recipe: Recipe, protocol: Protocol) -> Network:
+    """A copy of ``unet`` with its quantisers, before anything is quantised."""
     twin = copy.deepcopy(unet)
     insert_quantizers(twin, amended_plan(twin, backbone_of(twin), precision, recipe, protocol))
-    return packed_bytes(twin)
+    return twin
 
 
 def total(name: str, found: Sequence[Item]) -> Item:

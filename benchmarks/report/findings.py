@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.metrics import Metric
-from benchmarks.report.tables import QUALITY, label
+from benchmarks.report.tables import QUALITY, difference, label
 from benchmarks.suite.record import Cell, Record, Value
 
 VERDICTS = ("holds", "contradicted", "open")
@@ -50,8 +50,8 @@ NO_DIFFERENCE = Value(0.0, 0.0, 0.0, 1)
 class Claim:
     """``better`` is better than ``worse`` by ``metric``.
 
-    Rows are named as in the records' folders: a method, or ``<method>-published``. ``source`` says who claims it, or
-    that it is asked here.
+    Rows are named as in the records' folders: a method, ``<method>-published`` or ``<method>-deployable-executed``.
+    ``source`` says who claims it, or that it is asked here.
     """
 
     text: str
@@ -63,6 +63,7 @@ class Claim:
 
 TFMQ, POSTER, JOURNAL = "TFMQ-DM", "TFMQ-DM, poster", "Temporal Feature Matters"
 ASKED = "asked here"
+TFMQ_EXECUTED = "tfmq-deployable-executed"
 CLAIMS = (
     Claim("Keeping temporal features beats Q-Diffusion", TFMQ, "tfmq", "qdiffusion"),
     Claim("Keeping temporal features beats PTQD", TFMQ, "tfmq", "ptqd"),
@@ -110,6 +111,11 @@ CLAIMS = (
     Claim(
         "With each its own choice of layers, TFMQ-DM beats Q-Diffusion", TFMQ, "tfmq-published", "qdiffusion-published"
     ),
+    Claim("Executing TFMQ-DM in integers, on grids for that, costs quality", ASKED, "tfmq", TFMQ_EXECUTED),
+    Claim("Executed in integers, TFMQ-DM beats Q-Diffusion", ASKED, TFMQ_EXECUTED, "qdiffusion-deployable-executed"),
+    Claim(
+        "Executed in integers, TFMQ-DM beats rounding to nearest", ASKED, TFMQ_EXECUTED, "nearest-deployable-executed"
+    ),
 )
 
 
@@ -118,14 +124,6 @@ def verdict(better: Value, worse: Value, direction: str) -> str:
     if direction == "higher":
         better, worse = worse, better
     return "holds" if better.high < worse.low else "contradicted" if better.low > worse.high else "open"
-
-
-def difference(better: np.ndarray, worse: np.ndarray) -> Value:
-    """Mean over images (N,) of ``better - worse``, with 1.96 standard errors to each side."""
-    pairs = better - worse
-    margin = 1.96 * pairs.std(ddof=1) / len(pairs) ** 0.5
-    middle = pairs.mean()
-    return Value(float(middle), float(middle - margin), float(middle + margin), len(pairs))
 
 
 def page(
@@ -209,8 +207,8 @@ def _judge(
 
 
 def _label(row: str) -> str:
-    method, _, protocol = row.partition("-")
-    return label(method) + (f" ({protocol})" if protocol else "")
+    method, *differences = row.split("-")
+    return label(method) + (f" ({', '.join(differences)})" if differences else "")
 
 
 def _value(value: Value) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.report.tables import label
+from benchmarks.report.tables import row_label
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite
@@ -87,8 +87,7 @@ def coverage(records: Sequence[Record]) -> str:
         lines: dict[tuple[str, str, str], list[str]] = {}
         for record in measured:
             if record.task == task:
-                name = label(record.method) + ("" if record.cell.row == record.method else f" ({record.protocol})")
-                lines.setdefault((record.precision, _layers(record), _reasons(record)), []).append(name)
+                lines.setdefault((record.precision, _layers(record), _reasons(record)), []).append(row_label(record))
         parts.append(f"## {task}")
         parts.append(
             "\n".join(

@@ -60,7 +60,7 @@ def cells_of(
         if precision not in found.precisions:
             raise discover.unknown("precision", precision, found.precisions, f"Those of {table} are meant.")
     cells = [
-        Cell(task, method, precision, each, found.protocol)
+        Cell(task, method, precision, each, found.protocol, found.backend)
         for precision in precisions or found.precisions
         for each in found.seeds_of(precision)
         if seed in (None, each)

@@ -114,8 +114,8 @@ def _model(task: Task, device: str) -> Model:
 
 
 @lru_cache(maxsize=1)
-def _quantized_unet(path: Path, device: str) -> Network:
-    return load_quantized(path).to(device)
+def _quantized_unet(path: Path, device: str, backend: str) -> Network:
+    return discover.backend(backend).network(load_quantized(path).to(device))
 
 
 def forget_networks() -> None:
@@ -125,9 +125,11 @@ def forget_networks() -> None:
 
 
 def _networks(work: Work) -> tuple[Model, Network]:
-    """The full-precision model, and the UNet of the cell. Both stay loaded for the process's next unit."""
+    """The full-precision model, and what computes the cell. Both stay loaded for the process's next unit."""
     model = _model(work.task, work.device)
-    return model, _quantized_unet(work.folder / QUANTIZED, work.device) if work.quantized else model.unet
+    if not work.quantized:
+        return model, model.unet
+    return model, _quantized_unet(work.folder / QUANTIZED, work.device, work.cell.backend)
 
 
 def _sample_batch(work: Work, name: str) -> None:

@@ -26,18 +26,17 @@ from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.files import ERRORS, IMAGES, OUTCOME, QUANTIZED, TRAJECTORY
 from benchmarks.runtime.images import batch_name
 from benchmarks.runtime.workers import run_units
-from benchmarks.stages._setup import (
-    prompt_file,
-    task_of,
-)
+from benchmarks.stages._setup import load_model, prompt_file, task_of
 from benchmarks.stages._units import PURPOSE, Work, config_of, do, forget_networks, then
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Made, Outcome, Quantized
 from benchmarks.suite.params import Suite, Task
-from benchmarks.suite.record import FULL_PRECISION, Cell
+from benchmarks.suite.record import FULL_PRECISION, SIMULATED, Cell
 from tfmq.checkpoint import read_metadata
 from tfmq.closure import code_hash
+from tfmq.network.backbone import backbone_of
+from tfmq.plan import amended_plan, insert_quantizers
 from tfmq.precision import Precision
 
 
@@ -102,13 +101,17 @@ def _remove_superseded(work: Work) -> None:
 
 
 def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
-    """The work of a cell, with its folder in `.resume/`; None where the method objects, which is then the outcome."""
+    """The work of a cell, with its folder in `.resume/`; None where it is not applicable, which is then the outcome.
+
+    Raises ValueError where this machine does not have the cell's backend.
+    """
     task = task_of(suite, cell.task)
     overrides, settings, inputs = suite.settings(cell.task, cell.method), {}, {}
     if cell.method != FULL_PRECISION:
         method = discover.method(cell.method)
-        settings = asdict(config_of(method, cell, overrides))
-        objection = _objection(method, cell)
+        config = config_of(method, cell, overrides)
+        settings = asdict(config)
+        objection = _objection(method, cell) or _refusal(task, cell, config, device)
         if objection:
             with files.new_folder(files.cell_folder(cell)) as folder:
                 files.write_json(folder / OUTCOME, Outcome("not applicable", objection).to_json())
@@ -127,11 +130,25 @@ def _objection(method: baselines.Method, cell: Cell) -> str:
     return method.lacks(cell.protocol) or method.objection(Precision.parse(cell.precision))
 
 
+def _refusal(task: Task, cell: Cell, config: baselines.Settings, device: torch.device) -> str:
+    """Why the cell's backend would not compute the quantised network, seen before anything is quantised."""
+    if cell.backend == SIMULATED:
+        return ""
+    backend = discover.backend(cell.backend)
+    backend.check(device)
+    protocol = discover.method(cell.method).protocol(cell.protocol)
+    network = load_model(task, torch.device("cpu")).unet
+    recipe, precision = baselines.recipe_under(cell.protocol, config), Precision.parse(cell.precision)
+    insert_quantizers(network, amended_plan(network, backbone_of(network), precision, recipe, protocol))
+    return backend.refusal(network)
+
+
 def _code(task: Task, cell: Cell) -> list[str]:
     """What besides settings and inputs decides a cell's bytes: its code, and the versions of what that calls."""
     entries = [Path(__file__), discover.file(discover.FAMILIES, task.family)]
     if cell.method != FULL_PRECISION:
         entries.append(discover.file(discover.METHODS, cell.method))
+        entries.append(discover.file(discover.BACKENDS, cell.backend))
     return [code_hash(*entries), torch.__version__, diffusers.__version__]
 
 

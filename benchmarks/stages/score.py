@@ -169,6 +169,7 @@ def _cost(cell: Cell, made: Made) -> Cost:
         optimizer_steps=sum(spent.optimizer_steps for spent in quantized.passes),
         size_mib=quantized.size_mib,
         full_precision_size_mib=quantized.full_precision_size_mib,
+        execution=cell.backend,
     )
 
 

@@ -15,7 +15,7 @@ from benchmarks.report import figures, findings, pages, tables
 from benchmarks.runtime import excerpt, files
 from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.params import Suite, Task
-from benchmarks.suite.record import FULL_PRECISION, SHARED, Cell, Record, Value
+from benchmarks.suite.record import FULL_PRECISION, Cell, Record, Value
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")
@@ -45,6 +45,7 @@ def run(suite: Suite) -> str:
     records = {record.cell: record for record in tables.gated(read, gates)}
     if suite.reported is not None:
         records = {cell: record for cell, record in records.items() if files.record_file(cell).is_file()}
+    images = {cell: excerpt.read(cell).values for cell, record in records.items() if record.metrics}
     full = [record for cell, record in records.items() if cell.method == FULL_PRECISION]
     measured = {name: [records[cell] for cell in suite.measured(name) if cell in records] for name in suite.tables}
     shown = {
@@ -59,15 +60,14 @@ def run(suite: Suite) -> str:
     if suite.reported is None:
         first = next(iter(shown))
         summary, comparison = tables.leaders(shown[first]), ""
-        front = summary or tables.RENDERERS[first](shown[first], known)
+        front = summary or tables.section(first, shown[first], known, images)
     else:
         summary = ""
         front = comparison = tables.paper(list(records.values()), suite, numbers)
     drawn = _figures(suite, shown, known)
-    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, summary, comparison))
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
-    images = {cell: excerpt.read(cell).values for cell, record in records.items() if record.metrics}
+    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, images, summary, comparison))
     found = findings.page(list(records.values()), images, known, small=suite.reported is None)
     files.write_text(files.RESULTS / "FINDINGS.md", found)
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
@@ -91,6 +91,7 @@ def _read(suite: Suite, cell: Cell) -> Record:
         precision=cell.precision,
         seed=cell.seed,
         protocol=cell.protocol,
+        backend=cell.backend,
         settings={"task": asdict(task), "method": {}},
         status="failed",
         reason=reason,
@@ -131,7 +132,7 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
     for task in dict.fromkeys(record.task for record in every):
         values: dict[str, dict[str, Value]] = {}
         for record in every:
-            if record.task == task and record.protocol == SHARED and tables.QUALITY in record.metrics:
+            if record.task == task and record.cell.row == record.method and tables.QUALITY in record.metrics:
                 panel = values.setdefault(record.precision, {})
                 panel[tables.label(record.method)] = record.metrics[tables.QUALITY]
         if values:
@@ -152,28 +153,23 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
     for record in every:
         if "cached" in record.details:
             cached, names = np.array(record.details["cached"]), record.details["projections"]
-            text = f"{record.task}, {_label(record)}, {record.precision}: cached and computed temporal features"
             name = record.cell.name.replace("/", "-")
-            title = f"{_label(record)}, {record.precision}"
+            title = f"{tables.row_label(record)}, {record.precision}"
+            text = f"{record.task}, {title}: cached and computed temporal features"
             draw(f"{name}-selection", text, figures.selection(cached, names, record.details["timesteps"], title))
     return drawn
 
 
 def _draw_grid(draw: Draw, task: Task, name: str, text: str, records: Sequence[Record]) -> None:
     """The first images of some rows, under their prompts where the task has any."""
-    grid = {_label(record): excerpt.read(record.cell).images for record in records}
+    grid = {tables.row_label(record): excerpt.read(record.cell).images for record in records}
     columns = min(len(images) for images in grid.values())
     prompts = [] if task.prompts is None else prompts_of(task, "sample", range(columns))
     same = "noise and prompt" if prompts else "noise"
     draw(f"{name}-samples", f"{text}: the same {same} in each column", figures.sample_grid(grid, columns, prompts))
 
 
-def _label(record: Record) -> str:
-    name = tables.label(record.method)
-    return name if record.cell.row == record.method else f"{name} ({record.protocol})"
-
-
 def _curves(records: Sequence[Record]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Temporal error at each step by row, and the time steps."""
-    read = {_label(record): excerpt.read(record.cell) for record in records}
+    read = {tables.row_label(record): excerpt.read(record.cell) for record in records}
     return {name: each.temporal_error for name, each in read.items()}, next(iter(read.values())).timesteps

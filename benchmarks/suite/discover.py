@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from baselines import Method
+    from benchmarks.backends import Backend
     from benchmarks.models import Family
 
 METHODS = "baselines"
 FAMILIES = "benchmarks.models"
 EXTRACTORS = "benchmarks.features"
 DATASETS = "benchmarks.datasets"
+BACKENDS = "benchmarks.backends"
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str], advice: str) -> ValueError:
@@ -73,3 +75,8 @@ def method(name: str) -> Method:
 def family(name: str) -> Family:
     """The model family of `benchmarks/models/<name>.py`."""
     return cast("Family", find(FAMILIES, "family", name))
+
+
+def backend(name: str) -> Backend:
+    """What computes a quantised network, of `benchmarks/backends/<name>.py`."""
+    return cast("Backend", find(BACKENDS, "backend", name))

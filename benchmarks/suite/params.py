@@ -9,10 +9,10 @@ from pathlib import Path
 from benchmarks.runtime.text import read_yaml
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
-from benchmarks.suite.record import FULL_PRECISION, PROTOCOLS, SHARED, Cell
+from benchmarks.suite.record import BACKENDS, FULL_PRECISION, PROTOCOLS, SHARED, SIMULATED, Cell
 from tfmq.precision import Precision
 
-TABLES = ("leaderboard", "ablation", "published")
+TABLES = ("leaderboard", "ablation", "published", "deployed")
 SCHEDULERS = ("ddim", "ddim_quad", "pndm")
 
 
@@ -109,8 +109,9 @@ class Table:
     Attributes:
         protocol: which layers are quantised.
         tasks, precisions, methods: what is measured.
-        beside: methods that another table measures, under the shared protocol, and this one shows too.
+        beside: methods that another table measures, simulated under the shared protocol, and this one shows too.
         seeds: how many calibration seeds the cells of a precision are measured with; other precisions have one, seed 0.
+        backend: computes the quantised networks.
     """
 
     protocol: str
@@ -119,10 +120,13 @@ class Table:
     methods: tuple[str, ...]
     beside: tuple[str, ...] = ()
     seeds: dict[str, int] = field(default_factory=dict)
+    backend: str = SIMULATED
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise discover.unknown("protocol", self.protocol, PROTOCOLS, "Choose one of them.")
+        if self.backend not in BACKENDS:
+            raise discover.unknown("backend", self.backend, BACKENDS, "Choose one of them.")
         for axis in ("tasks", "precisions", "methods"):
             values = getattr(self, axis)
             if not values or len(set(values)) < len(values):
@@ -341,16 +345,17 @@ class Suite:
 
     def measured(self, table: str) -> list[Cell]:
         """The cells that a table measures, row by row."""
-        return self._cells(table, self.tables[table].methods, self.tables[table].protocol)
+        found = self.tables[table]
+        return self._cells(table, found.methods, found.protocol, found.backend)
 
     def beside(self, table: str) -> list[Cell]:
         """The cells that a table shows and another one measures, row by row."""
-        return self._cells(table, self.tables[table].beside, SHARED)
+        return self._cells(table, self.tables[table].beside, SHARED, SIMULATED)
 
-    def _cells(self, table: str, methods: tuple[str, ...], protocol: str) -> list[Cell]:
+    def _cells(self, table: str, methods: tuple[str, ...], protocol: str, backend: str) -> list[Cell]:
         found = self.tables[table]
         return [
-            Cell(task, method, precision, seed, protocol)
+            Cell(task, method, precision, seed, protocol, backend)
             for task, method, precision in product(found.tasks, methods, found.precisions)
             for seed in found.seeds_of(precision)
         ]

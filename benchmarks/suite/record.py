@@ -12,10 +12,9 @@ from benchmarks.suite.fields import read
 
 SCHEMA = 2
 STATUSES = ("measured", "not applicable", "failed", "unverified")
-EXECUTIONS = ("simulated", "executed")
 FULL_PRECISION = "full_precision"
 SHARED, *_ = PROTOCOLS = ("shared", "published", "as_run", "deployable")
-SIMULATED, *_ = BACKENDS = ("simulated",)
+SIMULATED, *_ = BACKENDS = ("simulated", "executed")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Cell:
         protocol: which layers are quantised: ``shared`` the same ones for every method, ``published`` those of the
             method's own paper, ``as_run`` those that its released code quantises, ``deployable`` those of ``shared`` on
             grids that integer kernels execute.
-        backend: computes the quantised network: ``simulated`` rounds to low-bit grids and computes in float32.
+        backend: computes the quantised network, a file of `benchmarks/backends`: ``simulated`` rounds to low-bit grids
+            and computes in float32, ``executed`` computes in integers.
     """
 
     task: str
@@ -86,7 +86,8 @@ class Cost:
         unet_evaluations: samples that went through the network while quantising.
         optimizer_steps: of all passes that learn.
         size_mib, full_precision_size_mib: of the network's weights as stored.
-        execution: whether low-bit arithmetic was ``simulated`` by fake quantisation or ``executed`` by integer kernels.
+        execution: the backend: whether low-bit arithmetic was ``simulated`` by fake quantisation or ``executed`` by
+            integer kernels.
     """
 
     device: str
@@ -96,11 +97,11 @@ class Cost:
     optimizer_steps: int
     size_mib: float
     full_precision_size_mib: float
-    execution: str = "simulated"
+    execution: str = SIMULATED
 
     def __post_init__(self) -> None:
-        if self.execution not in EXECUTIONS:
-            raise unknown("execution", self.execution, EXECUTIONS, "Name one of them.")
+        if self.execution not in BACKENDS:
+            raise unknown("execution", self.execution, BACKENDS, "Name one of them.")
 
     @property
     def quantization_seconds(self) -> float:

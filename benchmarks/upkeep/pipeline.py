@@ -19,6 +19,7 @@ from benchmarks.sources import catalogue
 from benchmarks.stages import convert, fetch
 from benchmarks.suite import discover, params
 from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import SIMULATED, Cell
 from benchmarks.upkeep.source_stages import source_stages
 from benchmarks.upkeep.stage import OF_TASKS, STAGES, Stage, code_of, entry
 from tfmq.closure import ROOT
@@ -108,7 +109,7 @@ class Pipeline:
         return self._plugins(discover.FAMILIES, (task.family for task in self.suite.tasks.values()), "family")
 
     def _tasks(self) -> list[Stage]:
-        tasks = self.suite.tasks.values()
+        tasks, tables = self.suite.tasks.values(), self.suite.tables
         if self.is_paper:  # whose tasks have two evaluators, and not all a data set
             features, datasets = _plugins(discover.EXTRACTORS), _plugins(discover.DATASETS)
         else:
@@ -122,7 +123,8 @@ class Pipeline:
                 "python -m benchmarks calibrate --task ${key}",
                 deps=["${item.checkpoint}", *self._prompts("calibration")],
                 code=code_of(STAGES / "calibrate.py") | self._families,
-                params=[*(f"tables.{name}.seeds" for name in sorted(self.suite.tables)), "tasks.${key}"],
+                # A table that has no seeds of its own, and so none here, takes the first pool, which is always there.
+                params=[*(f"tables.{name}.seeds" for name in sorted(tables) if tables[name].seeds), "tasks.${key}"],
                 outs={"work/calibration/${key}": self._kept},
                 over=OF_TASKS,
             ),
@@ -168,7 +170,7 @@ class Pipeline:
 
     def _generate(self, table: str) -> list[Stage]:
         """A stage for each method, whose items are the table's tasks: only so can it name its own code."""
-        suffix = "-published" if table == "published" else ""
+        found = self.suite.tables[table]
         return [
             Stage(
                 f"generate_{table}_{method}",
@@ -179,16 +181,31 @@ class Pipeline:
                     "work/cells/${item}/full_precision/w32a32/images",
                     "work/cells/${item}/full_precision/w32a32/trajectory.safetensors",
                 ],
-                code=code_of(STAGES / "generate.py", discover.file(discover.METHODS, method)),
-                params=[f"methods.{method}", *_of_table(table), "tasks.${item}"],
-                outs={f"work/cells/${{item}}/{method}{suffix}": self._kept},
+                code=code_of(
+                    STAGES / "generate.py",
+                    discover.file(discover.METHODS, method),
+                    discover.file(discover.BACKENDS, found.backend),
+                ),
+                params=[f"methods.{method}", *self._of_table(table), "tasks.${item}"],
+                outs={f"work/cells/${{item}}/{self._row(table, method)}": self._kept},
                 over=("foreach", f"${{tables.{table}.tasks}}"),
             )
-            for method in self.suite.tables[table].methods
+            for method in found.methods
         ]
 
+    def _row(self, table: str, method: str) -> str:
+        """The name of a row's folders."""
+        found = self.suite.tables[table]
+        return Cell("", method, "", protocol=found.protocol, backend=found.backend).row
+
+    def _of_table(self, table: str) -> list[str]:
+        """The settings of a table that decide what its cells are; a backend stands there if it is not the usual one."""
+        names = ["precisions", "protocol", "seeds"]
+        names += ["backend"] * (self.suite.tables[table].backend != SIMULATED)
+        return [f"tables.{table}.{name}" for name in sorted(names)]
+
     def _score(self, table: str) -> Stage:
-        row = "${item.task}/${item.method}" + ("-published" if table == "published" else "")
+        row = "${item.task}/" + self._row(table, "${item.method}")
         return Stage(
             f"score_{table}",
             "",
@@ -200,7 +217,7 @@ class Pipeline:
                 "work/reference/${item.task}",
             ],
             code=code_of(STAGES / "score.py") | _plugins(discover.EXTRACTORS) | _plugins(METRICS),
-            params=[*_of_table(table), "tasks.${item.task}"],
+            params=[*self._of_table(table), "tasks.${item.task}"],
             outs={f"results/records/{row}": "{cache: false}"},
             over=(
                 "matrix",
@@ -219,10 +236,6 @@ class Pipeline:
             params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
             outs={f"results/{name}": "{cache: false}" for name in PAGES},
         )
-
-
-def _of_table(table: str) -> list[str]:
-    return [f"tables.{table}.{name}" for name in ("precisions", "protocol", "seeds")]
 
 
 def _plugins(package: str) -> set[str]:

@@ -86,7 +86,7 @@ def test_a_network_is_as_far_from_full_precision_as_its_simulation(network, kind
     with torch.no_grad():
         simulated, executed, right = (evaluate(net, *inputs) for net in (unet, executing(unet), full))
     error = (simulated - right).norm()
-    assert (executed - simulated).norm() < 0.35 * error
+    assert (executed - simulated).norm() < 0.5 * error
     assert (executed - right).norm() == pytest.approx(error.item(), rel=0.1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -155,14 +156,16 @@ class IntegerLayer(nn.Module):
         return _at(self.grids[0], index)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) or (..., C), float32, as the layer in simulation."""
-        return by_step(self._at_step, self.tracker.index if self.per_step else 0, x)
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        """(N, C, H, W) or (..., C), float32, as in simulation; with ``silu`` of SiLU of ``x``, which is overwritten."""
+        return by_step(partial(self._at_step, silu=silu), self.tracker.index if self.per_step else 0, x)
 
-    def _at_step(self, index: int, x: Tensor) -> Tensor:
+    def _at_step(self, index: int, x: Tensor, silu: bool) -> Tensor:
         if len(self.grids) == 1:
             grid = _at(self.grids[0], index)
-            return self.of_codes(grid.codes(x), grid)
+            return self.of_codes(grid.codes(x, silu), grid)
+        if silu:
+            x = F.silu(x, inplace=True)
         pieces = x.split(self.sizes, 1 if self.window is not None else -1)
         total: Tensor | None = None
         for piece, grids, weight in zip(pieces, self.grids, self.weights, strict=True):

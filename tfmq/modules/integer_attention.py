@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -18,9 +20,10 @@ CACHED_SCORES = 2**18
 TOGETHER = 4
 # Where fewer keys are multiplied, 8-bit kernels cost more in calls than they gain.
 LEAST_KEYS = 1024
-# exp(score), its sums and their inverses stay far inside what float32 holds.
-SMALL = 40.0
-LEAST_EXPONENT = -80.0
+PER_NATURAL = math.log2(math.e)
+# Powers of two of these, their sums and their inverses stay far inside what float32 holds.
+SMALL = 60.0
+LEAST_EXPONENT = -115.0
 
 Grids = tuple[InputGrid, InputGrid, InputGrid, InputGrid]  # of query, key, value and probabilities
 
@@ -154,7 +157,7 @@ def in_bytes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     key_codes = _signed(of_key, key).transpose(1, 2).contiguous()
     columns = torch.ones(images, heads, channels + 1, count, dtype=torch.int8)
     columns[:, :, :-1] = _signed(of_value, value).permute(0, 2, 3, 1)
-    factor = of_query.scale * of_key.scale * scale
+    factor = of_query.scale * of_key.scale * scale * PER_NATURAL
     key_scale = torch.full((count,), factor)
     value_scale = torch.full((channels + 1,), of_probabilities.scale * of_value.scale)
     value_scale[-1] *= _shift(of_value) - of_value.zero_point
@@ -172,7 +175,8 @@ def in_bytes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
                     rows = slice(start, min(start + at_once, last))
                     scores = keys.scaled(query_codes[image, head, rows], of_query.zero_point, key_scale, None)
                     if mask is not None:
-                        scores += mask[image, head] if mask.shape[2] == 1 else mask[image, head, rows]
+                        of_rows = mask[image, head] if mask.shape[2] == 1 else mask[image, head, rows]
+                        scores.add_(of_rows, alpha=PER_NATURAL)
                     factors = _exponentials_(scores, of_probabilities.scale, small)
                     of_probabilities.codes_(scores, factors, codes[rows.start - first : rows.stop - first])
                     del scores  # the next ones take the same memory, which is in the cache
@@ -200,7 +204,7 @@ def in_floats(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     most_codes = min(1 / of_probabilities.scale + key.shape[1] / 2, key.shape[1] * of_probabilities.largest)
     if of_probabilities.zero_point:
         most_codes = key.shape[1] * of_probabilities.largest
-    factor = of_query.scale * of_key.scale * scale
+    factor = of_query.scale * of_key.scale * scale * PER_NATURAL
     at_once = max(1, CACHED_SCORES // (tokens * key.shape[1])) if query.device.type == "cpu" else len(by_head[0])
     output = query.new_empty(len(by_head[0]), tokens, channels)
     for start in range(0, len(output), at_once):
@@ -208,7 +212,7 @@ def in_floats(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         q, k, v = (x[some] for x in by_head)
         scores = exact_bmm(q, k.transpose(1, 2), max(of_query.largest, of_key.largest), most_scores).mul_(factor)
         if masks is not None:
-            scores += masks[some]
+            scores.add_(masks[some], alpha=PER_NATURAL)
         factors = _exponentials_(scores, of_probabilities.scale)
         codes = of_probabilities.centred_(scores.mul_(factors))
         largest = max(of_probabilities.largest, of_value.largest)
@@ -218,14 +222,15 @@ def in_floats(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 
 def _exponentials_(scores: Tensor, scale: float, small: bool = False) -> Tensor:
-    """Turns scores, in place, into exponentials, and gives factors: softmax(scores) / scale = exponentials * factors.
+    """Turns scores, in place, into powers of two, and gives factors: softmax(scores) / scale = powers * factors.
 
-    On a CPU in half the time of ``torch.softmax``. ``small`` scores, of at most ``SMALL``, need no maximum. An
-    exponential that would be a subnormal number takes a hundred times as long as others, and rounds to code 0.
+    Scores are binary logarithms: on a CPU powers of two take a quarter of the time of exponentials, and all of it half
+    the time of ``torch.softmax``. ``small`` scores, of at most ``SMALL``, need no maximum. A power that would be a
+    subnormal number takes a hundred times as long as others, and rounds to code 0.
     """
     if not small:
         scores.sub_(scores.amax(-1, keepdim=True)).clamp_min_(LEAST_EXPONENT)
-    return scores.exp_().sum(-1, keepdim=True).mul_(scale).reciprocal_()
+    return scores.exp2_().sum(-1, keepdim=True).mul_(scale).reciprocal_()
 
 
 def _shift(grid: InputGrid) -> int:

@@ -25,7 +25,8 @@ from tfmq.modules.fake_quantize import FakeQuantize
 EXACT = 2**24  # float32 holds every integer up to here,
 TF32_EXACT = 2**11  # and TF32 up to here
 UNITS = 1.5 * 2**23  # beside it, floats are the integers
-CACHED = 2**17  # floats that stay in the cache of a core
+IN_UNITS = torch.tensor(UNITS)
+CACHED = 2**16  # floats that stay in the cache of a core
 PACKINGS = 4  # shapes of the input that a weight is kept packed for
 
 
@@ -50,16 +51,26 @@ class InputGrid:
         """The same grid with integers as values."""
         return replace(self, scale=1.0)
 
-    def codes(self, x: Tensor) -> Tensor:
-        """The codes of ``x`` as uint8, in the order of its memory: clamp(round(x / scale) + zero_point)."""
+    @cached_property
+    def step(self) -> Tensor:
+        """The scale as a tensor: a number would be made one in each operation, for longer than small ones take."""
+        return torch.tensor(self.scale)
+
+    def codes(self, x: Tensor, silu: bool = False, out: Tensor | None = None) -> Tensor:
+        """The codes of ``x`` as uint8, in the order of its memory: clamp(round(x / scale) + zero_point).
+
+        With ``silu`` those of its SiLU, for which ``x`` is overwritten.
+        """
         if x.device.type != "cpu" or x.numel() <= CACHED:
-            return self.codes_(torch.div(x, self.scale))
+            return self.codes_(F.silu(x, inplace=True).div_(self.step) if silu else torch.div(x, self.step), out=out)
         # So many at a time that what lies between stays in the cache of a core.
         x, order = in_memory(x)
         codes = torch.empty(x.shape, dtype=torch.uint8)
-        scaled = torch.empty(CACHED)
+        scaled = torch.empty(0 if silu else CACHED)
         for given, found in zip(x.view(-1).split(CACHED), codes.view(-1).split(CACHED), strict=True):
-            self.codes_(torch.div(given, self.scale, out=scaled[: len(given)]), out=found)
+            if silu:
+                F.silu(given, inplace=True).div_(self.step)
+            self.codes_(given if silu else torch.div(given, self.step, out=scaled[: len(given)]), out=found)
         return codes.permute(order)
 
     def codes_(self, scaled: Tensor, factor: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -75,16 +86,16 @@ class InputGrid:
             return out.copy_(scaled.round_().add_(self.zero_point).clamp_(0, self.last))
         low = UNITS - self.zero_point
         if factor is None:
-            scaled.add_(UNITS)
+            scaled.add_(IN_UNITS)
         else:
-            units = scaled.new_full((1, scaled.shape[-1]), UNITS)
-            torch.addcmul(units, scaled, factor, out=scaled)
+            # In the place of a number, since each row has one already: torch's loops over two are slow.
+            torch.addcmul(scaled.new_full((1, scaled.shape[-1]), UNITS), scaled, factor, out=scaled)
         out.copy_(scaled.clamp_(low, low + self.last).view(torch.int32))
         return out.add_(self.zero_point % 256) if self.zero_point % 256 else out
 
     def centred(self, x: Tensor) -> Tensor:
         """code - zero point of ``x``, as float32."""
-        return self.centred_(torch.div(x, self.scale))
+        return self.centred_(torch.div(x, self.step))
 
     def centred_(self, scaled: Tensor) -> Tensor:
         """code - zero point of ``x / scale``, in place."""

@@ -6,9 +6,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from benchmarks.metrics import Metric
 from benchmarks.suite.discover import unknown
-from benchmarks.suite.record import FULL_PRECISION, Record
+from benchmarks.suite.record import FULL_PRECISION, Record, Value
 from tfmq.precision import Precision
 
 # Ranks within a table are by the first; the second, a mean over pairs of images, separates methods further.
@@ -28,6 +30,14 @@ def ranking(records: Sequence[Record]) -> dict[str, int]:
         group = [r for r in ranked if (r.task, r.precision, r.seed) == (record.task, record.precision, record.seed)]
         ranks[record.cell.name] = 1 + sum(rival.metrics[RANKED_BY].high < low for rival in group)
     return ranks
+
+
+def difference(values: np.ndarray, others: np.ndarray) -> Value:
+    """Mean over images (N,) of ``values - others``, with 1.96 standard errors to each side."""
+    pairs = values - others
+    margin = 1.96 * pairs.std(ddof=1) / len(pairs) ** 0.5
+    middle = pairs.mean()
+    return Value(float(middle), float(middle - margin), float(middle + margin), len(pairs))
 
 
 def gated(records: Sequence[Record], gates: Mapping[str, Mapping[str, tuple[float, ...]]]) -> list[Record]:

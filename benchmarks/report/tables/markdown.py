@@ -11,7 +11,7 @@ from benchmarks.features import extractor
 from benchmarks.metrics import Metric
 from benchmarks.report.tables.comparison import QUALITY, ranking
 from benchmarks.suite import discover
-from benchmarks.suite.record import FULL_PRECISION, SHARED, Record, Value
+from benchmarks.suite.record import FULL_PRECISION, SHARED, SIMULATED, Record, Value
 
 NOTHING = "–"
 SCHEDULERS = {"ddim": "DDIM", "ddim_quad": "DDIM (quadratic)", "pndm": "PNDM"}
@@ -58,7 +58,7 @@ def caption(records: Sequence[Record]) -> str:
         ]
     if any(record.seed for record in records):
         sentences.append(SEEDS_TEXT)
-    if executions == ["simulated"]:
+    if executions == [SIMULATED]:
         sentences.append("Low-bit arithmetic is simulated (fake-quantised), so no number here is a speed-up.")
     if devices:
         sentences.append(
@@ -85,7 +85,8 @@ def cells_table(
     ranks = ranking(records)
     shown = [record for record in records if record.seed == 0]
     columns = measured(metrics, shown)
-    protocols = len({record.protocol for record in shown if record.method != FULL_PRECISION}) > 1
+    quantized = [record for record in shown if record.method != FULL_PRECISION]
+    axes = [axis for axis in ("protocol", "backend") if len({getattr(record, axis) for record in quantized}) > 1]
     over_seeds: dict[tuple[str, str], list[float]] = {}
     for record in records:
         if QUALITY in record.metrics:
@@ -93,8 +94,8 @@ def cells_table(
     counts = sorted({len(values) for values in over_seeds.values()} - {1})
     rows = []
     for record in shown:
-        protocol = f" ({record.protocol})" if protocols and record.method != FULL_PRECISION else ""
-        row = {"Precision": record.precision, "Method": label(record.method) + protocol}
+        told = [] if record.method == FULL_PRECISION else [getattr(record, axis) for axis in axes]
+        row = {"Precision": record.precision, "Method": _with(label(record.method), told)}
         if rank:
             row["Rank"] = str(ranks.get(record.cell.name, NOTHING))
         for name, metric in columns.items():
@@ -150,6 +151,17 @@ def label(method: str) -> str:
     if method == FULL_PRECISION:
         return "Full precision"
     return discover.method(method).label if method in discover.names(discover.METHODS) else method
+
+
+def row_label(record: Record) -> str:
+    """A method's name, with its protocol where that is not the shared one, and its backend where not simulated."""
+    usual = {"protocol": SHARED, "backend": SIMULATED}
+    told = [getattr(record, axis) for axis in usual if getattr(record, axis) != usual[axis]]
+    return _with(label(record.method), told)
+
+
+def _with(name: str, told: Sequence[str]) -> str:
+    return f"{name} ({', '.join(told)})" if told else name
 
 
 def number(value: Value | None, digits: int, interval: bool) -> str:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from benchmarks.metrics import Metric
 from benchmarks.report.tables.comparison import by_task
 from benchmarks.report.tables.markdown import cells_table
-from benchmarks.report.tables.renderers import ablation, leaderboard, published
-from benchmarks.suite.record import Record
+from benchmarks.report.tables.renderers import ablation, deployed, leaderboard, published
+from benchmarks.suite.record import Cell, Record
 
 START, END = "<!-- leaderboard -->", "<!-- /leaderboard -->"
 RENDERERS = {"leaderboard": leaderboard, "ablation": ablation, "published": published}
+Images = Mapping[Cell, Mapping[str, np.ndarray]]
+
+
+def section(name: str, records: Sequence[Record], metrics: Mapping[str, Metric], images: Images) -> str:
+    """Markdown of one table, task by task; ``images`` as in `report`."""
+    if name == "deployed":
+        return deployed(records, metrics, images)
+    return RENDERERS[name](records, metrics)
 
 
 def report(
     tables: Mapping[str, Sequence[Record]],
     metrics: Mapping[str, Metric],
     figures: Sequence[tuple[str, str]],
+    images: Images,
     summary: str = "",
     reported: str = "",
 ) -> str:
@@ -26,6 +37,7 @@ def report(
     Args:
         tables: the records that each table shows, by its name.
         figures: pairs of a caption and a path relative to the page.
+        images: values of each cell's images (N,) by metric, for metrics that are a mean over images.
         summary: of the leaderboard, for the top of the page.
         reported: the comparison with the papers' numbers where a suite has one.
     """
@@ -40,7 +52,7 @@ def report(
     parts = [head, contents]
     parts += [f"## {title}\n\n{text.strip()}" for title, text in (("Summary", summary), ("Reported", reported)) if text]
     for name, records in tables.items():
-        parts.append(f"## {name.capitalize()}\n\n{RENDERERS[name](records, metrics).rstrip()}")
+        parts.append(f"## {name.capitalize()}\n\n{section(name, records, metrics, images).rstrip()}")
     if tables:
         parts.append("## All metrics")
     else:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from benchmarks.features import extractor
-from benchmarks.report.tables.markdown import NOTHING, duration, label, note, number, sampling, table
+from benchmarks.report.tables.markdown import NOTHING, duration, label, note, number, row_label, sampling, table
 from benchmarks.suite.discover import unknown
 from benchmarks.suite.params import Suite
-from benchmarks.suite.record import FULL_PRECISION, SHARED, Record, Value
+from benchmarks.suite.record import FULL_PRECISION, Record, Value
 from tfmq.precision import Precision
 
 MISSING = "not measured here"
@@ -212,8 +212,7 @@ def _table(
     for (precision, method), own in sorted(cells.items(), key=lambda cell: _place(*cell[0])):
         measured = [record for record in records if (record.precision, record.method) == (precision, method)]
         for record in measured or [None]:
-            protocol = "" if record is None or record.protocol == SHARED else f" ({record.protocol})"
-            row = {"Precision": precision, "Method": label(method) + protocol}
+            row = {"Precision": precision, "Method": label(method) if record is None else row_label(record)}
             for metric in metrics:
                 why = MISSING if (precision, method) in ours else NO_CELL
                 row |= _cells(COLUMNS[metric], own.get(metric), record, suite, why)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from benchmarks.metrics import Metric
-from benchmarks.report.tables.comparison import RANKED_BY, by_task
+from benchmarks.report.tables.comparison import RANKED_BY, by_task, difference
 from benchmarks.report.tables.markdown import (
     NOTHING,
     caption,
@@ -19,13 +21,14 @@ from benchmarks.report.tables.markdown import (
 )
 from benchmarks.report.tables.summary import across_tasks
 from benchmarks.suite import discover
-from benchmarks.suite.record import SHARED, Record
+from benchmarks.suite.record import SHARED, SIMULATED, Cell, Record, Value
 from tfmq.precision import FULL
 
 # The columns of each table; the full one has every metric.
 LEADERBOARD = ("kid_fp", "feature_distance", "fd_data", "clip_score", "temporal_error")
 ABLATION = ("kid_fp", "feature_distance", "psnr", "clip_score", "noise_error", "temporal_error")
 PUBLISHED = ("kid_fp", "feature_distance")
+DEPLOYED = ("feature_distance", "noise_error")
 
 
 def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
@@ -80,6 +83,51 @@ def published(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
         )
         parts.append(f"### {task}\n\n{text} {caption(cells)}\n\n{table(rows)}")
     return "\n\n".join(parts) + "\n"
+
+
+def deployed(
+    records: Sequence[Record], metrics: Mapping[str, Metric], images: Mapping[Cell, Mapping[str, np.ndarray]]
+) -> str:
+    """Markdown with each row as it is executed, beside the same row simulated on the grids of its paper.
+
+    ``images`` holds the values of each cell's images (N,) by metric.
+    """
+    parts = []
+    for task, every in by_task(records, metrics, ranked=False).items():
+        cells = [record for record in every if record.seed == 0]
+        columns = measured(_columns(DEPLOYED, metrics), cells)
+        simulated = {(r.method, r.precision): r for r in cells if r.backend == SIMULATED}
+        rows = []
+        for record in cells:
+            if record.backend == SIMULATED:
+                continue
+            other = simulated.get((record.method, record.precision))
+            row = {"Precision": record.precision, "Method": label(record.method)}
+            for name, metric in columns.items():
+                title = heading(metric, cells)
+                for backend, found in ((SIMULATED, other), (record.backend, record)):
+                    value = found.metrics.get(name) if found else None
+                    row[f"{title}, {backend}"] = number(value, metric.digits, interval=False)
+                row[f"{title}, difference"] = number(_apart(name, record, other, images), metric.digits, interval=True)
+            rows.append(row | {"Note": note(record)})
+        text = (
+            "What executing costs: the same rows, *simulated* in float32 on the grids of their papers as in the"
+            " leaderboard, and *executed* in integers on deployable grids (symmetric for weights of 8 bits, and for"
+            " query, key and value), quantised anew for these. *Difference* is executed less simulated, the mean over"
+            " images of the same noise, with its 95 % interval: of the grids and of the arithmetic together."
+        )
+        parts.append(f"### {task}\n\n{text} {caption(cells)}\n\n{table(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _apart(
+    name: str, record: Record, other: Record | None, images: Mapping[Cell, Mapping[str, np.ndarray]]
+) -> Value | None:
+    """How far a metric of a row is from that of another one, by image; None where it is not measured of both."""
+    values = [images.get(found.cell, {}).get(name) for found in (record, other) if found is not None]
+    if len(values) < 2 or any(value is None for value in values):
+        return None
+    return difference(*values)
 
 
 def left_out(method: str) -> str:

@@ -42,12 +42,12 @@ TASK = {
 METHODS = {"nearest": {"steps": 2, "images": 3}, "prev": {"steps": 2, "images": 3, "iterations": 9, "batch": 4}}
 
 
-def planned_for(kind="unconditional", precisions=("w4a8",), seeds=1, protocol="shared", **task):
+def planned_for(kind="unconditional", precisions=("w4a8",), seeds=1, protocol="shared", backend="simulated", **task):
     settings = networks.KINDS[kind].settings
     if kind != "unconditional":
         task |= {"prompts": "prompts", "guidance_scale": settings.guidance_scale}
     table = {"protocol": protocol, "tasks": ["toy"], "precisions": list(precisions), "methods": list(METHODS)}
-    table["seeds"] = dict.fromkeys(precisions, seeds)
+    table |= {"seeds": dict.fromkeys(precisions, seeds), "backend": backend}
     document = {"name": "s", "tasks": {"toy": TASK | task}, "tables": {"leaderboard": table}, "methods": METHODS}
     suite = params.parse(document)
     scheduler = networks.KINDS[kind].scheduler()
@@ -110,6 +110,13 @@ def test_weights_alone_need_no_ranges():
 def test_what_does_not_apply_costs_nothing():
     nearest = items(protocol="published")["nearest-published/w4a8"]
     assert nearest.note == "not applicable" and nearest.evaluations == nearest.disk == nearest.seconds == 0
+
+
+def test_what_cannot_be_executed_costs_nothing():
+    found = items(backend="executed", precisions=["w4a8", "w4a32"])
+    assert found["nearest-executed/w4a8"].quantising > 0
+    weights_alone = found["nearest-executed/w4a32"]
+    assert weights_alone.note == "not applicable" and weights_alone.evaluations == 0
 
 
 @pytest.mark.parametrize("kind", ["unconditional", "text"])

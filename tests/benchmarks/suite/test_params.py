@@ -115,6 +115,7 @@ def test_only_ddim_adds_noise(document):
         (("tables", "leaderboard", "precisions"), ["w32a32"], "full-precision row is always there"),
         (("tables", "leaderboard", "precisions"), ["w4a8", "w4a8"], "each once"),
         (("tables", "leaderboard", "protocol"), "share", "did you mean 'shared'"),
+        (("tables", "leaderboard", "backend"), "execute", "did you mean 'executed'"),
         (("tables", "leaderboard", "methods"), [], "give at least one"),
         (("tables", "leaderboard", "methods"), ["tfqm"], "did you mean 'tfmq'.*Add `tfqm: {}` under methods"),
         (("tables", "leaderboard", "methods"), ["nearest", "tfmq", "prev"], "two tables measure emoji-ldm4/prev/w4a8"),

@@ -22,10 +22,13 @@ def test_cell_names_leave_out_the_first_seed():
 def test_cell_names_and_records_tell_protocols_apart(make_record):
     assert Cell("emoji-ldm4", "tfmq", "w4a8", protocol="published").name == "emoji-ldm4/tfmq-published/w4a8"
     assert make_record(protocol="published").cell == Cell("emoji-ldm4", "nearest", "w4a8", 0, "published")
+    assert make_record(backend="executed").cell == Cell("emoji-ldm4", "nearest", "w4a8", backend="executed")
 
 
 def test_a_backend_that_there_is_not_is_refused():
     assert Cell("emoji-ldm4", "tfmq", "w4a8").backend == "simulated"
+    executed = Cell("emoji-ldm4", "tfmq", "w4a8", 1, "deployable", "executed")
+    assert executed.name == "emoji-ldm4/tfmq-deployable-executed/w4a8-s1"
     with pytest.raises(ValueError, match="unknown backend 'simulatd': did you mean 'simulated'"):
         Cell("emoji-ldm4", "tfmq", "w4a8", backend="simulatd")
 

@@ -83,6 +83,21 @@ def test_a_new_method_with_a_pass_of_its_own_runs_its_own_cells_alone(root, tmp_
     assert made == "work/cells/${item}/mine"
 
 
+def test_executed_cells_alone_depend_on_the_code_that_executes(root, tmp_path):
+    settings = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    table = {"protocol": "deployable", "backend": "executed", "precisions": ["w4a8"], "methods": ["tfmq"]}
+    settings["tables"]["deployed"] = table | {"tasks": ["emoji-ldm4"]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    stages = {stage.name: stage for stage in Pipeline(SMALL, params.load(tmp_path / "params.yaml")).stages()}
+    executes = "tfmq/modules/integer_attention.py"
+    with_it = {name for name, stage in stages.items() if executes in stage.code}
+    assert with_it == {name for name in stages if name.startswith("generate_deployed_")} and with_it
+    stage = stages["generate_deployed_tfmq"]
+    assert list(stage.outs) == ["work/cells/${item}/tfmq-deployable-executed"]
+    assert "tables.deployed.backend" in stage.params
+    assert "tables.leaderboard.backend" not in stages["generate_leaderboard_tfmq"].params
+
+
 def test_modules_that_decide_nothing_are_not_among_the_code(stages):
     for stage in stages.values():
         assert not set(stage.code) & set(BYSTANDERS), stage.name

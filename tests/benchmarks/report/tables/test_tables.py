@@ -66,7 +66,7 @@ def test_csv_reads_back(records):
 def test_without_records_there_are_headings_alone():
     table = tables.frame({"leaderboard": []}, metrics())
     assert len(table) == 0 and {"table", *STATUS_KEYS} <= set(pd.read_csv(io.StringIO(tables.csv(table))).columns)
-    text = tables.report({}, metrics(), [], reported="as printed")
+    text = tables.report({}, metrics(), [], {}, reported="as printed")
     assert "## Reported\n\nas printed" in text and "All metrics" not in text
 
 
@@ -100,6 +100,33 @@ def test_protocols_stand_side_by_side(make_record):
     assert fields[2] == "TFMQ-DM" and fields[3].startswith("0.0100 [") and "0.0050 [0.0000, 0.0100]" in fields
     assert "in full precision" in lines[0]
     assert "not applicable: unknown" in lines[1] and "0.0300 [" in lines[1]
+
+
+def test_executed_rows_stand_beside_simulated_ones(make_record):
+    def cell(method, distance, **changes):
+        measured = {"feature_distance": Value(distance, distance, distance, 4), "noise_error": Value(0.5, 0.5, 0.5, 4)}
+        return make_record(**{"method": method, "metrics": measured} | changes)
+
+    executed = {"protocol": "deployable", "backend": "executed"}
+    refused = {"status": "not applicable", "reason": "low rank", "metrics": {}, "cost": None}
+    cells = [
+        cell("tfmq", 0.3),
+        cell("tfmq", 0.25, **executed),
+        cell("tfmq", 0.1, **executed, precision="w8a8"),
+        cell("svdquant", 0.0, **executed | refused),
+    ]
+    images = {
+        cells[0].cell: {"feature_distance": np.array([0.1, 0.2, 0.4, 0.5])},
+        cells[1].cell: {"feature_distance": np.array([0.0, 0.2, 0.4, 0.4])},
+        cells[2].cell: {"feature_distance": np.array([0.1, 0.1, 0.1, 0.1])},
+    }
+    lines = [line for line in tables.deployed(cells, COLUMNS, images).splitlines() if line.startswith("| w")]
+    eight, tfmq, refused = ([field.strip() for field in line.split("|")[1:-1]] for line in lines)
+    # The standard error of 0.1, 0, 0, 0.1 is 0.0577 / 2.
+    assert tfmq[1:5] == ["TFMQ-DM", "0.3000", "0.2500", "-0.0500 [-0.1066, 0.0066]"]
+    assert tfmq[5:8] == ["0.5000", "0.5000", "–"] and tfmq[-1] == ""
+    assert eight[2:5] == ["–", "0.1000", "–"]
+    assert refused[2:5] == ["–", "–", "–"] and refused[-1] == "not applicable: low rank"
 
 
 def test_what_a_protocol_leaves_out_is_said_in_words():
@@ -207,7 +234,7 @@ def test_the_report_has_every_table_and_metric_and_the_figures(records):
     every = {name: Value(1.0, 0.5, 1.5, 9) for name in COLUMNS}
     records = [dataclasses.replace(record, metrics=every) for record in records]
     shown = {"leaderboard": records, "ablation": records}
-    text = tables.report(shown, COLUMNS, [("Same noise", "figures/grid.png")])
+    text = tables.report(shown, COLUMNS, [("Same noise", "figures/grid.png")], {})
     assert "## Leaderboard" in text and "## Ablation" in text and tables.leaderboard(records, COLUMNS).strip() in text
     for metric in COLUMNS.values():
         assert metric.title("FD", 512) in text
