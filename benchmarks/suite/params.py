@@ -251,6 +251,11 @@ class Study:
         for name in ("seeds", "images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"study.{name} is {getattr(self, name)}, but must be at least 1")
+        for label, curve in self.curves.items():
+            for task in curve.tasks:
+                if task not in self.tasks:
+                    where = f"task in study.curves.{label}"
+                    raise discover.unknown(where, task, self.tasks, "Those of the study are meant.")
         for precision in (*self.precisions, *(each for curve in self.curves.values() for each in curve.precisions)):
             Precision.parse(precision)
 
@@ -293,12 +298,6 @@ class Suite:
         for task in self.study.tasks if self.study else ():
             if task not in self.tasks:
                 raise discover.unknown("task in study", task, self.tasks, "Tasks stand above.")
-        for label, curve in self.study.curves.items() if self.study else ():
-            for task in curve.tasks:
-                if task not in self.study.tasks:
-                    raise discover.unknown(
-                        f"task in study.curves.{label}", task, self.study.tasks, "Those of the study are meant."
-                    )
         for task, bounds in self.gates.items():
             if task not in self.tasks:
                 raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")
