@@ -24,7 +24,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
     discover.family("ldm").save_tiny(tmp_path / "data" / "emoji-ldm4", 0)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    code = code.replace("iterations=100", "iterations=2")
+    code = code.replace("recommended_recipe()", "recommended_recipe(16, 4, tuning_iterations=2)")
     exec(re.sub(r"steps=20\b", "steps=4", code), names)
     images = names["images"]
     assert len(images) == 4

@@ -69,6 +69,7 @@ _HOMES = {
     "quantize_": "quantization",
     "quantize_roughly_": "export.roughly",
     "read_metadata": "checkpoint",
+    "recommended_recipe": "recommended",
     "restore_attention_heads": "network.attention_heads",
     "restore_weights": "state",
     "sample": "network.sampling",
