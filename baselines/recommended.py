@@ -12,10 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines import Method, Settings, applies_always
-from tfmq.modules.fake_quantize import ActivationRange
 from tfmq.passes import Recipe
 from tfmq.recommended import recommended_recipe
-from tfmq.settings import check_choices
 
 
 @dataclass(frozen=True)
@@ -23,27 +21,16 @@ class Config(Settings):
     """Settings: see `tfmq.recommended_recipe`; ``memory_gib`` is as in `prev`."""
 
     rows: int = 640
-    range_images: int = 24
-    activation_range: ActivationRange = "minmax"
+    range_images: int = 32
+    per_step: bool = True
     tuning_iterations: int = 100
-    learning_rate: float = 3e-4
-    rounding_rate: float = 0.0
     memory_gib: float = 64.0
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
     def recipe(self) -> Recipe:
         """See `Settings`."""
+        memory = int(self.memory_gib * 2**30)
         return recommended_recipe(
-            self.rows,
-            self.range_images,
-            self.activation_range,
-            self.tuning_iterations,
-            self.learning_rate,
-            self.rounding_rate,
-            deployable=False,
-            memory_bytes=int(self.memory_gib * 2**30),
+            self.rows, self.range_images, self.per_step, self.tuning_iterations, deployable=False, memory_bytes=memory
         )
 
 

@@ -15,7 +15,9 @@ from tfmq.numerics.affine import Grid, fake_quantize
 from tfmq.numerics.observer import RangeObserver, SearchObserver, ThresholdObserver
 from tfmq.numerics.steps import exact_steps, step_value
 
-ActivationRange = Literal["minmax", "search", "thresholds"]
+ActivationRange = Literal["minmax", "search", "thresholds", "by_bits"]
+# Below so many bits, clipping what is rare gains more than it costs.
+FEW_BITS = 6
 
 
 class StepTracker:
@@ -163,8 +165,10 @@ class FakeQuantize(KeepsTypes):
             per_step: keep one range a time step.
             activation_range: ``minmax``: the extremes of each batch. ``search``: the best of 80 ranges on each batch.
                 ``thresholds``: the best of PTQ4DM's 100 on each batch, which passes quantised with the range so far,
-                where with the others it passes unchanged.
+                where with the others it passes unchanged. ``by_bits``: ``search`` below 6 bits, else ``minmax``.
         """
+        if activation_range == "by_bits":
+            activation_range = "search" if self.bits < FEW_BITS else "minmax"
         steps = len(self.tracker.steps) if per_step else 0
         if activation_range == "minmax":
             self.observer = RangeObserver(momentum, steps)

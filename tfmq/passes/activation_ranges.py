@@ -32,7 +32,7 @@ class ActivationRanges(Pass[CalibrationRows]):
     Attributes:
         data: which rows of the pool are observed, in their order.
         range: ``minmax``; ``search`` or ``thresholds`` for the searches of `tfmq.passes.weight_ranges.WeightRanges` in
-            each batch.
+            each batch; ``by_bits`` for ``search`` below 6 bits, else ``minmax``.
         momentum: running average of ranges over batches; None keeps the widest range.
         batch: most rows in one batch.
         per_step: a range for each time step at every activation. A batch then has rows of one step, so that the running

@@ -85,6 +85,20 @@ def test_a_batch_passes_quantised_while_thresholds_are_observed():
     assert torch.equal(quantizer(x), passed)
 
 
+@pytest.mark.parametrize(("bits", "like"), [(4, "search"), (8, "minmax")])
+def test_few_bits_clip_what_is_rare(bits, like):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) ** 3
+    scales = {}
+    for activation_range in ("by_bits", "minmax", "search"):
+        quantizer = FakeQuantize(bits, StepTracker())
+        quantizer.observe(activation_range=activation_range)
+        quantizer(x)
+        quantizer.freeze()
+        scales[activation_range] = float(quantizer.scale)
+    assert scales["by_bits"] == scales[like]
+    assert bits == 8 or scales["search"] < scales["minmax"]
+
+
 def test_symmetric_thresholds_have_a_signed_grid():
     quantizer = FakeQuantize(4, StepTracker(), symmetric=True)
     quantizer.observe(momentum=0.9, activation_range="thresholds")
