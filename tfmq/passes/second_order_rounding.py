@@ -103,8 +103,10 @@ class SecondOrderRounding(Pass[CalibrationRows]):
             layers = unrounded_layers(network, Block(path))
             if layers:
                 self._learn(session, path, layers, partial(self._round_embedding, session, path, rows))
-        stream = BlockStream(network, backbone, rows, self.batch, place)
-        reference = BlockStream(full, backbone, rows, self.batch, place) if self.share else None
+        # What is computed anew after a resumed run has to be what was computed while layers were rounded, to the bit.
+        batch = len(rows) if self.in_turn else self.batch
+        stream = BlockStream(network, backbone, rows, batch, place)
+        reference = BlockStream(full, backbone, rows, batch, place) if self.share else None
         for block in tqdm(backbone.blocks, desc=self.name, disable=None):
             layers = unrounded_layers(network, block)
             made = _Outputs()
