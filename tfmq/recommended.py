@@ -11,7 +11,7 @@ from tfmq.passes.noise_distillation import NoiseDistillation
 from tfmq.passes.second_order_rounding import SecondOrderRounding
 
 BATCH = 16
-# Of the tuning: scales, step sizes, biases and norms, and roundings.
+# Learning rates of the tuning: of scales, of step sizes, of biases and norms, of roundings.
 RATES = (1e-3, 3e-3, 1e-3, 0.01)
 
 
@@ -30,17 +30,17 @@ def recommended_recipe(
     what each part gains and takes.
 
     Args:
-        rows: that weights are rounded by: the pool's samples with noise of their own.
+        rows: how many rows of `FreshNoise` weights are rounded by.
         range_images: images of the pool that activation ranges are taken from, at every time step.
-        per_step: a range for each time step. The network then runs at the steps that the pool was recorded at alone.
-        tuning_iterations: of the tuning, which takes most of the time; 0 leaves it out.
-        deployable: take the grids that integer kernels execute without a detour.
+        per_step: give each time step a range of its own. The network then runs only at the time steps of the pool.
+        tuning_iterations: iterations of the tuning; 0 leaves it out.
+        deployable: take the grids that integer kernels execute directly (`Deployable`).
         memory_bytes: as in `BlockReconstruction`.
 
-    Raises ValueError for a number out of its range.
+    Raises ValueError for a number out of its range. `quantize_` refuses a pool that was recorded with a ControlNet.
     """
-    if tuning_iterations < 0:
-        raise ValueError(f"tuning_iterations is {tuning_iterations}: it must be a whole number of at least 0")
+    if not isinstance(tuning_iterations, int) or tuning_iterations < 0:
+        raise ValueError(f"tuning_iterations is {tuning_iterations!r}: it must be a whole number of at least 0")
     passes: list[Pass] = [Deployable()] if deployable else []
     passes.append(SecondOrderRounding(data=FreshNoise(rows), memory_bytes=memory_bytes))
     ranges = Spaced(None, range_images, shuffled=True)

@@ -77,7 +77,8 @@ def points(found: Study, task: str) -> list[Point]:
 def run(suite: Suite, task_name: str) -> str:
     """Measure all points of one task that are new; writes ``results/study`` and returns the page of all tasks.
 
-    Raises ValueError for a task that is not under ``study`` of params.yaml, and for settings that no method has.
+    Raises ValueError for a task that is not under ``study`` of params.yaml, and for a curve whose method does not have its
+    settings, or does not apply.
     """
     task, wanted = task_of(suite, task_name), suite.study
     if wanted is None or task.name not in wanted.tasks:
@@ -93,8 +94,9 @@ def run(suite: Suite, task_name: str) -> str:
         address = _address(task, wanted, point, recipe)
         if address not in kept:
             kept[address] = {"key": address, **dataclasses.asdict(point), **bench.measure(point, recipe)}
-        rows.append(kept[address])
-        waiting = [row for row in kept.values() if row not in rows]  # this run may come to them yet
+        rows.append(kept[address] | dataclasses.asdict(point))  # a point that was kept may be of another curve now
+        measured = {row["key"] for row in rows}
+        waiting = [row for key, row in kept.items() if key not in measured]  # this run may come to them yet
         files.write_json(path, described | {"environment": environment.describe(), "points": [*rows, *waiting]})
     files.write_json(path, described | {"environment": environment.describe(), "points": rows})
     return study.write(FOLDER, PAGE)
@@ -174,9 +176,12 @@ class _Bench:
 
 
 def _recipe(suite: Suite, task: Task, point: Point) -> Recipe:
-    config = discover.method(point.method).config
+    method = discover.method(point.method)
+    objection = method.lacks(point.protocol) or method.objection(Precision.parse(point.precision))
+    if objection:
+        raise ValueError(f"study.curves.{point.curve} is not applicable at {point.precision}: {objection}")
     settings = suite.settings(task.name, point.method) | point.settings
-    return recipe_under(point.protocol, read(config, settings, f"study.curves.{point.curve}"))
+    return recipe_under(point.protocol, read(method.config, settings, f"study.curves.{point.curve}"))
 
 
 def _address(task: Task, wanted: Study, point: Point, recipe: Recipe) -> str:

@@ -48,6 +48,8 @@ def test_it_is_kept(tmp_path):
 def test_numbers_out_of_range_are_refused():
     for wrong, text in (
         ({"tuning_iterations": -1}, "tuning_iterations is -1: it must be a whole number of at least 0"),
+        ({"tuning_iterations": 1.5}, "tuning_iterations is 1.5: it must be a whole number of at least 0"),
+        ({"tuning_iterations": "1"}, "tuning_iterations is '1': it must be a whole number of at least 0"),
         ({"rows": 0}, "rows is 0: it must be a whole number of at least 2"),
         ({"range_images": 0}, "images is 0"),
     ):

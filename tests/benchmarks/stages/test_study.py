@@ -52,6 +52,12 @@ def test_every_point_is_measured_once_and_kept(studied, run, monkeypatch):
     assert run("study", "--task", "toy") == (0, [])
     assert [point.settings for point in measured] == [{"iterations": 3}], "only what is new"
 
+    document["study"]["curves"]["Renamed"] = document["study"]["curves"].pop("AdaRound")
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    assert run("study", "--task", "toy") == (0, [])
+    kept = json.loads(Path("results/study/toy.json").read_text())["points"]
+    assert {row["curve"] for row in kept} == {"To nearest", "Renamed"} and len(measured) == 1
+
 
 def by_any(by):
     names = ("cpu_seconds", "optimizer_steps", "evaluations", "noise_error", "deviation", "median_deviation")
@@ -62,6 +68,14 @@ def test_mistakes_are_one_line_each(studied, run):
     code, (line,) = run("study", "--task", "toi")
     assert code == 1 and "did you mean 'toy'" in line
     document = yaml.safe_load(Path("params.yaml").read_text())
+    for wrong, text in (
+        ({"protocol": "published"}, "study.curves.A is not applicable at w4a8: "),
+        ({"method": "tdq", "precisions": ["w4a32"]}, "study.curves.A is not applicable at w4a32: "),
+    ):
+        curves = {"curves": {"A": {"method": "nearest"} | wrong}}
+        Path("params.yaml").write_text(yaml.safe_dump(document | {"study": STUDY | curves}, sort_keys=False))
+        code, (line,) = run("study", "--task", "toy")
+        assert code == 1 and text in line
     for wrong, text in (
         ({"seeds": 0}, "study.seeds is 0, but must be at least 1"),
         ({"tasks": ["toi"]}, "did you mean 'toy'"),
