@@ -123,6 +123,7 @@ class IntegerLayer(nn.Module):
         grids: for each of these, its grid at each time step, or one for all.
         weights: IntegerWeight, one for each group.
         window: of a convolution.
+        in_features: input channels, which the pipeline of Stable Diffusion XL asks its time embedding for.
     """
 
     def __init__(self, layer: QuantizedLayer, tracker: StepTracker) -> None:
@@ -134,6 +135,7 @@ class IntegerLayer(nn.Module):
         self.grids = [input_grids(part) for part in parts]
         self.per_step = any(len(grids) > 1 for grids in self.grids)
         self.window = _window(layer) if isinstance(layer, QuantizedConv2d) else None
+        self.in_features = layer.weight.shape[1]
         codes = layer.codes
         assert codes is not None
         self.weights = nn.ModuleList(
