@@ -1,14 +1,13 @@
 """AutoRound (Cheng et al., EMNLP findings 2024, arXiv 2309.05516).
 
-Each weight gets an offset before it is rounded, at most half a step, and the ends of each weight range a factor of at
+Each weight gets an offset of at most half a code before it is rounded, and each end of a weight range a factor of at
 most 1. Both are learned block by block with signed gradient descent: a step moves by the learning rate, whatever the
-size of the gradient, so that 200 steps of 1/200 that fall to 0 reach every offset. Of all steps the one with the
-smallest loss is kept.
+size of the gradient, so that 200 steps, of 1/200 at first and falling to 0, reach every offset. What had the smallest
+loss is kept.
 
-Where the paper and this row differ: the paper quantises language models, and says nothing of layers that depend on the
-time step alone, which are learned one by one here, each projection with its residual block, as in `prev`; rows of the
-denoising trajectory take the place of token sequences; and activations, of which the paper has none, get one running
-range each, the same as in `prev`.
+Where the paper and this row differ: the paper quantises the weights of language models. Here rows of the denoising
+trajectory take the place of token sequences. The layers of the time embedding are learned one by one, and each
+projection of it with its residual block, as in `prev`. Activations get one running range each, also as in `prev`.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ models; this row does the same to a denoising network, with the activation range
 
 Where the paper, its released code and this row differ:
 
-- A sample of the paper is 2,048 tokens of text, and it takes 128. Here it is an image at every time step, seen at all
-  pixels of each layer.
+- The paper takes 128 samples of 2,048 tokens of text. Here a sample is an image at each of some time steps, and each
+  layer sees it at all pixels.
 - The paper rounds columns in their order; here those of the largest second moment come first, which is an option of the
   released code (``act_order``) and that of GPTQ's later implementations.
-- The released code rounds what it finds in a block of a language model one group of layers after the other; here it is
-  one layer after the other.
+- The released code rounds the layers of a block by what they see before any of them is rounded, or, as an option
+  (``true_sequential``), one group of layers after the other. Here it is one layer after the other.
 - The paper rounds weights alone. Here activations get ranges afterwards.
 - Columns are rounded by the factor of the second moments and not of their inverse, which gives the same codes
   (`tfmq.numerics.second_order`).

@@ -1,10 +1,9 @@
 """What this library recommends: rounding by second moments, activation ranges, and a short tuning from end to end.
 
-A combination of no paper (`tfmq.recommended_recipe`). Weights are rounded in closed form against full-precision
-outputs, as `tfmq.passes.second_order_rounding` does; activations get running ranges; and what the codes leave
-continuous is tuned with the whole network running, by the error of its prediction, as
-`tfmq.passes.noise_distillation` does. Each part names its papers where it stands. `python -m benchmarks study` measures
-what each part gains, and takes.
+No paper has this combination (`tfmq.recommended_recipe`). Weights are rounded in closed form against full-precision
+outputs (`tfmq.passes.second_order_rounding`), activations get running ranges, and then scales, step sizes, biases,
+norms and roundings are tuned by the error of the whole network's prediction (`tfmq.passes.noise_distillation`). These
+modules name their papers. `python -m benchmarks study` measures what each part gains, and takes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tfmq.settings import check_counts
 class FreshNoise:
     """Samples of the pool noised anew: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, at steps of the schedule at random.
 
-    What learns much from few rows learns them by heart; of these no two are alike.
+    Many parameters that learn on few rows fit these rows alone. Of the rows drawn here no two are alike.
 
     Attributes:
         rows: how many; under guidance both halves are counted.

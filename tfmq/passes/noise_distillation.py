@@ -1,11 +1,11 @@
 """Tuning a quantised network end to end against the full-precision network's predictions.
 
 Blocks that were learned one after another know nothing of what later ones do with their errors. Here the whole network
-runs, and what its quantisation leaves continuous learns by the error of its prediction: the scales of weights, the step
-sizes of activations (LSQ, arXiv 1902.08153), biases and the parameters of norms. This is the second phase of
-EfficientQAT (arXiv 2407.11062) in the place of its training data: calibration rows, and their full-precision
-predictions as targets, as EfficientDM (arXiv 2310.03270) has them. Roundings can move too, through straight-through
-gradients (arXiv 1308.3432).
+runs, and what quantisation leaves continuous learns by the error of the prediction: the scales of weights, the step
+sizes of activations (LSQ, arXiv 1902.08153), biases and the parameters of norms. EfficientQAT (arXiv 2407.11062) has
+such a second phase, for the scales of weights and on training data. Here calibration rows take the place of these data,
+and full-precision predictions are the targets, as in EfficientDM (arXiv 2310.03270). Roundings can move too, by
+straight-through gradients (arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ from tfmq.state import check_finished
 class NoiseDistillation(Pass[CalibrationRows]):
     """Tune a network that is quantised, all of it at once, by Adam; learning rates fall to 0 along a cosine.
 
-    The loss of a row is the norm of its prediction's error, in that of the full-precision prediction. Where rows are
-    those of guidance, both halves of each, it is that of the guided prediction. A learning rate of 0 lets its part be.
+    The loss of a row is the norm of its prediction's error, relative to that of the full-precision prediction. Under
+    guidance, where both halves of each row are drawn, guided predictions are compared. What has a learning rate of 0
+    stays as it is.
 
     Attributes:
         iterations: optimiser steps.
         batch: rows in each, both halves counted.
-        scale_rate: learning rate of the scales of weights, as shares of them.
+        scale_rate: learning rate of the scales of weights, relative to their size.
         step_size_rate: of the step sizes of activations, likewise.
         vector_rate: of biases and of the parameters of norms.
         rounding_rate: of the roundings of weights, in codes.
@@ -131,7 +132,7 @@ class TunedWeight(nn.Module):
 
     Attributes:
         growth: logarithm of what the scales are multiplied by, (output channels, groups).
-        position: where the codes are, between them, if they move.
+        position: codes before they are rounded, where they move; else None.
     """
 
     position: nn.Parameter | None
