@@ -1,4 +1,4 @@
-"""What this library recommends: rounding by second moments, activation ranges, and a short tuning from end to end.
+"""What this library recommends: rounding by second moments, a range for each step, and tuning where bits are few.
 
 No paper has this combination (`tfmq.recommended_recipe`). Weights are rounded in closed form against full-precision
 outputs (`tfmq.passes.second_order_rounding`), activations get running ranges, and then scales, step sizes, biases,
@@ -22,7 +22,7 @@ class Config(Settings):
     rows: int = 640
     range_images: int = 32
     per_step: bool = True
-    tuning_iterations: int = 100
+    tuning_iterations: int = 200
     memory_gib: float = 64.0
 
     def recipe(self) -> Recipe:

@@ -1,7 +1,8 @@
-"""The recipe that this library recommends: rounding by second moments, activation ranges, tuning from end to end."""
+"""The recipe that this library recommends."""
 
 from __future__ import annotations
 
+from tfmq.modules.fake_quantize import FEW_BITS
 from tfmq.network.calibration import Spaced
 from tfmq.network.fresh_noise import FreshNoise
 from tfmq.passes import Pass, Recipe
@@ -19,15 +20,15 @@ def recommended_recipe(
     rows: int = 640,
     range_images: int = 32,
     per_step: bool = True,
-    tuning_iterations: int = 100,
+    tuning_iterations: int = 200,
     deployable: bool = True,
     memory_bytes: int = 8 * 2**30,
 ) -> Recipe:
     """The passes for `quantize_`, in their order.
 
-    Weights are rounded in closed form against full-precision outputs, activations get ranges, and then scales, step
-    sizes, biases, norms and roundings are tuned with the whole network running. `python -m benchmarks study` measures
-    what each part gains and takes.
+    Weights are rounded in closed form against full-precision outputs, and activations get ranges. Where these have
+    fewer than 6 bits, scales, step sizes, biases, norms and roundings are then tuned with the whole network running;
+    with 8, that gains little. `python -m benchmarks study` measures what each part gains and takes.
 
     Args:
         rows: how many rows of `FreshNoise` weights are rounded by.
@@ -46,5 +47,6 @@ def recommended_recipe(
     ranges = Spaced(None, range_images, shuffled=True)
     passes.append(ActivationRanges(ranges, "by_bits", momentum=0.95, batch=BATCH, per_step=per_step))
     if tuning_iterations:
-        passes.append(NoiseDistillation(tuning_iterations, BATCH, *RATES, data=FreshNoise(tuning_iterations * BATCH)))
+        data = FreshNoise(tuning_iterations * BATCH)
+        passes.append(NoiseDistillation(tuning_iterations, BATCH, *RATES, data=data, most_activation_bits=FEW_BITS - 1))
     return tuple(passes)

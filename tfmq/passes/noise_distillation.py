@@ -29,6 +29,7 @@ from tfmq.network.sampling import guides
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.reconstruction import ADAM_TENSORS, random_batches
 from tfmq.plan import activation_quantizers, quantized_layers
+from tfmq.precision import FULL
 from tfmq.session import Session
 from tfmq.settings import check_counts, check_numbers, check_positive
 from tfmq.state import check_finished
@@ -51,6 +52,7 @@ class NoiseDistillation(Pass[CalibrationRows]):
         rounding_rate: of the roundings of weights, in codes.
         norm: exponent of a row's loss.
         data: which rows of the pool.
+        most_activation_bits: the pass does nothing where activations have more.
     """
 
     iterations: int = 200
@@ -61,9 +63,10 @@ class NoiseDistillation(Pass[CalibrationRows]):
     rounding_rate: float = 0.0
     norm: float = 1.0
     data: Draw = Spaced(20, 128)
+    most_activation_bits: int = FULL
 
     def __post_init__(self) -> None:
-        check_counts(self, "iterations", "batch")
+        check_counts(self, "iterations", "batch", "most_activation_bits")
         check_numbers(self, "scale_rate", "step_size_rate", "vector_rate", "rounding_rate", least=0)
         check_positive(self, "norm")
         if not (self.scale_rate or self.step_size_rate or self.vector_rate or self.rounding_rate):
@@ -77,6 +80,8 @@ class NoiseDistillation(Pass[CalibrationRows]):
         """See `Pass`. Raises ValueError for a network that is not quantised yet, and a loss of NaN or infinity."""
         network = session.network
         check_finished(network, self.name)
+        if session.precision.activation_bits > self.most_activation_bits:
+            return
         layers, quantizers = quantized_layers(network), activation_quantizers(network)
         scale = session.pool.settings.guidance_scale
         guided = guides(session.full, scale) and is_both_halves(rows)
@@ -106,10 +111,14 @@ class NoiseDistillation(Pass[CalibrationRows]):
 
     def cost(self, shapes: Shapes, rows: CalibrationRows) -> Cost:
         """See `Pass`."""
+        if shapes.precision.activation_bits > self.most_activation_bits:
+            return Cost()
         return Cost(len(rows), self.iterations, self.iterations * min(self.batch, len(rows)))
 
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
+        if shapes.precision.activation_bits > self.most_activation_bits:
+            return Memory()
         evaluated = shapes.evaluated(rows, self.batch, shapes.full)
         targets = sum(row.nbytes for row in rows.latents[:1]) * len(rows)
         return Memory(targets + max(evaluated, tuning_bytes(shapes, rows, self)))

@@ -76,6 +76,14 @@ def test_a_network_comes_nearer_to_full_precision(kind, precision, rate):
     assert error(after, pool, rows, targets) < 0.95 * error(before, pool, rows, targets)
 
 
+def test_it_lets_be_what_has_more_bits_than_it_is_for():
+    before, *_ = prepared("w4a8")
+    for bits, same in ((7, True), (8, False)):
+        after, *_ = prepared("w4a8", (*RECIPE, replace(FEW, most_activation_bits=bits)))
+        kept, found = before.state_dict(), after.state_dict()
+        assert all(torch.equal(kept[name], found[name]) for name in kept) == same
+
+
 def test_dynamic_activations_and_groups_learn_too():
     recipe = (Grids(weight_group=8, dynamic_activations=True), WeightRanges(), RoundToNearest())
     before, _, pool, rows, targets = prepared("w4a4", recipe)
