@@ -77,8 +77,8 @@ def points(found: Study, task: str) -> list[Point]:
 def run(suite: Suite, task_name: str) -> str:
     """Measure all points of one task that are new; writes ``results/study`` and returns the page of all tasks.
 
-    Raises ValueError for a task that is not under ``study`` of params.yaml, and for a curve whose method does not have its
-    settings, or does not apply.
+    Raises ValueError for a task that is not under ``study`` of params.yaml, and for a curve whose method does not have
+    its settings, or does not apply.
     """
     task, wanted = task_of(suite, task_name), suite.study
     if wanted is None or task.name not in wanted.tasks:
