@@ -46,19 +46,24 @@ def cut(document: dict[str, object]) -> dict[str, object]:
     if "study" in small:
         small["study"] |= {"tasks": small["study"]["tasks"][:1], **STUDY}
         for curve in small["study"]["curves"].values():
-            curve["settings"] = _fewer(curve.get("settings", {}))
+            curve["settings"] = _short(curve["method"], curve.get("settings", {}))
             curve["points"] = [_fewer(settings) for settings in curve.get("points", [])[:1]]
+            curve |= {"tasks": [], "precisions": []}
     for task in small["tasks"].values():
         for key, limit in TASK_LIMITS.items():
             if task.get(key) != 0:
                 task[key] = min(task.get(key) or limit, limit)
         for settings in task.get("methods", {}).values():
             settings |= _fewer(settings)
-    for name, settings in small["methods"].items():
-        for field in dataclasses.fields(discover.method(name).config):
-            if field.name.endswith("iterations"):
-                settings[field.name] = min(getattr(discover.method(name).config(**settings), field.name), ITERATIONS)
+    small["methods"] = {name: _short(name, settings) for name, settings in small["methods"].items()}
     return small
+
+
+def _short(method: str, settings: dict[str, object]) -> dict[str, object]:
+    """Settings of a method with few iterations, also where it has them by default."""
+    config = discover.method(method).config(**settings)
+    names = [field.name for field in dataclasses.fields(config) if field.name.endswith("iterations")]
+    return settings | {name: min(getattr(config, name), ITERATIONS) for name in names}
 
 
 def _fewer(settings: dict[str, object]) -> dict[str, object]:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import yaml
 
+from benchmarks.stages import study
 from benchmarks.suite import discover, params
 from benchmarks.upkeep import smoke
 
@@ -53,6 +54,17 @@ def test_the_suite_of_this_repository_can_be_cut(root):
     full, small = params.parse(document), params.parse(smoke.cut(document))
     assert list(small.tasks) == list(full.tasks)
     assert {(cell.task, cell.row) for cell in small.cells()} == {(cell.task, cell.row) for cell in full.cells()}
+    assert small.study.curves.keys() == full.study.curves.keys()
+    points = study.points(small.study, *small.study.tasks)
+    assert [point.curve for point in points] == [*small.study.curves] and {point.precision for point in points} == {
+        smoke.PRECISION
+    }
+    for point in points:
+        config = discover.method(point.method).config(
+            **small.settings(*small.study.tasks, point.method) | point.settings
+        )
+        iterations = {value for name, value in vars(config).items() if name.endswith("iterations")}
+        assert iterations <= {0, smoke.ITERATIONS}, point.curve
 
 
 def test_each_method_of_a_table_runs_on_one_of_its_tasks(document):
