@@ -12,8 +12,7 @@ from tfmq.passes.noise_distillation import NoiseDistillation
 from tfmq.passes.second_order_rounding import SecondOrderRounding
 
 BATCH = 16
-# Learning rates of the tuning: of scales, of step sizes, of biases and norms, of roundings.
-RATES = (1e-3, 3e-3, 1e-3, 0.01)
+RATES = {"scale_rate": 1e-3, "step_size_rate": 3e-3, "vector_rate": 1e-3, "rounding_rate": 0.01}
 
 
 def recommended_recipe(
@@ -22,6 +21,7 @@ def recommended_recipe(
     per_step: bool = True,
     tuning_iterations: int = 200,
     deployable: bool = True,
+    batch: int | None = None,
     memory_bytes: int = 8 * 2**30,
 ) -> Recipe:
     """The passes for `quantize_`, in their order.
@@ -36,6 +36,9 @@ def recommended_recipe(
         per_step: give each time step a range of its own. The network then runs only at the time steps of the pool.
         tuning_iterations: iterations of the tuning; 0 leaves it out.
         deployable: take the grids that integer kernels execute directly (`Deployable`).
+        batch: rows evaluated at once. None is for small networks: 16, but all of them while weights are rounded, so that
+            each layer of a block is rounded by what it sees once those before it are. A network of the size of Stable
+            Diffusion's needs a number, such as 8.
         memory_bytes: as in `BlockReconstruction`.
 
     Raises ValueError for a number out of its range. `quantize_` refuses a pool that was recorded with a ControlNet.
@@ -43,10 +46,14 @@ def recommended_recipe(
     if not isinstance(tuning_iterations, int) or tuning_iterations < 0:
         raise ValueError(f"tuning_iterations is {tuning_iterations!r}: it must be a whole number of at least 0")
     passes: list[Pass] = [Deployable()] if deployable else []
-    passes.append(SecondOrderRounding(data=FreshNoise(rows), memory_bytes=memory_bytes))
-    ranges = Spaced(None, range_images, shuffled=True)
-    passes.append(ActivationRanges(ranges, "by_bits", momentum=0.95, batch=BATCH, per_step=per_step))
+    data, ranges = FreshNoise(rows), Spaced(None, range_images, shuffled=True)
+    if batch is None:
+        passes.append(SecondOrderRounding(data=data, memory_bytes=memory_bytes))
+    else:
+        passes.append(SecondOrderRounding(data=data, in_turn=False, batch=batch, memory_bytes=memory_bytes))
+    at_once = batch or BATCH
+    passes.append(ActivationRanges(ranges, "by_bits", momentum=0.95, batch=at_once, per_step=per_step))
     if tuning_iterations:
-        data = FreshNoise(tuning_iterations * BATCH)
-        passes.append(NoiseDistillation(tuning_iterations, BATCH, *RATES, data=data, most_activation_bits=FEW_BITS - 1))
+        data, few = FreshNoise(tuning_iterations * at_once), FEW_BITS - 1
+        passes.append(NoiseDistillation(tuning_iterations, at_once, **RATES, data=data, most_activation_bits=few))
     return tuple(passes)

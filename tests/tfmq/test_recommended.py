@@ -52,6 +52,17 @@ def test_numbers_out_of_range_are_refused():
         ({"tuning_iterations": "1"}, "tuning_iterations is '1': it must be a whole number of at least 0"),
         ({"rows": 0}, "rows is 0: it must be a whole number of at least 2"),
         ({"range_images": 0}, "images is 0"),
+        ({"batch": 0}, "batch is 0: it must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=text):
             tfmq.recommended_recipe(**wrong)
+
+
+def test_a_batch_bounds_the_memory():
+    network = networks.unconditional()
+    pool = networks.pool(network, 4)
+    network.to("meta")
+    recipes = (tfmq.recommended_recipe(batch=2), tfmq.recommended_recipe())
+    few, all_at_once = (tfmq.plan_cost(network, tfmq.Precision.parse("w4a4"), each, pool) for each in recipes)
+    held = [[memory.held for memory in planned.memories if memory is not None] for planned in (few, all_at_once)]
+    assert max(held[0]) < max(held[1]) / 4

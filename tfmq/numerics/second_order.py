@@ -14,9 +14,10 @@ those after it are fixed:
     q_i = round(w_i + sum_{j > i} R_ij / R_ii (w_j - w_hat_j))
 
 This is GPTQ (Frantar et al. 2023, arXiv 2210.17323), written as Babai's nearest plane algorithm, which needs no inverse
-of H (Chen et al. 2025, arXiv 2507.18553). Its codes are not yet the best ones, nor is the scale: given all other codes
-of a channel, the best i-th value is w_hat_i + (w* - w_hat) H_i / H_ii, rounded (`best_codes`), and given all codes less
-zero points c, the best scale is w* H c / c H c (`best_scales`).
+of H (Chen et al. 2025, arXiv 2507.18553); GPTAQ (arXiv 2504.02692) rounds against full-precision outputs as well. Its
+codes are not yet the best ones, nor is the scale: given all other codes of a channel, the best i-th value is
+w_hat_i + (w* - w_hat) H_i / H_ii, rounded (`best_codes`), and given all codes less zero points c, the best scale is
+w* H c / c H c (`best_scales`).
 """
 
 from __future__ import annotations
