@@ -36,9 +36,9 @@ def recommended_recipe(
         per_step: give each time step a range of its own. The network then runs only at the time steps of the pool.
         tuning_iterations: iterations of the tuning; 0 leaves it out.
         deployable: take the grids that integer kernels execute directly (`Deployable`).
-        batch: rows evaluated at once. None is for small networks: 16, but all of them while weights are rounded, so that
-            each layer of a block is rounded by what it sees once those before it are. A network of the size of Stable
-            Diffusion's needs a number, such as 8.
+        batch: rows evaluated at once. None is for small networks: 16, but all of them while weights are rounded, so
+            that each layer of a block is rounded by what it sees once those before it are. A network of the size of
+            Stable Diffusion's needs a number, such as 8.
         memory_bytes: as in `BlockReconstruction`.
 
     Raises ValueError for a number out of its range. `quantize_` refuses a pool that was recorded with a ControlNet.
