@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from benchmarks.report.figures import STYLES, png
-from benchmarks.report.tables import markdown
 from benchmarks.runtime import files
 
 MARKERS = ("o", "s", "^")
@@ -104,7 +104,7 @@ def _table(rows: Sequence[Mapping]) -> str:
                     "Deviation, median": f"{_mean(seeds, 'median_deviation'):.3f}",
                 }
             )
-    return markdown.table(cells)
+    return pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True)
 
 
 def _mean(rows: Sequence[Mapping], name: str) -> float:
