@@ -16,7 +16,7 @@ from tfmq.passes.temporal_reconstruction import TemporalReconstruction
 @pytest.mark.parametrize(
     ("field", "value", "advice"),
     [
-        ("activation_range", "percentile", "Allowed: minmax, search, thresholds"),
+        ("activation_range", "percentile", "Allowed: by_bits, minmax, search, thresholds"),
         ("activation_scales", "perstep", "did you mean 'per_step'\\? Allowed: per_step, shared, temporal"),
         ("activation_scales", None, "Allowed: per_step, shared, temporal"),
         ("caching", "projections", "did you mean 'projection'\\? Allowed: None, all, projection, step"),

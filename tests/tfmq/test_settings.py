@@ -28,7 +28,7 @@ from tfmq.passes.weight_ranges import WeightRanges
     ("settings", "field", "value", "advice"),
     [
         (WeightRanges, "range", "serach", "did you mean 'search'\\? Allowed: minmax, search, thresholds"),
-        (ActivationRanges, "range", "percentile", "Allowed: minmax, search, thresholds"),
+        (ActivationRanges, "range", "percentile", "Allowed: by_bits, minmax, search, thresholds"),
         (partial(LowRankBranches, 4, 3, 8), "range", "minmix", "did you mean 'minmax'\\? Allowed: minmax, search, "),
         (TemporalCache, "where", "projections", "did you mean 'projection'\\? Allowed: all, projection, step"),
         (TemporalCache, "where", None, "Allowed: all, projection, step"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -192,7 +193,7 @@ def test_mistakes_are_one_line_each(measured, capsys):
 def test_ctrl_c_ends_it_with_one_line_and_the_next_run_works(measured, root, seconds):
     before = contents(measured)
     command = [sys.executable, "-m", "benchmarks.upkeep.reproduce", "toy/nearest", "toy/tfmq", "--shards", "2"]
-    environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}  # with what NumPy's BLAS is told here
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
