@@ -101,13 +101,11 @@ class QuantizationPlan:
     def described(self, activations: bool) -> list[object]:
         """What of the plan decides how the network computes: all of it once ``activations`` are quantised, else a part.
 
-        Before activations are calibrated, the widths and signs of their grids change nothing. Which attentions are
-        quantised does, since those run another kernel; and dynamic grids quantise from the beginning.
+        Before activations are calibrated, their grids change nothing; but dynamic ones quantise from the beginning.
         """
         if activations or any(layer.dynamic for layer in self.layers.values()):
             return [asdict(self)["layers"], asdict(self)["attentions"]]
-        weights = {path: [layer.weight_bits, layer.splits, layer.rank] for path, layer in self.layers.items()}
-        return [weights, sorted(self.attentions)]
+        return [{path: [layer.weight_bits, layer.splits, layer.rank] for path, layer in self.layers.items()}]
 
 
 def plan_for(
@@ -191,7 +189,12 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
             network.set_submodule(path, GuardedAttention.of(module))
     for path, attention in plan.attentions.items():
         processor = QuantizedAttention(
-            attention.activation_bits, attention.softmax_bits, tracker, attention.symmetric, attention.dynamic
+            attention.activation_bits,
+            attention.softmax_bits,
+            tracker,
+            attention.symmetric,
+            attention.dynamic,
+            network.get_submodule(path).processor,
         )
         network.get_submodule(path).set_processor(processor.to(device))
     for path, quantizer in activation_quantizers(network).items():

@@ -86,10 +86,10 @@ def _shared_last(works: Sequence[Work]) -> list[Work]:
 
 def _beginning(work: Work) -> tuple[object, ...]:
     """What decides the part of a quantisation that comes before activations."""
-    cell, precision = work.cell, Precision.parse(work.cell.precision)
+    cell = work.cell
     recipe = baselines.recipe_under(cell.protocol, config_of(discover.method(cell.method), cell, work.overrides))
     shared = repr(tuple(takewhile(lambda step: not step.sees_activations, recipe)))
-    return work.task.name, cell.protocol, cell.seed, precision.weight_bits, precision.quantizes_activations, shared
+    return work.task.name, cell.protocol, cell.seed, Precision.parse(cell.precision).weight_bits, shared
 
 
 def _remove_superseded(work: Work) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import NoneType
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttentionProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +21,12 @@ class QuantizedAttention(nn.Module):
 
     Dynamic ranges are those of one token of one head, and of one row of probabilities. The products themselves, the
     softmax and the norms run in floating point. Set with ``Attention.set_processor``.
+
+    While no operand is quantised or observed, as when roundings are learned, the processor that it replaces computes:
+    so a network learns the same whether its activations will be quantised or not.
+
+    Args:
+        unquantized: the processor that this one replaces.
 
     Attributes:
         most_bytes: where the probabilities of a batch take more, its images are evaluated some at a time, and once more
@@ -38,6 +44,7 @@ class QuantizedAttention(nn.Module):
         tracker: StepTracker | None = None,
         symmetric: bool = False,
         dynamic: bool = False,
+        unquantized: AttentionProcessor | None = None,
     ) -> None:
         super().__init__()
         if tracker is None:  # an IP-Adapter makes processors of the class that it finds
@@ -55,6 +62,7 @@ class QuantizedAttention(nn.Module):
             operands = [FakeQuantize(activation_bits, tracker, symmetric) for _ in range(3)]
             self.probabilities = FakeQuantize(softmax_bits, tracker, positive=True)
         self.query, self.key, self.value = operands
+        self.unquantized = AttnProcessor2_0() if unquantized is None else unquantized
 
     def __call__(
         self,
@@ -76,6 +84,8 @@ class QuantizedAttention(nn.Module):
         temb: Tensor | None,
     ) -> Tensor:
         """Self- or cross-attention over (B, C, H, W) or (B, tokens, C), as diffusers' own processors compute it."""
+        if not any(operand.active for operand in (self.query, self.key, self.value, self.probabilities)):
+            return self.unquantized(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)

@@ -22,6 +22,8 @@ class DynamicQuantize(nn.Module):
         positive: for inputs in [0, inf): the range and the zero point start at 0 (softmax output).
     """
 
+    active = True  # from the beginning
+
     def __init__(self, bits: int, dim: int | None = -1, symmetric: bool = False, positive: bool = False) -> None:
         super().__init__()
         self.bits = bits

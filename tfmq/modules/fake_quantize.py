@@ -155,6 +155,11 @@ class FakeQuantize(KeepsTypes):
     def per_step(self) -> bool:
         return len(self.scale) > 1
 
+    @property
+    def active(self) -> bool:
+        """Whether it quantises its input, or records it."""
+        return self.enabled or self.observer is not None
+
     def observe(
         self, momentum: float | None = None, per_step: bool = False, activation_range: ActivationRange = "minmax"
     ) -> None:
@@ -263,6 +268,6 @@ class SplitFakeQuantize(nn.Module):
         self.parts = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not any(part.enabled or part.observer is not None for part in self.parts):
+        if not any(part.active for part in self.parts):
             return x
         return torch.cat([part(piece) for part, piece in zip(self.parts, x.split(self.sizes, 1), strict=True)], 1)
