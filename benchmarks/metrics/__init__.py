@@ -70,7 +70,8 @@ class References:
     """What a task's images are compared with.
 
     `data_statistics` are those of the data set, and `data_pooled` [M, D] the pooled features of its images, None where
-    only published moments are known. `samples` are the features of full-precision samples of other seeds, with
+    only published moments are known; `data_radii` [M] are those of `_manifold.radii_of` these features, None where they
+    are to be computed when they are needed. `samples` are the features of full-precision samples of other seeds, with
     `samples_statistics`; both are None where a task asks for none. `second_data` are the moments of the data set's
     pooled features by the task's second evaluator, None where it has none.
     """
@@ -79,6 +80,7 @@ class References:
     samples: Features | None = None
     samples_statistics: ReferenceStatistics | None = None
     data_pooled: Tensor | None = None
+    data_radii: Tensor | None = None
     second_data: Moments | None = None
 
 

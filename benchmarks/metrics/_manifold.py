@@ -14,13 +14,22 @@ NEIGHBOURS = 3
 ROWS = 1000
 
 
-def inside(features: Tensor, centres: Tensor) -> Tensor:
-    """Which of the features [N, D] lie in a ball around any of the centres [M, D]: float64 [N], one or zero.
+def radii_of(centres: Tensor) -> Tensor:
+    """The radius of the ball around each of the centres [M, D]: [M].
 
     Of three centres or fewer, a ball reaches to the furthest. Raises ValueError for a single centre.
     """
     if len(centres) < 2:
         raise ValueError(f"Neighbours are found among two or more images; got {len(centres)}.")
     nearest = min(NEIGHBOURS, len(centres) - 1) + 1  # The nearest is the image itself
-    radii = torch.cat([calc_cdist_part(rows, centres).kthvalue(nearest).values for rows in centres.split(ROWS)])
+    return torch.cat([calc_cdist_part(rows, centres).kthvalue(nearest).values for rows in centres.split(ROWS)])
+
+
+def inside(features: Tensor, centres: Tensor, radii: Tensor | None = None) -> Tensor:
+    """Which of the features [N, D] lie in a ball around any of the centres [M, D]: float64 [N], one or zero.
+
+    ``radii`` [M] are those of `radii_of`, where they are known already.
+    """
+    if radii is None:
+        radii = radii_of(centres)
     return torch.cat([(calc_cdist_part(rows, centres) <= radii).any(dim=1) for rows in features.split(ROWS)]).double()

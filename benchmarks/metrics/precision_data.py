@@ -9,8 +9,8 @@ from benchmarks.metrics._manifold import inside
 
 def per_image(evidence: Evidence) -> Tensor | None:
     """One for each image among the data's, zero for the others; None where the data's features are not known."""
-    data = evidence.references.data_pooled
-    return None if data is None else inside(evidence.features.pooled, data)
+    data, radii = evidence.references.data_pooled, evidence.references.data_radii
+    return None if data is None else inside(evidence.features.pooled, data, radii)
 
 
 METRIC = Metric(

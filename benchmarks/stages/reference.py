@@ -20,6 +20,7 @@ from benchmarks.datasets import _published, dataset
 from benchmarks.features import Evaluator, Features, concatenate, extract
 from benchmarks.features._clip import cosines, load_clip, prompt_vectors
 from benchmarks.metrics import References, ReferenceStatistics, reference_statistics
+from benchmarks.metrics._manifold import radii_of
 from benchmarks.models import Model
 from benchmarks.runtime import files, manifest
 from benchmarks.runtime.devices import device_of
@@ -74,7 +75,7 @@ def run(suite: Suite, task_name: str, device_name: str, shards: int) -> None:
     if task.data is not None:
         found = _data_features.measure(task, device, unfinished, shards)
         tensors.setdefault(DATA_STATISTICS, found.statistics.to_tensors())
-        tensors[DATA_POOLED] = {"pooled": found.pooled}
+        tensors[DATA_POOLED] = {"pooled": found.pooled, "radii": radii_of(found.pooled)}
         if found.second is not None:
             tensors[SECOND_DATA] = tensors_of(found.second, "pooled")
         made_with["features" if task.statistics else "data"] = found.identity
@@ -114,6 +115,7 @@ def read(task: Task, evaluator: Evaluator, second: Evaluator | None = None) -> R
         samples=None if samples is None else Features(**samples),
         samples_statistics=None if samples_statistics is None else ReferenceStatistics.from_tensors(samples_statistics),
         data_pooled=None if data_pooled is None else data_pooled["pooled"],
+        data_radii=None if data_pooled is None else data_pooled["radii"],
         second_data=None if second_data is None else moments_in(second_data, "pooled"),
     )
 

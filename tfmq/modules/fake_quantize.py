@@ -170,10 +170,11 @@ class FakeQuantize(KeepsTypes):
             per_step: keep one range a time step.
             activation_range: ``minmax``: the extremes of each batch. ``search``: the best of 80 ranges on each batch.
                 ``thresholds``: the best of PTQ4DM's 100 on each batch, which passes quantised with the range so far,
-                where with the others it passes unchanged. ``by_bits``: ``search`` below 6 bits, else ``minmax``.
+                where with the others it passes unchanged. ``by_bits``: ``search`` below 6 bits; else ``minmax``, and
+                the widest range.
         """
         if activation_range == "by_bits":
-            activation_range = "search" if self.bits < FEW_BITS else "minmax"
+            activation_range, momentum = ("search", momentum) if self.bits < FEW_BITS else ("minmax", None)
         steps = len(self.tracker.steps) if per_step else 0
         if activation_range == "minmax":
             self.observer = RangeObserver(momentum, steps)

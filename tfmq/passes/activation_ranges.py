@@ -32,7 +32,8 @@ class ActivationRanges(Pass[CalibrationRows]):
     Attributes:
         data: which rows of the pool are observed, in their order.
         range: ``minmax``; ``search`` or ``thresholds`` for the searches of `tfmq.passes.weight_ranges.WeightRanges` in
-            each batch; ``by_bits`` for ``search`` below 6 bits, else ``minmax``.
+            each batch; ``by_bits`` for ``search`` below 6 bits, else the widest ``minmax``, whatever the momentum: with
+            many bits a wide range costs little, and what lies outside a narrow one turns an image into another.
         momentum: running average of ranges over batches; None keeps the widest range.
         batch: most rows in one batch.
         per_step: a range for each time step at every activation. A batch then has rows of one step, so that the running
