@@ -20,7 +20,7 @@ class Config(Settings):
     """Settings: see `tfmq.recommended_recipe`; ``memory_gib`` is as in `prev`."""
 
     rows: int = 640
-    range_images: int = 32
+    range_images: int = 128
     per_step: bool = True
     tuning_iterations: int = 200
     memory_gib: float = 64.0

@@ -17,7 +17,7 @@ RATES = {"scale_rate": 1e-3, "step_size_rate": 3e-3, "vector_rate": 1e-3, "round
 
 def recommended_recipe(
     rows: int = 640,
-    range_images: int = 32,
+    range_images: int = 128,
     per_step: bool = True,
     tuning_iterations: int = 200,
     deployable: bool = True,
