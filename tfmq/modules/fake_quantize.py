@@ -157,8 +157,8 @@ class FakeQuantize(KeepsTypes):
 
     @property
     def active(self) -> bool:
-        """Whether it quantises its input, or records it."""
-        return self.enabled or self.observer is not None
+        """Whether it quantises its input, records it, or a hook looks at it: whether it has to be called."""
+        return self.enabled or self.observer is not None or bool(self._forward_pre_hooks)
 
     def observe(
         self, momentum: float | None = None, per_step: bool = False, activation_range: ActivationRange = "minmax"

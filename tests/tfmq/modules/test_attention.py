@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import StepTracker
@@ -42,6 +42,25 @@ def calibrated(most_bytes: int, momentum: float | None, per_step: bool) -> Atten
     for quantizer in quantizers:
         quantizer.freeze()
     return module
+
+
+def test_until_it_is_calibrated_the_processor_that_it_replaces_computes():
+    """So what is learned before does not depend on whether activations will be quantised."""
+    x, context = inputs()
+    plain = attention(2**30)
+    plain.set_processor(AttnProcessor2_0())
+    assert torch.equal(attention(2**30)(x, context), plain(x, context))
+    calibrated_one = calibrated(2**30, None, False)
+    assert not torch.equal(calibrated_one(x, context), plain(x, context))
+    for quantizer in calibrated_one.processor.children():
+        quantizer.enabled = False
+    assert torch.equal(calibrated_one(x, context), plain(x, context))
+    seen = []
+    for quantizer in calibrated_one.processor.children():
+        quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    calibrated_one(x, context)
+    assert seen == [4, 4, 4, 3], "channels of a head in query, key and value, and 3 tokens to attend to"
+    assert not torch.equal(attention(2**30, dynamic=True)(x, context), plain(x, context))
 
 
 # What two images of 2 heads x 7 x 3 probabilities take, and what none does: one image is the least.

@@ -99,6 +99,16 @@ def test_few_bits_clip_what_is_rare(bits, like):
     assert bits == 8 or scales["search"] < scales["minmax"]
 
 
+def test_many_bits_cover_all_that_was_seen():
+    """Where ranges are chosen by bits, no running average forgets the one batch of large values."""
+    quantizer = FakeQuantize(8, StepTracker())
+    quantizer.observe(momentum=0.95, activation_range="by_bits")
+    for largest in (1.0, 30.0, 1.0):
+        quantizer(torch.tensor([0.0, largest]))
+    quantizer.freeze()
+    assert quantizer(torch.tensor([30.0])).item() == pytest.approx(30.0)
+
+
 def test_symmetric_thresholds_have_a_signed_grid():
     quantizer = FakeQuantize(4, StepTracker(), symmetric=True)
     quantizer.observe(momentum=0.9, activation_range="thresholds")
