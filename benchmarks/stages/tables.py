@@ -11,7 +11,7 @@ import pandas as pd
 
 import baselines
 from benchmarks.metrics import Metric, metrics
-from benchmarks.report import figures, findings, pages, tables
+from benchmarks.report import figures, findings, pages, tables, temporal
 from benchmarks.runtime import excerpt, files
 from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.params import Suite, Task
@@ -70,6 +70,8 @@ def run(suite: Suite) -> str:
     files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, images, summary, comparison))
     found = findings.page(list(records.values()), images, known, small=suite.reported is None)
     files.write_text(files.RESULTS / "FINDINGS.md", found)
+    if suite.temporal is not None:
+        temporal.write(files.RESULTS / "temporal", files.RESULTS / "figures", files.RESULTS / "TEMPORAL.md")
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), front))
     return front
@@ -148,8 +150,8 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
                     name, text = f"{task}-{table}-{precision}", f"{task}, {table}, {precision}"
                     _draw_grid(draw, suite.tasks[task], name, text, [*full, *rows])
                     curves, timesteps = _curves(rows)
-                    temporal = figures.temporal_error(curves, timesteps, text)
-                    draw(f"{name}-temporal", f"{text}: error of the temporal features over steps", temporal)
+                    errors = figures.temporal_error(curves, timesteps, text)
+                    draw(f"{name}-temporal", f"{text}: error of the temporal features over steps", errors)
     for record in every:
         if "cached" in record.details:
             cached, names = np.array(record.details["cached"]), record.details["projections"]

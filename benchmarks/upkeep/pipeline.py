@@ -53,7 +53,7 @@ class Pipeline:
         first = source_stages(self._catalogue) if self.is_paper else []
         tables = list(self.suite.tables)
         generate = [stage for table in tables for stage in self._generate(table)]
-        return [*first, *self._tasks(), *generate, *map(self._score, tables), self._tables()]
+        return [*first, *self._tasks(), *generate, *map(self._score, tables), *self._temporal(), self._tables()]
 
     # What differs between the suites: one folder of data for all, or downloads that DVC does not cache.
 
@@ -225,16 +225,37 @@ class Pipeline:
             ),
         )
 
+    def _temporal(self) -> list[Stage]:
+        """A stage for each task, since rows differ from task to task."""
+        return [
+            Stage(
+                f"temporal_{name}",
+                "",
+                f"python -m benchmarks temporal --task {name}",
+                deps=[
+                    task.checkpoint,
+                    *self._prompts("evaluation"),
+                    *(files.cell_folder(cell).as_posix() for cell in self.suite.temporal_cells(name)),
+                ],
+                code=code_of(STAGES / "temporal.py", discover.file(discover.FAMILIES, task.family)),
+                params=[f"tasks.{name}", "temporal"],
+                outs={f"results/temporal/{name}.json": "{cache: false}"},
+            )
+            for name, task in self.suite.tasks.items()
+            if self.suite.temporal is not None and name in self.suite.temporal.tasks
+        ]
+
     def _tables(self) -> Stage:
+        also = self.suite.temporal is not None
         return Stage(
             "tables",
             "This stage first measures all that is missing; `python -m benchmarks tables` shows what there is. It also"
             " writes the leaderboard's region of README.md, which is no output.",
             "python -m benchmarks tables",
-            deps=["results/records"],
+            deps=["results/records", *["results/temporal"] * also],
             code=code_of(STAGES / "tables.py") | _plugins(METRICS) | _plugins(discover.METHODS),
             params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
-            outs={f"results/{name}": "{cache: false}" for name in PAGES},
+            outs={f"results/{name}": "{cache: false}" for name in sorted([*PAGES, *["TEMPORAL.md"] * also])},
         )
 
 
