@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 import baselines
 from benchmarks.metrics import Metric, metrics
-from benchmarks.report import figures, findings, pages, tables, temporal
+from benchmarks.report import figures, findings, pages, series, tables, temporal
 from benchmarks.runtime import excerpt, files
 from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.params import Suite, Task
@@ -19,7 +19,7 @@ from benchmarks.suite.record import FULL_PRECISION, Cell, Record, Value
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")
-LEADERBOARD = "leaderboard"
+LEADERBOARD = series.LEADERBOARD
 
 Draw = Callable[[str, str, figures.Figure], None]
 
@@ -72,9 +72,30 @@ def run(suite: Suite) -> str:
     files.write_text(files.RESULTS / "FINDINGS.md", found)
     if suite.temporal is not None:
         temporal.write(files.RESULTS / "temporal", files.RESULTS / "figures", files.RESULTS / "TEMPORAL.md")
+    if suite.reported is None:
+        _write_series(suite, measured)
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), front))
     return front
+
+
+def _write_series(suite: Suite, measured: Mapping[str, Sequence[Record]]) -> None:
+    """Write what `dvc metrics` and `dvc plots` show."""
+    rows = series.metrics(suite, measured)
+    with files.new_folder(files.RESULTS / "metrics") as folder:
+        for name, row in rows.items():
+            files.write_json(folder / f"{name}.json", row)
+    texts = series.bars(rows)
+    shown = [r for r in measured.get(LEADERBOARD, []) if r.seed == 0 and r.precision == series.PRECISION and r.metrics]
+    for task in dict.fromkeys(record.task for record in shown):
+        read = {record.method: excerpt.read(record.cell) for record in shown if record.task == task}
+        curves = {name: each.temporal_error for name, each in read.items()}
+        texts |= series.errors(task, next(iter(read.values())).timesteps, curves)
+    for path in sorted((files.RESULTS / "temporal").glob("*.json")):
+        texts |= series.deviations(files.read_json(path), suite.tables[LEADERBOARD].methods)
+    with files.new_folder(files.RESULTS / "plots") as folder:
+        for name, text in texts.items():
+            files.write_text(folder / name, text)
 
 
 def _read(suite: Suite, cell: Cell) -> Record:

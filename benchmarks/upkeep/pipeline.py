@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.report import series
 from benchmarks.runtime import files
 from benchmarks.sources import catalogue
 from benchmarks.stages import convert, fetch
@@ -21,7 +22,7 @@ from benchmarks.suite import discover, params
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import SIMULATED, Cell
 from benchmarks.upkeep.source_stages import source_stages
-from benchmarks.upkeep.stage import OF_TASKS, STAGES, Stage, code_of, entry
+from benchmarks.upkeep.stage import OF_TASKS, STAGES, WIDTH, Stage, code_of, entry
 from tfmq.closure import ROOT
 
 HEADER = (
@@ -30,6 +31,8 @@ HEADER = (
 SMALL, PAPER = Path(), Path("benchmarks/paper")
 METRICS = "benchmarks.metrics"
 PAGES = ("COVERAGE.md", "FINDINGS.md", "METHODS.md", "README.md", "cells.csv", "figures")
+# What `dvc metrics` and `dvc plots` show.
+METRIC_FILES, PLOT_FILES = SERIES = ("metrics", "plots")
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,7 @@ class Pipeline:
 
     def _tables(self) -> Stage:
         also = self.suite.temporal is not None
+        pages = [*PAGES, *["TEMPORAL.md"] * also, *([] if self.is_paper else SERIES)]
         return Stage(
             "tables",
             "This stage first measures all that is missing; `python -m benchmarks tables` shows what there is. It also"
@@ -255,7 +259,7 @@ class Pipeline:
             deps=["results/records", *["results/temporal"] * also],
             code=code_of(STAGES / "tables.py") | _plugins(METRICS) | _plugins(discover.METHODS),
             params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
-            outs={f"results/{name}": "{cache: false}" for name in sorted([*PAGES, *["TEMPORAL.md"] * also])},
+            outs={f"results/{name}": "{cache: false}" for name in sorted(pages)},
         )
 
 
@@ -269,7 +273,14 @@ def render(pipeline: Pipeline) -> str:
     inputs = {task.name: pipeline.inputs(task) for task in pipeline.suite.tasks.values()}
     variables = yaml.safe_dump({"vars": [{"inputs": inputs}]}, sort_keys=False).rstrip()
     stages = (entry(pipeline.folder, stage) for stage in pipeline.stages())
-    return "\n\n".join([HEADER, f"# The files behind each task.\n{variables}", "stages:", *stages]) + "\n"
+    parts = [HEADER, f"# The files behind each task.\n{variables}"]
+    if not pipeline.is_paper:
+        plots = series.definitions(pipeline.suite, files.RESULTS / PLOT_FILES)
+        shown = {"metrics": [(files.RESULTS / METRIC_FILES).as_posix()], "plots": plots}
+        parts.append(
+            f"# What `dvc metrics` and `dvc plots` show.\n{yaml.safe_dump(shown, sort_keys=False, width=WIDTH)}"
+        )
+    return "\n\n".join([*parts, "stages:", *stages]) + "\n"
 
 
 def main() -> None:
