@@ -67,6 +67,8 @@ def deviations(found: Mapping, methods: Sequence[str]) -> dict[str, str]:
 
 def definitions(suite: Suite, folder: Path) -> list[dict[str, dict[str, object]]]:
     """The ``plots`` of dvc.yaml, of the series in ``folder``."""
+    if LEADERBOARD not in suite.tables:
+        return []
     table, looked_at = suite.tables[LEADERBOARD], suite.temporal
     found: list[dict[str, dict[str, object]]] = [
         {

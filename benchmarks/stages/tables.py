@@ -91,8 +91,9 @@ def _write_series(suite: Suite, measured: Mapping[str, Sequence[Record]]) -> Non
         read = {record.method: excerpt.read(record.cell) for record in shown if record.task == task}
         curves = {name: each.temporal_error for name, each in read.items()}
         texts |= series.errors(task, next(iter(read.values())).timesteps, curves)
-    for path in sorted((files.RESULTS / "temporal").glob("*.json")):
-        texts |= series.deviations(files.read_json(path), suite.tables[LEADERBOARD].methods)
+    if LEADERBOARD in suite.tables:
+        for path in sorted((files.RESULTS / "temporal").glob("*.json")):
+            texts |= series.deviations(files.read_json(path), suite.tables[LEADERBOARD].methods)
     with files.new_folder(files.RESULTS / "plots") as folder:
         for name, text in texts.items():
             files.write_text(folder / name, text)

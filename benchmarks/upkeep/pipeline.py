@@ -277,9 +277,8 @@ def render(pipeline: Pipeline) -> str:
     if not pipeline.is_paper:
         plots = series.definitions(pipeline.suite, files.RESULTS / PLOT_FILES)
         shown = {"metrics": [(files.RESULTS / METRIC_FILES).as_posix()], "plots": plots}
-        parts.append(
-            f"# What `dvc metrics` and `dvc plots` show.\n{yaml.safe_dump(shown, sort_keys=False, width=WIDTH)}"
-        )
+        text = yaml.safe_dump(shown, sort_keys=False, width=WIDTH).rstrip()
+        parts.append(f"# What `dvc metrics` and `dvc plots` show.\n{text}")
     return "\n\n".join([*parts, "stages:", *stages]) + "\n"
 
 
