@@ -38,7 +38,7 @@ def test_a_row_has_its_mean_over_all_tasks_of_a_table_and_no_other(suite, make_r
             record("b", 0.75),
             record("b", 9.0, seed=1),
             record("a", 0.5, precision="w8a8"),
-            dataclasses.replace(absent, status="failed", metrics={}),
+            dataclasses.replace(absent, status="failed", reason="out of memory", metrics={}),
         ],
         "published": [record(task, 2.0, method="tfmq", protocol="published") for task in "ab"],
     }
