@@ -123,6 +123,13 @@ def parser() -> argparse.ArgumentParser:
         device=False,
     )
     command.add_argument("--task", required=True, help="a task under `study` of params.yaml")
+    command = stage(
+        "temporal",
+        "Which time step each quantised network takes another one for, and how far its temporal features alone lead"
+        " sampling from full precision. Writes results/temporal; `tables` makes a page of it.",
+        device=False,
+    )
+    command.add_argument("--task", required=True, help="a task under `temporal` of params.yaml")
     stage(
         "tables",
         "Regenerate all tables, pages and figures in results/, and the summary in README.md, from all records.",
@@ -203,6 +210,7 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "score": _of_cells,
     "latency": lambda options: (params.load(PARAMS), options.task, options.without),
     "study": lambda options: (params.load(PARAMS), options.task),
+    "temporal": lambda options: (params.load(PARAMS), options.task),
     "tables": lambda options: (params.load(PARAMS),),
 }
 

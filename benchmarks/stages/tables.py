@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 import baselines
 from benchmarks.metrics import Metric, metrics
-from benchmarks.report import figures, findings, pages, tables
+from benchmarks.report import figures, findings, pages, series, tables, temporal
 from benchmarks.runtime import excerpt, files
 from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.params import Suite, Task
@@ -19,7 +19,7 @@ from benchmarks.suite.record import FULL_PRECISION, Cell, Record, Value
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")
-LEADERBOARD = "leaderboard"
+LEADERBOARD = series.LEADERBOARD
 
 Draw = Callable[[str, str, figures.Figure], None]
 
@@ -70,9 +70,33 @@ def run(suite: Suite) -> str:
     files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, images, summary, comparison))
     found = findings.page(list(records.values()), images, known, small=suite.reported is None)
     files.write_text(files.RESULTS / "FINDINGS.md", found)
+    if suite.temporal is not None:
+        temporal.write(files.RESULTS / "temporal", files.RESULTS / "figures", files.RESULTS / "TEMPORAL.md")
+    if suite.reported is None:
+        _write_series(suite, measured)
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), front))
     return front
+
+
+def _write_series(suite: Suite, measured: Mapping[str, Sequence[Record]]) -> None:
+    """Write what `dvc metrics` and `dvc plots` show."""
+    rows = series.metrics(suite, measured)
+    with files.new_folder(files.RESULTS / "metrics") as folder:
+        for name, row in rows.items():
+            files.write_json(folder / f"{name}.json", row)
+    texts = series.bars(rows)
+    shown = [r for r in measured.get(LEADERBOARD, []) if r.seed == 0 and r.precision == series.PRECISION and r.metrics]
+    for task in dict.fromkeys(record.task for record in shown):
+        read = {record.method: excerpt.read(record.cell) for record in shown if record.task == task}
+        curves = {name: each.temporal_error for name, each in read.items()}
+        texts |= series.errors(task, next(iter(read.values())).timesteps, curves)
+    if LEADERBOARD in suite.tables:
+        for path in sorted((files.RESULTS / "temporal").glob("*.json")):
+            texts |= series.deviations(files.read_json(path), suite.tables[LEADERBOARD].methods)
+    with files.new_folder(files.RESULTS / "plots") as folder:
+        for name, text in texts.items():
+            files.write_text(folder / name, text)
 
 
 def _read(suite: Suite, cell: Cell) -> Record:
@@ -148,8 +172,8 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
                     name, text = f"{task}-{table}-{precision}", f"{task}, {table}, {precision}"
                     _draw_grid(draw, suite.tasks[task], name, text, [*full, *rows])
                     curves, timesteps = _curves(rows)
-                    temporal = figures.temporal_error(curves, timesteps, text)
-                    draw(f"{name}-temporal", f"{text}: error of the temporal features over steps", temporal)
+                    errors = figures.temporal_error(curves, timesteps, text)
+                    draw(f"{name}-temporal", f"{text}: error of the temporal features over steps", errors)
     for record in every:
         if "cached" in record.details:
             cached, names = np.array(record.details["cached"]), record.details["projections"]

@@ -261,6 +261,27 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Temporal:
+    """What quantisation does to the signal of the time step: `python -m benchmarks temporal`.
+
+    Attributes:
+        tasks: whose quantised networks are looked at: all that are simulated under the shared protocol, of seed 0.
+        precisions: of weights and activations.
+        images: whose latents are followed.
+    """
+
+    tasks: tuple[str, ...]
+    precisions: tuple[str, ...]
+    images: int
+
+    def __post_init__(self) -> None:
+        if self.images < 2:
+            raise ValueError(f"temporal.images is {self.images}, but must be at least 2 for an interval over images")
+        for precision in self.precisions:
+            Precision.parse(precision)
+
+
+@dataclass(frozen=True)
 class Suite:
     """All cells of a benchmark: those of its tables and one full-precision cell a task.
 
@@ -271,6 +292,7 @@ class Suite:
         reported: which numbers of papers stand beside the suite's.
         deployment: what of it is executed, and timed.
         study: how error falls with the time that quantising takes.
+        temporal: what quantisation does to the signal of the time step.
     """
 
     name: str
@@ -281,6 +303,7 @@ class Suite:
     reported: Reported | None = None
     deployment: Deployment | None = None
     study: Study | None = None
+    temporal: Temporal | None = None
 
     def __post_init__(self) -> None:
         if FULL_PRECISION in self.methods:
@@ -298,6 +321,9 @@ class Suite:
         for task in self.study.tasks if self.study else ():
             if task not in self.tasks:
                 raise discover.unknown("task in study", task, self.tasks, "Tasks stand above.")
+        for task in self.temporal.tasks if self.temporal else ():
+            if task not in self.tasks:
+                raise discover.unknown("task in temporal", task, self.tasks, "Tasks stand above.")
         for task, bounds in self.gates.items():
             if task not in self.tasks:
                 raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")
@@ -350,6 +376,15 @@ class Suite:
     def beside(self, table: str) -> list[Cell]:
         """The cells that a table shows and another one measures, row by row."""
         return self._cells(table, self.tables[table].beside, SHARED, SIMULATED)
+
+    def temporal_cells(self, task: str) -> list[Cell]:
+        """The quantised cells of a task whose temporal features are looked at, table by table."""
+        precisions = self.temporal.precisions if self.temporal else ()
+        return [
+            cell
+            for cell in self.cells()
+            if cell == Cell(task, cell.method, cell.precision) and cell.precision in precisions
+        ]
 
     def _cells(self, table: str, methods: tuple[str, ...], protocol: str, backend: str) -> list[Cell]:
         found = self.tables[table]

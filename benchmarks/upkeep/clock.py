@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
-from benchmarks.suite.params import Task
+from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record
 
 # Of one core of the machine that the committed records are of: an image's features and comparisons, the metrics of a
 # cell, and what is loaded for one.
 SECONDS_AN_IMAGE = 0.017
 SECONDS_A_CELL = 6.0
+# Loading a quantised network.
+SECONDS_A_NETWORK = 0.5
 # Images of a data set whose size is not known before it is read.
 DATA_IMAGES = 8_000
 # The correction starts as if so many seconds of work had taken as long as expected.
@@ -108,9 +110,23 @@ def of_reference(records: Mapping[Cell, Record], task: Task) -> float:
 
     Its samples are drawn as those of the full-precision cell; features are extracted of them and of the data.
     """
+    sampling = task.reference_images * _sampling_an_image(records, task)
+    return sampling + (task.reference_images + DATA_IMAGES) * SECONDS_AN_IMAGE
+
+
+def of_temporal(records: Mapping[Cell, Record], suite: Suite, task: str) -> float:
+    """Seconds of one process for a task's temporal features: images of each quantised network, and of full precision.
+
+    They are drawn as those of the full-precision cell.
+    """
+    cells, images = suite.temporal_cells(task), suite.temporal.images if suite.temporal else 0
+    an_image = _sampling_an_image(records, suite.tasks[task])
+    return (len(cells) + 1) * images * an_image + len(cells) * SECONDS_A_NETWORK
+
+
+def _sampling_an_image(records: Mapping[Cell, Record], task: Task) -> float:
     full = records.get(Cell(task.name, FULL_PRECISION, "w32a32"))
-    an_image = 0.1 if full is None or full.cost is None else full.cost.seconds["sample"] / task.images
-    return task.reference_images * an_image + (task.reference_images + DATA_IMAGES) * SECONDS_AN_IMAGE
+    return 0.1 if full is None or full.cost is None else full.cost.seconds["sample"] / task.images
 
 
 def spoken(seconds: float) -> str:

@@ -137,6 +137,8 @@ def expected(suite: Suite, records: Mapping[Cell, Record], shards: int) -> dict[
         seen = clock.scoring(record) if record is not None else 0.0
         stages[making] = stages.get(making, 0.0) + (clock.of_cell(record, typical) - seen) / shards
         stages[scoring] = stages.get(scoring, 0.0) + seen / shards
+    for task in suite.temporal.tasks if suite.temporal else ():
+        stages[f"temporal_{task}"] = clock.of_temporal(records, suite, task)
     return {name: seconds + START_SECONDS for name, seconds in stages.items()}
 
 
@@ -151,6 +153,8 @@ def in_order(suite: Suite) -> list[str]:
         cells = [cell for cell in suite.cells() if cell.task == task]  # full precision is the first
         rows = (name for cell in cells for name in _stages(suite, cell))
         stages |= dict.fromkeys([f"calibrate@{task}", f"reference@{task}", *rows])
+        if suite.temporal is not None and task in suite.temporal.tasks:
+            stages[f"temporal_{task}"] = None
     return [*stages, "tables"]
 
 

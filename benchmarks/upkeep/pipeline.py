@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.report import series
 from benchmarks.runtime import files
 from benchmarks.sources import catalogue
 from benchmarks.stages import convert, fetch
@@ -21,7 +22,7 @@ from benchmarks.suite import discover, params
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import SIMULATED, Cell
 from benchmarks.upkeep.source_stages import source_stages
-from benchmarks.upkeep.stage import OF_TASKS, STAGES, Stage, code_of, entry
+from benchmarks.upkeep.stage import OF_TASKS, STAGES, WIDTH, Stage, code_of, entry
 from tfmq.closure import ROOT
 
 HEADER = (
@@ -30,6 +31,8 @@ HEADER = (
 SMALL, PAPER = Path(), Path("benchmarks/paper")
 METRICS = "benchmarks.metrics"
 PAGES = ("COVERAGE.md", "FINDINGS.md", "METHODS.md", "README.md", "cells.csv", "figures")
+# What `dvc metrics` and `dvc plots` show.
+METRIC_FILES, PLOT_FILES = SERIES = ("metrics", "plots")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Pipeline:
         first = source_stages(self._catalogue) if self.is_paper else []
         tables = list(self.suite.tables)
         generate = [stage for table in tables for stage in self._generate(table)]
-        return [*first, *self._tasks(), *generate, *map(self._score, tables), self._tables()]
+        return [*first, *self._tasks(), *generate, *map(self._score, tables), *self._temporal(), self._tables()]
 
     # What differs between the suites: one folder of data for all, or downloads that DVC does not cache.
 
@@ -225,16 +228,38 @@ class Pipeline:
             ),
         )
 
+    def _temporal(self) -> list[Stage]:
+        """A stage for each task, since rows differ from task to task."""
+        return [
+            Stage(
+                f"temporal_{name}",
+                "",
+                f"python -m benchmarks temporal --task {name}",
+                deps=[
+                    task.checkpoint,
+                    *self._prompts("evaluation"),
+                    *(files.cell_folder(cell).as_posix() for cell in self.suite.temporal_cells(name)),
+                ],
+                code=code_of(STAGES / "temporal.py", discover.file(discover.FAMILIES, task.family)),
+                params=[f"tasks.{name}", "temporal"],
+                outs={f"results/temporal/{name}.json": "{cache: false}"},
+            )
+            for name, task in self.suite.tasks.items()
+            if self.suite.temporal is not None and name in self.suite.temporal.tasks
+        ]
+
     def _tables(self) -> Stage:
+        also = self.suite.temporal is not None
+        pages = [*PAGES, *["TEMPORAL.md"] * also, *([] if self.is_paper else SERIES)]
         return Stage(
             "tables",
             "This stage first measures all that is missing; `python -m benchmarks tables` shows what there is. It also"
             " writes the leaderboard's region of README.md, which is no output.",
             "python -m benchmarks tables",
-            deps=["results/records"],
+            deps=["results/records", *["results/temporal"] * also],
             code=code_of(STAGES / "tables.py") | _plugins(METRICS) | _plugins(discover.METHODS),
             params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
-            outs={f"results/{name}": "{cache: false}" for name in PAGES},
+            outs={f"results/{name}": "{cache: false}" for name in sorted(pages)},
         )
 
 
@@ -248,7 +273,13 @@ def render(pipeline: Pipeline) -> str:
     inputs = {task.name: pipeline.inputs(task) for task in pipeline.suite.tasks.values()}
     variables = yaml.safe_dump({"vars": [{"inputs": inputs}]}, sort_keys=False).rstrip()
     stages = (entry(pipeline.folder, stage) for stage in pipeline.stages())
-    return "\n\n".join([HEADER, f"# The files behind each task.\n{variables}", "stages:", *stages]) + "\n"
+    parts = [HEADER, f"# The files behind each task.\n{variables}"]
+    if not pipeline.is_paper:
+        plots = series.definitions(pipeline.suite, files.RESULTS / PLOT_FILES)
+        shown = {"metrics": [(files.RESULTS / METRIC_FILES).as_posix()], "plots": plots}
+        text = yaml.safe_dump(shown, sort_keys=False, width=WIDTH).rstrip()
+        parts.append(f"# What `dvc metrics` and `dvc plots` show.\n{text}")
+    return "\n\n".join([*parts, "stages:", *stages]) + "\n"
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 `python -m benchmarks.upkeep.smoke params < params.yaml` prints the cut-down settings. With these, in the current
 folder, `targets` prints the DVC stages to run: one row of each table, and so what comes before it. `rest` runs others
 in one process, since a row's own would take longer to start than to run: each method on one task, the next one on the
-next task. It also executes and times a network. `check` fails unless their records and the tables are there.
-`nox -s bench-smoke` uses all four.
+next task. It also executes and times a network, and runs the study and the analysis of temporal features. `check`
+fails unless their records and the tables are there. `nox -s bench-smoke` uses all four.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ TASK_LIMITS = {"steps": 4, "images": 12, "batch": 4, "calibration_images": 4, "r
 PAGES = ("results/README.md", "results/METHODS.md", "results/COVERAGE.md", "results/FINDINGS.md", "results/cells.csv")
 # Of what is executed and timed.
 DEPLOYMENT = {"images": 4, "batch": 4, "rounds": 1, "evaluations": 1}
+TEMPORAL = {"precisions": [PRECISION], "images": 4}
 STUDY = {"precisions": [PRECISION], "seeds": 1, "images": 4}
-DEPLOYMENT_PAGE, STUDY_PAGE = "results/DEPLOYMENT.md", "results/STUDY.md"
+DEPLOYMENT_PAGE, STUDY_PAGE, TEMPORAL_PAGE = "results/DEPLOYMENT.md", "results/STUDY.md", "results/TEMPORAL.md"
 
 
 def cut(document: dict[str, object]) -> dict[str, object]:
@@ -43,6 +44,8 @@ def cut(document: dict[str, object]) -> dict[str, object]:
         table |= {"precisions": [PRECISION], "seeds": {}}
     if "deployment" in small:
         small["deployment"] |= {"tasks": small["deployment"]["tasks"][:1], **DEPLOYMENT}
+    if "temporal" in small:
+        small["temporal"] |= {"tasks": small["temporal"]["tasks"][:1], **TEMPORAL}
     if "study" in small:
         small["study"] |= {"tasks": small["study"]["tasks"][:1], **STUDY}
         for curve in small["study"]["curves"].values():
@@ -91,7 +94,7 @@ def run_rest(suite: params.Suite, device: str) -> None:
     """
     from benchmarks.runtime import files, workers
     from benchmarks.runtime.devices import device_of
-    from benchmarks.stages import calibrate, generate, latency, reference, score, study
+    from benchmarks.stages import calibrate, generate, latency, reference, score, study, temporal
 
     shards = workers.default_shards(device_of(device))
     rest = [cell for cell in chosen(suite) if not files.record_file(cell).is_file()]
@@ -106,12 +109,14 @@ def run_rest(suite: params.Suite, device: str) -> None:
         latency.run(suite, suite.deployment.tasks[0])
     if suite.study is not None:
         study.run(suite, suite.study.tasks[0])
+    if suite.temporal is not None:
+        temporal.run(suite, suite.temporal.tasks[0])
 
 
 def problems(root: Path) -> list[str]:
     """What is missing or wrong, a line each, after a run of the suite in ``root``: records, pages, failed cells."""
     suite = params.load(root / "params.yaml")
-    extra = {DEPLOYMENT_PAGE: suite.deployment, STUDY_PAGE: suite.study}
+    extra = {DEPLOYMENT_PAGE: suite.deployment, STUDY_PAGE: suite.study, TEMPORAL_PAGE: suite.temporal}
     pages = [*PAGES, *(page for page, asked in extra.items() if asked is not None)]
     found = [f"{path} is missing" for path in pages if not (root / path).is_file()]
     for cell in chosen(suite):

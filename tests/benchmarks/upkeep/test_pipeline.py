@@ -65,7 +65,7 @@ def test_a_row_depends_on_the_passes_of_its_recipe_alone(stages):
 
 
 def test_a_new_method_with_a_pass_of_its_own_runs_its_own_cells_alone(root, tmp_path, monkeypatch, stages):
-    """It is one file, and no other stage than its own, and that of the tables, changes."""
+    """It is one file, and no other stage than its own, and those that look at all cells, changes."""
     (tmp_path / "mine.py").write_text(METHOD, encoding="utf-8")
     monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
     monkeypatch.setattr(
@@ -78,7 +78,8 @@ def test_a_new_method_with_a_pass_of_its_own_runs_its_own_cells_alone(root, tmp_
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     changed = {stage.name: stage for stage in Pipeline(SMALL, params.load(tmp_path / "params.yaml")).stages()}
     assert set(changed) - set(stages) == {"generate_leaderboard_mine"}
-    assert {name for name in stages if changed[name] != stages[name]} <= {"tables"}
+    looks = {f"temporal_{task}" for task in settings["temporal"]["tasks"]}
+    assert {name for name in stages if changed[name] != stages[name]} <= {"tables", *looks}
     (made,) = changed["generate_leaderboard_mine"].outs
     assert made == "work/cells/${item}/mine"
 
@@ -96,6 +97,17 @@ def test_executed_cells_alone_depend_on_the_code_that_executes(root, tmp_path):
     assert list(stage.outs) == ["work/cells/${item}/tfmq-deployable-executed"]
     assert "tables.deployed.backend" in stage.params
     assert "tables.leaderboard.backend" not in stages["generate_leaderboard_tfmq"].params
+
+
+def test_temporal_features_depend_on_the_cells_that_they_are_of_and_on_no_page(stages):
+    stage = stages["temporal_emoji-ldm4"]
+    cells = {path for path in stage.deps if path.startswith("work/")}
+    assert {"work/cells/emoji-ldm4/tfmq/w8a8", "work/cells/emoji-ldm4/cache/w4a8"} <= cells
+    assert not any("w4a32" in path or "-s1" in path or "-published" in path or "-executed" in path for path in cells)
+    assert "work/cells/emoji-dit/cache/w4a8" not in stages["temporal_emoji-dit"].deps  # is of no table there
+    assert not any(path.startswith(("benchmarks/report", "baselines")) for path in stage.code)
+    tables = stages["tables"]
+    assert "results/temporal" in tables.deps and "results/TEMPORAL.md" in tables.outs
 
 
 def test_modules_that_decide_nothing_are_not_among_the_code(stages):
