@@ -182,7 +182,7 @@ def test_casting_there_and_back_loses_nothing():
 def test_scales_take_a_byte_in_files():
     network, *_ = networks.quantized(RECIPE, "w4a4")
     full = networks.unconditional()
-    weights = {path for path in quantized_layers(network)}
+    weights = set(quantized_layers(network))
     others = sum(p.numel() * 4 for name, p in full.named_parameters() if name.rpartition(".")[0] not in weights)
     biases = sum(layer.bias.numel() * 4 for layer in quantized_layers(network).values() if layer.bias is not None)
     expected = others + biases

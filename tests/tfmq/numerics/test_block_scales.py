@@ -62,7 +62,7 @@ def test_e4m3_rounds_as_another_library_does():
 
 
 def test_e4m3_by_hand():
-    """Of 1.0 to 2.0 the type has eighths, half-way goes to the even one; from 2 on quarters; below 2^-6 steps of 2^-9."""
+    """From 1 the type has eighths, from 2 quarters, below 2^-6 steps of 2^-9; half-way goes to the even one."""
     table = {1.06: 1.0, 1.0625: 1.0, 1.07: 1.125, 1.1875: 1.25, 2.1: 2.0, 2.13: 2.25, 17.0: 16.0, 0.003: 0.00390625}
     for value, expected in table.items():
         codes = e4m3_codes(torch.tensor(value * 7), 7, torch.tensor(1.0))
