@@ -3,7 +3,7 @@
 Codes are symmetric around 0, or begin at 0 where no value is negative; there is no zero point. A block's scale is
 
 - ``e8m0``, a power of two: X = 2^floor(log2 max|x|), and a code of b bits counts units of X / 2^(b - 2). With 8 bits
-  and blocks of 32 that is MXINT8 of the Open Compute Project's Microscaling formats (version 1.0, section 6.3), whose
+  and blocks of 32 that is MXINT8 of the Open Compute Project's Microscaling formats (version 1.0), whose
   code -128 is left unused, as the specification allows.
 - ``e4m3``, a float of 4 exponent and 3 mantissa bits, the nearest to max|x| / (largest code). That type spans 2^-9 to
   448 only, so that a coarse scale in float32, shared by many blocks, goes with it: with it the largest of these blocks

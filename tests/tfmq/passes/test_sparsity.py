@@ -42,7 +42,7 @@ def test_zeros_are_those_of_the_quantised_inputs():
     network, _, pool, _ = networks.quantized(recipe, "w4a4")
     path, other = "down_blocks.0.resnets.0.conv1", "conv_out"
     rows = networks.ALL_ROWS(pool, networks.generator())
-    zeros, operations = count_zeros(network, [path, other], rows, 3)
+    zeros, operations = count_zeros(network, [path, other], rows, 4)
     timesteps = rows.timesteps.unique().tolist()
     assert zeros[path].shape == (5, 16) and zeros[other].shape == (5, 16)
     seen = []
