@@ -10,11 +10,14 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from tfmq.modules.attention import QuantizedAttention
+from tfmq.modules.block_scaled import block_layer
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.guarded_attention import GuardedAttention
 from tfmq.modules.later_changes import guard
 from tfmq.modules.layers import QuantizedLayer, quantized_layer
+from tfmq.modules.rectified import Rectified
 from tfmq.network.backbone import Backbone, Network, refuse_unknown
+from tfmq.numerics.block_scales import ScaleFormat
 from tfmq.precision import FULL, Precision
 
 if TYPE_CHECKING:
@@ -61,6 +64,10 @@ class LayerPlan:
         symmetric: signed grid with zero point 0 for the input.
         dynamic: ranges of the input are computed at run time.
         rank: of the branch in 16 bits that takes the largest part of the weight; 0 for none.
+        block: consecutive channels of weight and input that share a scale (`tfmq.modules.block_scaled`); 0 for none.
+            Inputs in blocks are dynamic and symmetric, and there are no splits and no branch.
+        scales: the format of a block's scale.
+        unsigned: the input, in blocks, is not negative, and its codes begin at 0.
     """
 
     weight_bits: int
@@ -69,6 +76,13 @@ class LayerPlan:
     symmetric: bool = False
     dynamic: bool = False
     rank: int = 0
+    block: int = 0
+    scales: ScaleFormat = "float32"
+    unsigned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block and (self.splits or self.rank):
+            raise ValueError("a layer in blocks has no splits and no low-rank branch: leave these out")
 
 
 @dataclass(frozen=True)
@@ -91,12 +105,25 @@ class AttentionPlan:
 class QuantizationPlan:
     """Treatment of each layer and attention module, by path.
 
-    What is not listed stays in full precision; ``reasons`` says why, by path.
+    What is not listed stays in full precision; ``reasons`` says why, by path. ``rectified`` are the paths of activation
+    functions that become ReLU.
     """
 
     layers: dict[str, LayerPlan]
     attentions: dict[str, AttentionPlan]
     reasons: dict[str, str] = field(default_factory=dict)
+    rectified: tuple[str, ...] = ()
+
+    def stored(self) -> dict[str, object]:
+        """The plan as JSON; of blocks and ReLU nothing where there are none, as in files of before there were any."""
+        found = asdict(self)
+        for layer in found["layers"].values():
+            if not layer["block"]:
+                for name in ("block", "scales", "unsigned"):
+                    del layer[name]
+        if not self.rectified:
+            del found["rectified"]
+        return found
 
     def described(self, activations: bool) -> list[object]:
         """What of the plan decides how the network computes: all of it once ``activations`` are quantised, else a part.
@@ -104,8 +131,10 @@ class QuantizationPlan:
         Before activations are calibrated, their grids change nothing; but dynamic ones quantise from the beginning.
         """
         if activations or any(layer.dynamic for layer in self.layers.values()):
-            return [asdict(self)["layers"], asdict(self)["attentions"]]
-        return [{path: [layer.weight_bits, layer.splits, layer.rank] for path, layer in self.layers.items()}]
+            found = self.stored()
+            return [found[part] for part in ("layers", "attentions", "rectified") if part in found]
+        weights = {path: [layer.weight_bits, layer.splits, layer.rank] for path, layer in self.layers.items()}
+        return [weights, *([self.rectified] if self.rectified else [])]
 
 
 def plan_for(
@@ -173,17 +202,17 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
     device = network.device
     for path, layer in plan.layers.items():
         original = network.get_submodule(path)
-        swapped = quantized_layer(
-            original,
-            layer.weight_bits,
-            layer.activation_bits,
-            tracker,
-            layer.splits,
-            layer.symmetric,
-            layer.dynamic,
-            layer.rank,
-        )
+        bits = (layer.weight_bits, layer.activation_bits)
+        swapped: QuantizedLayer
+        if layer.block:
+            swapped = block_layer(original, *bits, tracker, layer.block, layer.scales, layer.unsigned)
+        else:
+            swapped = quantized_layer(
+                original, *bits, tracker, layer.splits, layer.symmetric, layer.dynamic, layer.rank
+            )
         network.set_submodule(path, swapped.to(device))
+    for path in plan.rectified:
+        network.set_submodule(path, Rectified())
     for path, module in [*network.named_modules()]:
         if isinstance(module, Attention):
             network.set_submodule(path, GuardedAttention.of(module))

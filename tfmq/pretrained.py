@@ -80,7 +80,7 @@ def describe(network: Network) -> dict[str, Any]:
     """How a quantised network differs from one of its config, as JSON can hold it; `rebuild` reads it."""
     correction = correction_of(network)
     return {
-        "plan": asdict(plan_of(network)),
+        "plan": plan_of(network).stored(),
         "steps": network.step_tracker.steps.tolist(),
         "cache": {name: asdict(table.plan) for name, table in cached_projections(network).items()},
         "step_bits": [n for n, part in activation_quantizers(network).items() if part.step_bits is not None],
@@ -94,7 +94,8 @@ def rebuild(network: Network, described: Mapping[str, Any]) -> None:
     layers = {name: LayerPlan(**{**layer, "splits": tuple(layer["splits"])}) for name, layer in plan["layers"].items()}
     attentions = {name: AttentionPlan(**attention) for name, attention in plan["attentions"].items()}
     backbone = backbone_of(network)
-    insert_quantizers(network, QuantizationPlan(layers, attentions, plan["reasons"]))
+    rectified = tuple(plan.get("rectified", ()))
+    insert_quantizers(network, QuantizationPlan(layers, attentions, plan["reasons"], rectified))
     network.step_tracker.steps = exact_steps(described["steps"])
     insert_cache(network, {name: CachePlan(**table) for name, table in described["cache"].items()}, backbone)
     for name in described["step_bits"]:

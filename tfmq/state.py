@@ -19,6 +19,7 @@ from tfmq.modules.dynamic import DynamicQuantize
 from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize
 from tfmq.modules.later_changes import adapted
 from tfmq.modules.layers import QuantizedLayer
+from tfmq.modules.rectified import Rectified
 from tfmq.network.backbone import Network
 from tfmq.plan import AttentionPlan, LayerPlan, QuantizationPlan, activation_quantizers, quantized_layers
 from tfmq.precision import FULL
@@ -194,7 +195,15 @@ def plan_of(network: Network) -> QuantizationPlan:
     layers = {}
     for path, layer in quantized_layers(network).items():
         layers[original.get(path, path)] = LayerPlan(
-            layer.weight_bits, layer.activation_bits, layer.splits, layer.symmetric, layer.dynamic, layer.rank
+            layer.weight_bits,
+            layer.activation_bits,
+            () if layer.block else layer.splits,
+            layer.symmetric,
+            layer.dynamic,
+            layer.rank,
+            layer.block,
+            layer.scales,
+            layer.unsigned,
         )
     attentions = {
         path.removesuffix(".processor"): AttentionPlan(
@@ -203,4 +212,5 @@ def plan_of(network: Network) -> QuantizationPlan:
         for path, processor in network.named_modules()
         if isinstance(processor, QuantizedAttention)
     }
-    return QuantizationPlan(layers, attentions, network.full_precision_reasons)
+    rectified = tuple(path for path, module in network.named_modules() if isinstance(module, Rectified))
+    return QuantizationPlan(layers, attentions, network.full_precision_reasons, rectified)

@@ -34,6 +34,12 @@ def small(method):
     return dataclasses.replace(default, **{name: min(limit, getattr(default, name)) for name, limit in most.items()})
 
 
+def usual(name):
+    """The precision at which most methods are tested, or the one that this method has."""
+    objects = discover.method(name).objection
+    return next(precision for precision in ("w4a8", "w4a4") if not objects(Precision.parse(precision)))
+
+
 @cache
 def quantized(name, kind, precision, published=False):
     """A quantised tiny network, the full-precision one and the report; None where the method objects."""
@@ -96,10 +102,10 @@ def test_its_own_protocol_leaves_out_what_it_names(name, kind):
 @pytest.mark.parametrize("name", METHODS)
 def test_is_repeated_exactly_and_survives_its_checkpoint(name, kind, tmp_path):
     draw = networks.KINDS[kind].draw
-    unet, _, _ = quantized(name, kind, "w4a8")
+    unet, _, _ = quantized(name, kind, usual(name))
     images = draw(unet)
     assert torch.isfinite(images).all()
-    again, _, _ = quantized.__wrapped__(name, kind, "w4a8")
+    again, _, _ = quantized.__wrapped__(name, kind, usual(name))
     assert torch.equal(draw(again), images)
     save_quantized(unet, tmp_path / "quantized.safetensors", {})
     torch.testing.assert_close(draw(load_quantized(tmp_path / "quantized.safetensors")), images, rtol=0, atol=1e-6)

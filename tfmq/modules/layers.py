@@ -13,6 +13,7 @@ from tfmq.modules.dynamic import DynamicQuantize
 from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize, StepTracker
 from tfmq.modules.number_types import KeepsTypes
 from tfmq.numerics.affine import Grid, dequantize, quantize
+from tfmq.numerics.block_scales import ScaleFormat
 from tfmq.numerics.observer import minmax, search, thresholds
 from tfmq.numerics.rounding import AdaRound
 from tfmq.precision import FULL
@@ -43,6 +44,7 @@ class QuantizedLayer(KeepsTypes):
         input_quantizer: FakeQuantize, SplitFakeQuantize, DynamicQuantize or Identity.
         symmetric, dynamic: of the input's quantiser.
         rank: of the branch, 0 for none.
+        block, scales, unsigned: as in ``LayerPlan``; set in `tfmq.modules.block_scaled`.
         smoothing: (input channels,), with a branch only.
         down, up: float16, (rank, input channels, *kernel) and (output channels, rank, 1, 1) or without the ones where
             linear, with a branch only; computed in the input's type.
@@ -54,6 +56,9 @@ class QuantizedLayer(KeepsTypes):
     symmetric: bool
     dynamic: bool
     rank: int
+    block: int = 0
+    scales: ScaleFormat = "float32"
+    unsigned: bool = False
     symmetric_weight: bool
     ranged: bool
     rounding: nn.Module | None
@@ -86,9 +91,7 @@ class QuantizedLayer(KeepsTypes):
         self.ranged = False
         self.rounding = None
         self.register_buffer("codes", None)
-        scales = (self.weight.shape[0], len(splits))
-        self.register_buffer("weight_scale", torch.ones(scales, dtype=torch.float32))
-        self.register_buffer("weight_zero_point", torch.zeros(scales, dtype=torch.float32))
+        self.register_scales()
         if rank:
             outputs, inputs, *kernel = self.weight.shape
             self.register_buffer("smoothing", torch.ones(inputs, dtype=torch.float32))
@@ -102,6 +105,12 @@ class QuantizedLayer(KeepsTypes):
             return
         parts = [FakeQuantize(activation_bits, tracker, symmetric) for _ in splits]
         self.input_quantizer = SplitFakeQuantize(splits, parts) if len(parts) > 1 else parts[0]
+
+    def register_scales(self) -> None:
+        """Make the buffers that the weight's scales are kept in."""
+        scales = (self.weight.shape[0], len(self.splits))
+        self.register_buffer("weight_scale", torch.ones(scales, dtype=torch.float32))
+        self.register_buffer("weight_zero_point", torch.zeros(scales, dtype=torch.float32))
 
     @property
     def grid(self) -> Grid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tfmq.network.backbone import Backbone, Network
 from tfmq.passes import Pass
@@ -38,7 +39,7 @@ class Grids(Pass):
 
     def amend(self, plan: QuantizationPlan, network: Network, backbone: Backbone) -> QuantizationPlan:
         """See `Pass`."""
-        own = {"symmetric": True} if self.symmetric_activations else {}
+        own: dict[str, Any] = {"symmetric": True} if self.symmetric_activations else {}
         own |= {"dynamic": True} if self.dynamic_activations else {}
         layers = {}
         for path, layer in plan.layers.items():
