@@ -11,6 +11,7 @@ from importlib import import_module
 # seconds, and who asks for a Precision alone need not wait.
 _HOMES = {
     "ActivationRanges": "passes.activation_ranges",
+    "AdaptiveProbabilities": "passes.adaptive_probabilities",
     "Backbone": "network.backbone",
     "BlockReconstruction": "passes.block_reconstruction",
     "CalibrationRows": "network.rows",
@@ -40,9 +41,11 @@ _HOMES = {
     "Protocol": "plan",
     "QuantizationAwareTraining": "passes.training",
     "QuantizationReport": "session",
+    "Recalibration": "passes.recalibration",
     "RoundToNearest": "passes.weight_ranges",
     "RoundingConfig": "passes.reconstruction",
     "SamplingSettings": "network.sampling",
+    "ScaleChannels": "passes.channel_scales",
     "SecondOrderRounding": "passes.second_order_rounding",
     "SignedRounding": "passes.signed_rounding",
     "SignedRoundingConfig": "passes.signed_rounding",

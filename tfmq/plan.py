@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from tfmq.modules.adaptive import AdaptiveQuantize
 from tfmq.modules.attention import QuantizedAttention
+from tfmq.modules.channel_scales import divide_channels
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.guarded_attention import GuardedAttention
 from tfmq.modules.later_changes import guard
@@ -61,6 +63,7 @@ class LayerPlan:
         symmetric: signed grid with zero point 0 for the input.
         dynamic: ranges of the input are computed at run time.
         rank: of the branch in 16 bits that takes the largest part of the weight; 0 for none.
+        channel_scales: the channels of the input are divided by factors before they are quantised.
     """
 
     weight_bits: int
@@ -69,6 +72,7 @@ class LayerPlan:
     symmetric: bool = False
     dynamic: bool = False
     rank: int = 0
+    channel_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,14 @@ class AttentionPlan:
         activation_bits: of query, key and value.
         softmax_bits: of the probabilities.
         symmetric, dynamic: as in ``LayerPlan``.
+        adaptive: the grid of the probabilities is uniform or logarithmic, as their distribution asks for.
     """
 
     activation_bits: int
     softmax_bits: int
     symmetric: bool = False
     dynamic: bool = False
+    adaptive: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ class QuantizationPlan:
         """
         if activations or any(layer.dynamic for layer in self.layers.values()):
             return [asdict(self)["layers"], asdict(self)["attentions"]]
-        return [{path: [layer.weight_bits, layer.splits, layer.rank] for path, layer in self.layers.items()}]
+        parts = ("weight_bits", "splits", "rank", "channel_scales")
+        return [{path: [getattr(layer, part) for part in parts] for path, layer in self.layers.items()}]
 
 
 def plan_for(
@@ -183,6 +190,8 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
             layer.dynamic,
             layer.rank,
         )
+        if layer.channel_scales:
+            divide_channels(swapped)
         network.set_submodule(path, swapped.to(device))
     for path, module in [*network.named_modules()]:
         if isinstance(module, Attention):
@@ -196,6 +205,8 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
             attention.dynamic,
             network.get_submodule(path).processor,
         )
+        if attention.adaptive:
+            processor.probabilities = AdaptiveQuantize(attention.softmax_bits, tracker)
         network.get_submodule(path).set_processor(processor.to(device))
     for path, quantizer in activation_quantizers(network).items():
         quantizer.path = path

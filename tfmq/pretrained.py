@@ -33,6 +33,8 @@ from tfmq.plan import AttentionPlan, LayerPlan, QuantizationPlan, activation_qua
 from tfmq.state import plan_of
 
 FORMAT = "tfmq-quantized-3"
+# Of the plan of a layer or an attention, what few have.
+OPTIONAL = ("channel_scales", "adaptive")
 # What `describe` finds.
 PARTS = ("plan", "steps", "cache", "step_bits", "correction")
 
@@ -80,12 +82,22 @@ def describe(network: Network) -> dict[str, Any]:
     """How a quantised network differs from one of its config, as JSON can hold it; `rebuild` reads it."""
     correction = correction_of(network)
     return {
-        "plan": asdict(plan_of(network)),
+        "plan": _stored_plan(plan_of(network)),
         "steps": network.step_tracker.steps.tolist(),
         "cache": {name: asdict(table.plan) for name, table in cached_projections(network).items()},
         "step_bits": [n for n, part in activation_quantizers(network).items() if part.step_bits is not None],
         "correction": None if correction is None else correction.arguments,
     }
+
+
+def _stored_plan(plan: QuantizationPlan) -> dict[str, Any]:
+    """A plan as JSON can hold it, without `OPTIONAL` parts that are off: files from before these are the same."""
+    found = asdict(plan)
+    for each in (*found["layers"].values(), *found["attentions"].values()):
+        for name in OPTIONAL:
+            if not each.get(name, True):
+                del each[name]
+    return found
 
 
 def rebuild(network: Network, described: Mapping[str, Any]) -> None:
