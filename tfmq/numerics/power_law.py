@@ -85,9 +85,10 @@ def vuong_statistic(first: Tensor, second: Tensor) -> Tensor:
 
 
 def follows_power_law(x: Tensor, significance: float) -> Tensor:
-    """Whether a power law fits positive values (..., n) significantly better than both alternatives.
+    """Whether a falling power law fits positive values (..., n) significantly better than both alternatives.
 
-    Tests are one-sided, at the given ``significance``. Values that are all the same follow none.
+    Tests are one-sided, at the given ``significance``. A law that rises, of an exponent below 0, counts as none, since
+    there is least of what is small; and values that are all the same follow none.
     """
     x = x.double()
     constant = x.amin(-1) == x.amax(-1)
@@ -95,4 +96,5 @@ def follows_power_law(x: Tensor, significance: float) -> Tensor:
     law = power_law_log_likelihood(spread)
     alternatives = (uniform_log_likelihood(spread), normal_log_likelihood(spread))
     z = torch.stack([vuong_statistic(law, other) for other in alternatives]).amin(0)
-    return (0.5 * torch.erfc(z / math.sqrt(2)) < significance) & ~constant
+    falls = power_law_exponent(spread) > 0
+    return (0.5 * torch.erfc(z / math.sqrt(2)) < significance) & falls & ~constant

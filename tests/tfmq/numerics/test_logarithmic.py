@@ -9,9 +9,9 @@ import torch
 
 from tfmq.numerics.logarithmic import log2_codes, log2_fake_quantize
 
-# Value, its code and what it becomes, for a largest value of 0.8 and 3 bits: 0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125 and
-# 0.00625. A value between two of them goes to the nearer power of two: 0.57 / 0.8 = 0.7125 is above 2^-0.5 = 0.7071 and
-# so takes code 0, and 0.56 / 0.8 = 0.7 is below.
+# Value, its code and what it becomes, for a largest value of 0.8 and 3 bits: 0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125
+# and 0.00625. A value between two of them goes to the nearer power of two: 0.57 / 0.8 = 0.7125 is above
+# 2^-0.5 = 0.7071 and so takes code 0, and 0.56 / 0.8 = 0.7 is below.
 TABLE = [
     (0.8, 0, 0.8),
     (0.57, 0, 0.8),

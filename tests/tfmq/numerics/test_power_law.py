@@ -74,7 +74,7 @@ SAMPLES = {
     "power law": (sampled(1.5), True),
     "log-uniform": (sampled(1.0), True),
     "uniform": (sampled(0.0), False),
-    "rising": (sampled(-2.0), True),  # a power law of a negative exponent, and nothing else that is tested
+    "rising": (sampled(-2.0), False),  # a power law, and the best fit of the three, but of a negative exponent
     "normal": (np.random.default_rng(3).normal(0.5, 0.1, 4000).clip(1e-3, 1), False),
     "narrow": (np.random.default_rng(4).normal(1 / 64, 1e-4, 4000), False),
     "sharp attention": (np.random.default_rng(5).lognormal(-8, 3, 4000).clip(1e-9, 1), True),
@@ -91,6 +91,6 @@ def test_samples_of_known_distributions_are_told_apart(name):
 
 
 def test_a_uniform_distribution_is_seldom_taken_for_a_power_law():
-    """It is one, of exponent 0, and a fitted exponent is never quite that; the test has to see that it means nothing."""
+    """It is one, of exponent 0, and a fitted exponent is never quite that: the test has to see that this is chance."""
     x = torch.from_numpy(np.random.default_rng(6).uniform(0.1, 1, (400, 500)))
     assert follows_power_law(x, 0.05).float().mean() < 0.05
