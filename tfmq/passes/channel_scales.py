@@ -77,11 +77,14 @@ class ScaleChannels(Pass[CalibrationRows]):
 
     @torch.no_grad()
     def run(self, session: Session, rows: CalibrationRows) -> None:
-        """See `Pass`. Raises ValueError for activations that hold NaN or infinity."""
+        """See `Pass`. Raises ValueError for activations that hold NaN or infinity, and for a branch in a later pass."""
         quantized = quantized_layers(session.network)
         layers = {path: layer for path, layer in quantized.items() if divides_channels(layer)}
         if not layers:
             return
+        for path, layer in layers.items():
+            if layer.rank:
+                raise ValueError(f"{path} has a low-rank branch, which smooths its input: let ScaleChannels come later")
         steps = rows.timesteps.unique()
         groups = step_groups(len(steps), self.groups)[torch.searchsorted(steps, rows.timesteps)]
         largest = largest_by_group(session.full, list(layers), rows, groups, self.batch)

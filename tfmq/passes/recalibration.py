@@ -79,8 +79,13 @@ class Recalibration(Pass):
         check_counts(self, "rounds", "batch", "memory_bytes")
 
     def run(self, session: Session, rows: None) -> None:
-        """See `Pass`. Raises ValueError for a network that is not quantised yet, and as `resampled`."""
+        """See `Pass`. Raises ValueError for a network that is not quantised yet or has branches, and as `resampled`."""
         check_finished(session.network, self.name)
+        for path, layer in quantized_layers(session.network).items():
+            if layer.rank:
+                raise ValueError(
+                    f"{path} has a low-rank branch, whose residual is not learned again: leave it out"
+                )
         for index in range(self.rounds):
             pool = resampled(session.network, session.pool, self.data.images, self.batch, session.generator)
             session.count_evaluations(trajectory_evaluations(pool, self.data.images))

@@ -18,7 +18,7 @@ from tfmq.network.calibration import Spaced
 from tfmq.passes.channel_scales import ScaleChannels, largest_by_group
 from tfmq.passes.deployable import deployable
 from tfmq.passes.grids import Grids
-from tfmq.passes.low_rank import hooked
+from tfmq.passes.low_rank import LowRankBranches, hooked
 from tfmq.plan import insert_quantizers, quantized_layers
 from tfmq.state import plan_of
 
@@ -105,6 +105,16 @@ def test_integer_kernels_refuse_it_by_name():
         executing(unet)
     with pytest.raises(ValueError, match="the recipe divides the channels of conv_in"):
         networks.quantized(deployable((ALL, *recipe())), "w8a8")
+
+
+def test_smoothing_is_not_done_twice():
+    branches = LowRankBranches(2, 1, 3, data=networks.ALL_ROWS, batch=6)
+    with pytest.raises(
+        ValueError, match="has a low-rank branch, which smooths its input: let ScaleChannels come later"
+    ):
+        networks.quantized((ALL, branches, *recipe()), "w8a8")
+    unet, *_ = networks.quantized((branches, ALL, *recipe()), "w8a8")
+    assert not any(layer.rank and divides_channels(layer) for layer in quantized_layers(unet).values())
 
 
 def test_settings_are_checked():

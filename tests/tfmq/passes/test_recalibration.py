@@ -15,6 +15,7 @@ from tfmq.network.calibration import Spaced, collect_calibration
 from tfmq.network.sampling import SamplingSettings, predict_noise, sample
 from tfmq.passes import recalibration
 from tfmq.passes.channel_scales import ScaleChannels
+from tfmq.passes.low_rank import LowRankBranches
 from tfmq.passes.recalibration import Recalibration, half_way, resampled
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.plan import activation_quantizers, quantized_layers
@@ -187,7 +188,10 @@ def test_what_it_needs_is_asked_for_before_anything_is_learned():
     residuals = {"mid_block_additional_residual": torch.zeros(5, 4, 1)}
     with pytest.raises(ValueError, match="recorded with a ControlNet"):
         resampled(unet, replace(pool, residuals=residuals), 4, 4, networks.generator())
-    with pytest.raises(ValueError, match="no range before the pass recalibration|before the pass recalibration"):
+    with pytest.raises(ValueError, match="no range before the pass recalibration"):
         networks.quantized((*networks.recipe()[:-1], SHORT))
+    branches = LowRankBranches(2, 1, 3, data=networks.ALL_ROWS, batch=6)
+    with pytest.raises(ValueError, match="has a low-rank branch, whose residual"):
+        networks.quantized((branches, *networks.recipe(), SHORT))
     with pytest.raises(ValueError, match="rounds is 0"):
         Recalibration(0)
