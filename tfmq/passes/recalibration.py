@@ -83,9 +83,7 @@ class Recalibration(Pass):
         check_finished(session.network, self.name)
         for path, layer in quantized_layers(session.network).items():
             if layer.rank:
-                raise ValueError(
-                    f"{path} has a low-rank branch, whose residual is not learned again: leave it out"
-                )
+                raise ValueError(f"{path} has a low-rank branch, whose residual is not learned again: leave it out")
         for index in range(self.rounds):
             pool = resampled(session.network, session.pool, self.data.images, self.batch, session.generator)
             session.count_evaluations(trajectory_evaluations(pool, self.data.images))
