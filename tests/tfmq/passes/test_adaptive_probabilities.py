@@ -20,7 +20,7 @@ from tfmq.passes.weight_ranges import RoundToNearest, WeightRanges
 from tfmq.plan import activation_quantizers
 from tfmq.state import plan_of
 
-SHARPNESS = 60.0
+SHARPNESS = 3.5
 
 
 def sharp():

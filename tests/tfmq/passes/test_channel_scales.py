@@ -51,11 +51,12 @@ def test_the_network_computes_what_it_did(kind):
 def test_ranges_of_channels_come_nearer_to_each_other():
     unet, full, layers, rows = scaled(ScaleChannels(groups=1, layers="all", data=networks.ALL_ROWS, most=1e4))
     groups = torch.zeros(len(rows), dtype=torch.int64)
-    before = largest_by_group(full, list(layers), rows, groups, 8)
+    before, uneven = largest_by_group(full, list(layers), rows, groups, 8), 0
     for path, layer in layers.items():
         after = before[path][0] / layer.input_quantizer.factors
         torch.testing.assert_close(after, after.mean().expand_as(after), rtol=1e-3, atol=0)
-        assert before[path][0].amax() > 1.2 * before[path][0].amin()
+        uneven += bool(before[path][0].amax() > 1.5 * before[path][0].amin())
+    assert uneven > len(layers) / 2
 
 
 @torch.no_grad()

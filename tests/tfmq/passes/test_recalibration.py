@@ -23,7 +23,8 @@ from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 from tfmq.workspace import FolderWorkspace
 
-ROUNDING = RoundingConfig(iterations=2, batch=4, learning_rate=0.05)
+# Fast enough that two steps take a rounding to the other side.
+ROUNDING = RoundingConfig(iterations=2, batch=4, learning_rate=0.5)
 SHORT = Recalibration(1, ROUNDING, StepSizeConfig(2, 4), Spaced(5, 4), batch=8)
 
 
@@ -39,7 +40,7 @@ def quantized(*passes, precision="w4a4", kind="unconditional"):
 @torch.no_grad()
 def test_new_rows_lie_on_the_trajectories_of_the_quantised_network():
     unet, full, pool, _ = quantized()
-    found = resampled(unet, pool, 3, 2, networks.generator())
+    found = resampled(unet, pool, 3, 3, networks.generator())
     scheduler, latents = networks.scheduler(), networks.noise()[:3]
     scheduler.set_timesteps(5)
     for index, timestep in enumerate(scheduler.timesteps):
@@ -49,7 +50,7 @@ def test_new_rows_lie_on_the_trajectories_of_the_quantised_network():
     assert torch.equal(found.latents[0], pool.latents[0, :3]), "both begin with the same noise"
     drift = (found.latents - pool.latents[:, :3]).flatten(2).norm(dim=2).mean(1)
     assert (drift[1:] > 0).all() and drift[-1] > drift[1], "and part from then on"
-    of_full = resampled(full, pool, 4, 2, networks.generator())
+    of_full = resampled(full, pool, 4, 4, networks.generator())
     torch.testing.assert_close(of_full.latents, pool.latents)
 
 
@@ -72,7 +73,8 @@ def test_noise_is_found_again_where_a_schedule_scales_it():
     pool = collect_calibration(unet, scheduler, networks.noise(), networks.SETTINGS, batch=4)
     again = resampled(unet, pool, 4, 4, networks.generator())
     torch.testing.assert_close(again.latents, pool.latents, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(again.samples, sample(unet, scheduler, networks.noise(), networks.SETTINGS))
+    expected = sample(unet, scheduler, networks.noise(), networks.SETTINGS)
+    torch.testing.assert_close(again.samples, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -129,7 +131,7 @@ def test_what_it_learns_and_what_it_leaves(precision):
 
 def test_a_round_brings_the_trajectory_nearer_to_full_precision():
     learning = replace(
-        SHORT, rounding=RoundingConfig(40, 16, 0.02), step_sizes=StepSizeConfig(40, 16, 1e-3), data=Spaced(5, 4)
+        SHORT, rounding=RoundingConfig(40, 16, 0.05), step_sizes=StepSizeConfig(40, 16, 1e-3), data=Spaced(5, 4)
     )
     errors = []
     for passes in ((), (learning,)):
@@ -157,7 +159,7 @@ def test_roundings_start_between_the_weight_and_its_code():
 
 def test_scaled_channels_stay_scaled():
     scaling = ScaleChannels(groups=2, data=networks.ALL_ROWS)
-    unet, full, *_ = networks.quantized((scaling, *networks.recipe(), SHORT), "w8a8")
+    unet, full, *_ = networks.quantized((scaling, *networks.recipe(weight_range="minmax"), SHORT), "w8a8")
     layer, weight = unet.conv_in, full.conv_in.weight
     factors = layer.input_quantizer.factors.view(1, -1, 1, 1)
     step = layer.weight_scale.view(-1, 1, 1, 1)
