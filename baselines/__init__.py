@@ -42,8 +42,8 @@ class Method:
         published: the layers that its paper quantises, or its code where the paper does not say; None where neither is
             known.
         as_run: the layers that its released code quantises when it runs; None where no code is known.
-        executable: whether integer kernels execute its grids; not where these are dynamic, have low-rank branches, or
-            change their width over time steps.
+        executable: whether integer kernels execute its grids; not where these are dynamic or logarithmic, have low-rank
+            branches or factors for each channel of an input, or change their width over time steps.
     """
 
     label: str

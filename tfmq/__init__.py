@@ -11,6 +11,7 @@ from importlib import import_module
 # seconds, and who asks for a Precision alone need not wait.
 _HOMES = {
     "ActivationRanges": "passes.activation_ranges",
+    "AdaptiveProbabilities": "passes.adaptive_probabilities",
     "Backbone": "network.backbone",
     "BlockFormats": "passes.block_formats",
     "BlockReconstruction": "passes.block_reconstruction",
@@ -42,10 +43,12 @@ _HOMES = {
     "Protocol": "plan",
     "QuantizationAwareTraining": "passes.training",
     "QuantizationReport": "session",
+    "Recalibration": "passes.recalibration",
     "Rectification": "passes.rectification",
     "RoundToNearest": "passes.weight_ranges",
     "RoundingConfig": "passes.reconstruction",
     "SamplingSettings": "network.sampling",
+    "ScaleChannels": "passes.channel_scales",
     "SecondOrderRounding": "passes.second_order_rounding",
     "SignedRounding": "passes.signed_rounding",
     "SignedRoundingConfig": "passes.signed_rounding",

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from tfmq.modules.adaptive import AdaptiveQuantize
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.block_scaled import block_layer
+from tfmq.modules.channel_scales import divide_channels
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.guarded_attention import GuardedAttention
 from tfmq.modules.later_changes import guard
@@ -54,6 +56,10 @@ class Protocol:
 SHARED = Protocol("shared", {"boundary": 8})
 
 
+# Parts of a layer's or an attention's plan that are left out of files where they are off.
+LATER, OF_BLOCKS = ("channel_scales", "adaptive"), ("block", "scales", "unsigned")
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """Treatment of one Conv2d or Linear.
@@ -68,6 +74,7 @@ class LayerPlan:
             Inputs in blocks are dynamic and symmetric, and there are no splits and no branch.
         scales: the format of a block's scale.
         unsigned: the input, in blocks, is not negative, and its codes begin at 0.
+        channel_scales: the channels of the input are divided by factors before they are quantised.
     """
 
     weight_bits: int
@@ -79,6 +86,7 @@ class LayerPlan:
     block: int = 0
     scales: ScaleFormat = "float32"
     unsigned: bool = False
+    channel_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.block and (self.splits or self.rank):
@@ -93,12 +101,14 @@ class AttentionPlan:
         activation_bits: of query, key and value.
         softmax_bits: of the probabilities.
         symmetric, dynamic: as in ``LayerPlan``.
+        adaptive: the grid of the probabilities is uniform or logarithmic, as their distribution asks for.
     """
 
     activation_bits: int
     softmax_bits: int
     symmetric: bool = False
     dynamic: bool = False
+    adaptive: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,12 +125,12 @@ class QuantizationPlan:
     rectified: tuple[str, ...] = ()
 
     def stored(self) -> dict[str, object]:
-        """The plan as JSON; of blocks and ReLU nothing where there are none, as in files of before there were any."""
+        """The plan as JSON, without what is off of `LATER` and of blocks: files from before these are the same."""
         found = asdict(self)
-        for layer in found["layers"].values():
-            if not layer["block"]:
-                for name in ("block", "scales", "unsigned"):
-                    del layer[name]
+        for part in (*found["layers"].values(), *found["attentions"].values()):
+            off = [name for name in LATER if not part.get(name, True)]
+            for name in [*off, *(OF_BLOCKS if not part.get("block", True) else ())]:
+                del part[name]
         if not self.rectified:
             del found["rectified"]
         return found
@@ -133,7 +143,8 @@ class QuantizationPlan:
         if activations or any(layer.dynamic for layer in self.layers.values()):
             found = self.stored()
             return [found[part] for part in ("layers", "attentions", "rectified") if part in found]
-        weights = {path: [layer.weight_bits, layer.splits, layer.rank] for path, layer in self.layers.items()}
+        parts = ("weight_bits", "splits", "rank", "channel_scales")
+        weights = {path: [getattr(layer, part) for part in parts] for path, layer in self.layers.items()}
         return [weights, *([self.rectified] if self.rectified else [])]
 
 
@@ -210,6 +221,8 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
             swapped = quantized_layer(
                 original, *bits, tracker, layer.splits, layer.symmetric, layer.dynamic, layer.rank
             )
+        if layer.channel_scales:
+            divide_channels(swapped)
         network.set_submodule(path, swapped.to(device))
     for path in plan.rectified:
         network.set_submodule(path, Rectified())
@@ -225,6 +238,8 @@ def insert_quantizers(network: Network, plan: QuantizationPlan) -> StepTracker:
             attention.dynamic,
             network.get_submodule(path).processor,
         )
+        if attention.adaptive:
+            processor.probabilities = AdaptiveQuantize(attention.softmax_bits, tracker)
         network.get_submodule(path).set_processor(processor.to(device))
     for path, quantizer in activation_quantizers(network).items():
         quantizer.path = path

@@ -13,8 +13,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from tfmq.modules.adaptive import AdaptiveQuantize
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.cache import CachedProjection, cached_projections
+from tfmq.modules.channel_scales import ChannelScales, divides_channels
 from tfmq.modules.dynamic import DynamicQuantize
 from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize
 from tfmq.modules.later_changes import adapted
@@ -185,6 +187,8 @@ def _bits_of(quantizer: nn.Module) -> int:
     """The bits of a layer's input; 32 where nothing quantises it."""
     if isinstance(quantizer, SplitFakeQuantize):
         return max(_bits_of(part) for part in quantizer.parts)
+    if isinstance(quantizer, ChannelScales):
+        return _bits_of(quantizer.quantizer)
     return quantizer.bits if isinstance(quantizer, FakeQuantize | DynamicQuantize) else FULL
 
 
@@ -204,10 +208,15 @@ def plan_of(network: Network) -> QuantizationPlan:
             layer.block,
             layer.scales,
             layer.unsigned,
+            divides_channels(layer),
         )
     attentions = {
         path.removesuffix(".processor"): AttentionPlan(
-            processor.query.bits, processor.probabilities.bits, processor.symmetric, processor.dynamic
+            processor.query.bits,
+            processor.probabilities.bits,
+            processor.symmetric,
+            processor.dynamic,
+            isinstance(processor.probabilities, AdaptiveQuantize),
         )
         for path, processor in network.named_modules()
         if isinstance(processor, QuantizedAttention)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def _quantize(work: Work) -> None:
     model = load_model(work.task, device)
     method = discover.method(work.cell.method)
     recipe = baselines.recipe_under(work.cell.protocol, config_of(method, work.cell, work.overrides))
-    pool = calibrate.read_pool(work.task, work.cell.seed, device)
+    pool = replace(calibrate.read_pool(work.task, work.cell.seed, device), scheduler=model.scheduler)
     generator = torch.Generator().manual_seed(seed_of(work.task.name, work.task.version, "quantize", work.cell.seed))
     full_bytes = full_precision_bytes(model.unet)
     precision, protocol = Precision.parse(work.cell.precision), method.protocol(work.cell.protocol)

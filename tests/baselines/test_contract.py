@@ -31,6 +31,7 @@ def small(method):
     default = method.config()
     most = {f.name: 2 for f in dataclasses.fields(default) if f.name.endswith("iterations")}
     most |= {f.name: 64 for f in dataclasses.fields(default) if f.name == "rows"}
+    most |= {f.name: 1 for f in dataclasses.fields(default) if f.name == "rounds"}
     return dataclasses.replace(default, **{name: min(limit, getattr(default, name)) for name, limit in most.items()})
 
 

@@ -20,10 +20,12 @@ from tfmq.network.sampling import SamplingSettings
 from tfmq.network.unet import UNet
 from tfmq.passes import Cost, Memory, Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.channel_scales import ScaleChannels
 from tfmq.passes.grids import Grids
 from tfmq.passes.low_rank import LowRankBranches
 from tfmq.passes.noise_distillation import NoiseDistillation
 from tfmq.passes.predicted_step_sizes import PredictedStepSizes
+from tfmq.passes.recalibration import Recalibration
 from tfmq.passes.reconstruction import RoundingConfig, StepSizeConfig
 from tfmq.passes.step_network import FitConfig
 from tfmq.passes.training import QuantizationAwareTraining, TrainingConfig
@@ -184,6 +186,11 @@ RECIPES = {
         LowRankBranches(4, 2, 8, data=Spaced(2, 4)),
         WeightRanges("minmax"),
         RoundToNearest(),
+    ),
+    "recalibrated": (
+        ScaleChannels(data=Spaced(5, 4)),
+        *networks.recipe(rounding=ROUNDING),
+        Recalibration(2, ROUNDING, STEP_SIZES, Spaced(5, 4)),
     ),
     "step networks": (WeightRanges(), RoundToNearest(), PREDICTED),
     "distilled": (

@@ -20,6 +20,8 @@ from tfmq.network.sampling import Conditioning, SamplingSettings
 from tfmq.packing import packed_bytes
 from tfmq.passes import Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
+from tfmq.passes.adaptive_probabilities import AdaptiveProbabilities
+from tfmq.passes.channel_scales import ScaleChannels
 from tfmq.passes.correction import MeasureCorrection, correction_of
 from tfmq.passes.low_rank import LowRankBranches
 from tfmq.passes.temporal_cache import TemporalCache
@@ -49,6 +51,17 @@ RECIPES = {
     "cached where better": ("w4a8", cached("step"), networks.unconditional),
     "split": ("w4a8", networks.recipe(split_shortcuts=True), networks.unconditional),
     "heads": ("w4a8", networks.recipe(), eight_heads),
+    "scaled and adaptive": (
+        "w4a4",
+        (
+            ScaleChannels(layers="all", data=networks.ALL_ROWS),
+            WeightRanges("minmax"),
+            RoundToNearest(),
+            AdaptiveProbabilities(networks.ALL_ROWS),
+            ActivationRanges(networks.ALL_ROWS),
+        ),
+        networks.unconditional,
+    ),
     "low rank": (
         "w4a4",
         (

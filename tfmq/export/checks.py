@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.export.activations import BYTE
+from tfmq.modules.adaptive import LOGARITHMIC, AdaptiveQuantize
 from tfmq.modules.attention import QuantizedAttention
+from tfmq.modules.channel_scales import DIVIDED, divides_channels
 from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.network.backbone import Backbone, Network
@@ -89,6 +91,8 @@ def _of_layer(layer: QuantizedLayer) -> str:
         return "the ranges of its input are computed at run time (dynamic); take calibrated ones"
     if layer.rank:
         return "it has a low-rank branch in floating point"
+    if divides_channels(layer):
+        return DIVIDED
     if BYTE < layer.activation_bits < FULL:
         return f"its input has {layer.activation_bits} bits, and integer kernels take at most {BYTE}"
     if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
@@ -98,6 +102,8 @@ def _of_layer(layer: QuantizedLayer) -> str:
 
 def _of_attention(processor: QuantizedAttention) -> str:
     """Why the products of an attention cannot be executed, or an empty text."""
+    if isinstance(processor.probabilities, AdaptiveQuantize):
+        return LOGARITHMIC
     operands = (processor.query, processor.key, processor.value, processor.probabilities)
     for operand in operands:
         if not isinstance(operand, FakeQuantize):

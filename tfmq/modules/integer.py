@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tfmq.modules.channel_scales import DIVIDED, divides_channels
 from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize, StepTracker
 from tfmq.modules.integer_products import InputGrid, Packed, Window, exact_parts, input_grids, int_mm
 from tfmq.modules.layers import QuantizedConv2d, QuantizedLayer
@@ -229,6 +230,8 @@ def not_executable(layer: QuantizedLayer) -> str:
         return "its low-rank branch computes in 16-bit floats"
     if layer.dynamic:
         return "the range of its input is dynamic"
+    if divides_channels(layer):
+        return DIVIDED
     if any(too_wide(part) for part in layer.input_quantizer.modules() if isinstance(part, FakeQuantize)):
         return f"its input has more than {CODE_BITS} bits"
     if len(layer.splits) > 1 and not isinstance(layer.input_quantizer, SplitFakeQuantize):

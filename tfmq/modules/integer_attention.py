@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from tfmq.modules.adaptive import LOGARITHMIC, AdaptiveQuantize
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.integer import CODE_BITS, IntegerLayer, IntegerWeight, by_step, too_wide
@@ -247,6 +248,8 @@ def not_executable(processor: QuantizedAttention) -> str:
     """Why an attention cannot compute in integers, or an empty text."""
     if processor.dynamic:
         return "the ranges of its operands are dynamic"
+    if isinstance(processor.probabilities, AdaptiveQuantize):
+        return LOGARITHMIC
     if any(too_wide(part) for part in processor.modules() if isinstance(part, FakeQuantize)):
         return f"an operand of its products has more than {CODE_BITS} bits"
     return ""

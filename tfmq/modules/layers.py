@@ -41,7 +41,7 @@ class QuantizedLayer(KeepsTypes):
         rounding: what gives the weight while its rounding is learned.
         codes: uint8, shape of the weight, once folded.
         weight_scale, weight_zero_point: (output channels, groups).
-        input_quantizer: FakeQuantize, SplitFakeQuantize, DynamicQuantize or Identity.
+        input_quantizer: FakeQuantize, SplitFakeQuantize, DynamicQuantize or Identity; or ChannelScales around it.
         symmetric, dynamic: of the input's quantiser.
         rank: of the branch, 0 for none.
         block, scales, unsigned: as in ``LayerPlan``; set in `tfmq.modules.block_scaled`.

@@ -39,6 +39,7 @@ class CalibrationSet:
             step; None where it predicts the noise itself.
         inputs, unconditional_inputs: further inputs by name, as in ``Conditioning``, each (images, ...).
         residuals, unconditional_residuals: those of ControlNets, each (steps, images, ...).
+        scheduler: of the sampling pass; None where it is not known, as in a pool that was read from a file.
     """
 
     latents: Tensor
@@ -54,6 +55,7 @@ class CalibrationSet:
     unconditional_inputs: Inputs = field(default_factory=dict)
     residuals: Inputs = field(default_factory=dict)
     unconditional_residuals: Inputs = field(default_factory=dict)
+    scheduler: SchedulerMixin | None = field(default=None, compare=False, repr=False)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -272,6 +274,7 @@ def collect_calibration(
         unconditional_inputs=_all_on_cpu(conditioning.unconditional_inputs) if guided and conditioning else {},
         residuals={name: value[:, -1] for name, value in residuals.items()},
         unconditional_residuals=off,
+        scheduler=scheduler,
     )
 
 

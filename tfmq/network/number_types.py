@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,9 @@ def pool_in_float32(pool: CalibrationSet) -> CalibrationSet:
         for name, tensor in pool.tensors.items()
         if name not in PRECISE and tensor.is_floating_point() and tensor.dtype != torch.float32
     }
-    return CalibrationSet.of({**pool.tensors, **others}, pool.settings) if others else pool
+    if not others:
+        return pool
+    return replace(CalibrationSet.of({**pool.tensors, **others}, pool.settings), scheduler=pool.scheduler)
 
 
 def cast(network: Network, kind: torch.dtype) -> Network:

@@ -36,6 +36,11 @@ class Deployable(Pass):
                 raise ValueError(f"the recipe gives {path} dynamic ranges, which integer kernels do not execute")
             if layer.rank:
                 raise ValueError(f"the recipe gives {path} a low-rank branch, which integer kernels do not execute")
+            if layer.channel_scales:
+                raise ValueError(f"the recipe divides the channels of {path}, which integer kernels do not execute")
+        for path, attention in session.plan.attentions.items():
+            if attention.adaptive:
+                raise ValueError(f"the recipe lets {path} have logarithmic grids, which integer kernels do not execute")
         take_symmetric_weights(session.network)
 
 
