@@ -12,7 +12,6 @@ from benchmarks.small.folders import FIGURES, HERE, LOGS, PROMPTS, PUBLISHED, ma
 from benchmarks.small.settings import Settings
 from benchmarks.suite import params
 
-
 # Tasks whose guidance is measured.
 GUIDED = ("emoji-text", "emoji-class", "emoji-dit")
 
