@@ -30,6 +30,9 @@ HEADER = (
 SMALL, PAPER = Path(), Path("benchmarks/paper")
 METRICS = "benchmarks.metrics"
 PAGES = ("COVERAGE.md", "FINDINGS.md", "METHODS.md", "README.md", "cells.csv", "figures")
+# One page to look at, of the small suite: pictures of the papers' models are too large to stand in one file.
+SITE = "site"
+SITE_FILES = {f"benchmarks/report/site/{name}" for name in ("page.css", "page.html", "page.js")}
 
 
 @dataclass(frozen=True)
@@ -226,15 +229,19 @@ class Pipeline:
         )
 
     def _tables(self) -> Stage:
+        pages, beside, code = PAGES, [], code_of(STAGES / "tables.py") | _plugins(METRICS) | _plugins(discover.METHODS)
+        if not self.is_paper:
+            pages, code = (*PAGES, SITE), code | SITE_FILES
+            beside = ["results/latency"] if self.suite.deployment is not None else []
         return Stage(
             "tables",
             "This stage first measures all that is missing; `python -m benchmarks tables` shows what there is. It also"
             " writes the leaderboard's region of README.md, which is no output.",
             "python -m benchmarks tables",
-            deps=["results/records"],
-            code=code_of(STAGES / "tables.py") | _plugins(METRICS) | _plugins(discover.METHODS),
+            deps=[*beside, "results/records"],
+            code=code,
             params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
-            outs={f"results/{name}": "{cache: false}" for name in PAGES},
+            outs={f"results/{name}": "{cache: false}" for name in pages},
         )
 
 
