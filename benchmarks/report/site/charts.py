@@ -1,7 +1,7 @@
 """The charts of the page in the grammar of Vega-Lite, and the numbers behind them. Nothing here touches files.
 
-A chart is bound to the page's controls: `task`, `precision`, `metric` and `method` are Vega's signals, each the value of
-the element that is named. Colours of text and axes are those of the page around, so that both themes fit.
+A chart is bound to the page's controls: `task`, `precision`, `metric` and `method` are Vega's signals, each the value
+of the element that is named. Colours of text and axes are those of the page around, so that both themes fit.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ DIGITS = 5
 COLOURS = {"w32a32": "#8c8c8c", "w8a8": "#0f9bd7", "w4a32": "#c77cff", "w4a8": "#e69f00", "w4a4": "#d1495b"}
 OTHER_COLOUR = "#3a9d5d"
 NO_METHOD = "none"
+# A legend of shapes alone has the colour of the text.
+SHAPES: Spec = {"symbolFillColor": "currentColor", "symbolStrokeColor": "currentColor"}
 CONFIG: Spec = {
     "background": "transparent",
     "view": {"stroke": None},
@@ -60,8 +62,8 @@ def datasets(
 ) -> dict[str, list[Spec]]:
     """The numbers of all charts by the names that the charts know them by.
 
-    ``cells`` has the measured, quantised rows of seed 0 with the metrics of `drawable`; ``curves`` their temporal errors
-    over time steps, and ``engines`` what executes the networks of ``latency``, the files of `results/latency`.
+    ``cells`` has the measured, quantised rows of seed 0 with ``metrics``; ``curves`` their temporal errors over time
+    steps, and ``engines`` what executes the networks of ``latency``, the files of `results/latency`.
     """
     shown = [record for record in records if record.seed == 0 and record.metrics and record.method != FULL_PRECISION]
     cells, curves = [], []
@@ -103,7 +105,8 @@ def drawable(records: Sequence[Record], metrics: Mapping[str, Metric]) -> dict[s
 def charts(titles: Mapping[str, str], metrics: Mapping[str, Metric], precisions: Sequence[str]) -> dict[str, Spec]:
     """The charts by name: ``size``, ``time``, ``latency`` and ``temporal``.
 
-    ``titles`` are those of the metrics that can be chosen, and ``precisions`` all that there are, from many bits to few.
+    ``titles`` are those of ``metrics``, which can be chosen, and ``precisions`` those of quantised rows, from many bits
+    to few.
     """
     higher = [name for name, metric in metrics.items() if metric.better == "higher"]
     size = {"field": "size", "title": "Network (MiB)", "scale": {"zero": False, "nice": True}}
@@ -130,7 +133,11 @@ def _scatter(
 ) -> Spec:
     """A metric against a cost: a point a row, and a line through the rows that no other one beats in both."""
     x: Spec = {"type": "quantitative", "axis": {"format": "~g", "tickCount": 6, "labelFlush": False}, **cost}
-    y = {"axis": {"format": "~g", "tickCount": 6}, "scale": {"type": "log", "nice": False, "padding": 12}, "title": None}
+    y = {
+        "axis": {"format": "~g", "tickCount": 6},
+        "scale": {"type": "log", "nice": False, "padding": 12},
+        "title": None,
+    }
     colour = _precision_colour(precisions)
     chosen = {"test": f"method === '{NO_METHOD}' || datum.method === method", "value": 0.95}
     front = [
@@ -166,7 +173,13 @@ def _scatter(
         "encoding": {"x": x},
         "layer": [
             {
-                "mark": {"type": "line", "interpolate": "step-after", "strokeWidth": 1.5, "opacity": 0.6, "aria": False},
+                "mark": {
+                    "type": "line",
+                    "interpolate": "step-after",
+                    "strokeWidth": 1.5,
+                    "opacity": 0.6,
+                    "aria": False,
+                },
                 "transform": front,
                 "encoding": {
                     "y": {"field": "value", "type": "quantitative", **y},
@@ -187,7 +200,7 @@ def _scatter(
                 "encoding": {
                     "y": {"field": "value", "type": "quantitative", **y},
                     "color": colour,
-                    "shape": {"field": "kind", "type": "nominal", "legend": _legend(None)},
+                    "shape": {"field": "kind", "type": "nominal", "legend": _legend() | SHAPES},
                     "opacity": {"condition": chosen, "value": 0.2},
                     "href": {"field": "href"},
                     "tooltip": [
@@ -219,7 +232,7 @@ def _latency(precisions: Sequence[str]) -> Spec:
     ends = {"axis": {"format": "~g", "tickCount": 6}}
     x = {"type": "quantitative", "title": "Time of one evaluation (milliseconds)", "scale": {"zero": True}, **ends}
     y = {"type": "quantitative", "title": None, "scale": {"zero": True}, **ends}
-    colour = {"field": "engine", "type": "nominal", "scale": {"scheme": "tableau10"}, "legend": _legend(None)}
+    colour = {"field": "engine", "type": "nominal", "scale": {"scheme": "tableau10"}, "legend": _legend()}
     point = {"x": {"field": "milliseconds", **x}, "y": {"field": "distance", **y}, "color": colour}
     return {
         "title": "Feature distance against latency",
@@ -243,7 +256,7 @@ def _latency(precisions: Sequence[str]) -> Spec:
                         "field": "precision",
                         "type": "nominal",
                         "sort": list(precisions),
-                        "legend": _legend(None),
+                        "legend": _legend() | SHAPES,
                     },
                     "tooltip": [
                         {"field": "engine", "title": "Engine"},
@@ -279,7 +292,6 @@ def _temporal() -> Spec:
             "x": {
                 "field": "step",
                 "type": "quantitative",
-                "aggregate": None,
                 "title": "Time step (noise to image)",
                 "scale": {"reverse": True, "nice": False, "padding": 6},
             },
@@ -294,10 +306,10 @@ def _temporal() -> Spec:
                 "field": "row",
                 "type": "nominal",
                 "scale": {"scheme": "tableau20"},
-                "legend": _legend(None) | {"symbolType": "stroke"},
+                "legend": _legend() | {"symbolType": "stroke"},
             },
             "opacity": {"condition": {"test": chosen, "value": 1}, "value": 0.12},
-            "strokeWidth": {"condition": {"test": f"datum.method === method", "value": 4}, "value": 1.5},
+            "strokeWidth": {"condition": {"test": "datum.method === method", "value": 4}, "value": 1.5},
             "href": {"field": "href"},
             "tooltip": [
                 {"field": "row", "title": "Row"},
@@ -317,12 +329,12 @@ def _bound(name: str) -> Spec:
 def _precision_colour(precisions: Sequence[str]) -> Spec:
     colours = [COLOURS.get(precision, OTHER_COLOUR) for precision in precisions]
     scale = {"domain": list(precisions), "range": colours}
-    return {"field": "precision", "type": "nominal", "scale": scale, "legend": _legend(None)}
+    return {"field": "precision", "type": "nominal", "scale": scale, "legend": _legend()}
 
 
-def _legend(title: str | None) -> Spec:
+def _legend() -> Spec:
     columns = {"expr": "width > 620 ? 4 : width > 340 ? 2 : 1"}
-    return {"title": title, "columns": columns, "labelLimit": 300}
+    return {"title": None, "columns": columns, "labelLimit": 300}
 
 
 def _kind(record: Record) -> str:

@@ -74,7 +74,9 @@ def page(
     precisions = list(dict.fromkeys(sorted((record.precision for record in ordered), key=_bits)))
     shown = [record for record in ordered if record.metrics]
     quantized = [record for record in shown if record.method != FULL_PRECISION and record.seed == 0]
-    engines = datasets(ordered, excerpts, columns, latency)
+    quantized_at = [each for each in precisions if any(record.precision == each for record in quantized)]
+    drawn_numbers = datasets(ordered, excerpts, drawn, latency)
+    specs = charts({name: titles[name] for name in drawn}, drawn, quantized_at)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
@@ -84,7 +86,7 @@ def page(
         table_style=Markup(_bundle("dt_bundle.css").decode()),
         table_script=base64.b64encode(_bundle("dt_bundle.js")).decode(),
         chart_script=Markup(_inline(vl_convert.javascript_bundle())),
-        charts=_json({"charts": charts(titles, drawn, precisions), "datasets": engines}),
+        charts=_json({"charts": specs, "datasets": drawn_numbers}),
         pictures=_json(pictures(ordered, excerpts, prompts)),
         picture_count=max((len(excerpts[record.cell].images) for record in shown), default=0),
         records=ordered,
@@ -95,7 +97,7 @@ def page(
         metrics=columns,
         filters={name: (text, _values(name, ordered)) for name, text in FILTERS.items()},
         chart_tasks=list(dict.fromkeys(record.task for record in quantized)),
-        chart_precisions=[each for each in precisions if any(record.precision == each for record in quantized)],
+        chart_precisions=quantized_at,
         chart_metrics={name: titles[name] for name in sorted(drawn, key=lambda name: name != QUALITY)},
         chart_methods=sorted({label(record.method) for record in quantized}),
         no_method=NO_METHOD,
