@@ -7,7 +7,7 @@ const bytes = Uint8Array.from(atob(byId("table-script").textContent), (letter) =
 const address = URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
 const { default: DataTable, set_or_remove_dark_class: followTheme } = await import(address);
 followTheme();
-const table = new DataTable("#table", { order: [], pageLength: 25, lengthMenu: [25, 100, -1], autoWidth: false });
+const table = new DataTable("#table", { order: [], pageLength: 25, lengthMenu: [25, 100, { label: "all", value: -1 }], autoWidth: false });
 for (const select of document.querySelectorAll("#filters select")) {
   const filter = () => table.column(`${select.dataset.column}:name`).search(select.value, { exact: select.value !== "" });
   filter();
@@ -20,7 +20,7 @@ const { charts, datasets } = read("charts-data");
 for (const element of document.querySelectorAll("[data-chart]")) {
   const spec = charts[element.dataset.chart];
   const params = spec.params.map((each) => (each.bind ? { ...each, value: document.querySelector(each.bind.element).value } : each));
-  await vegaEmbed(element, { ...spec, params, datasets }, { mode: "vega-lite", renderer: "svg", actions: false });
+  await vegaEmbed(element, { ...spec, params, datasets }, { mode: "vega-lite", renderer: "svg", actions: false, logLevel: vega.Error });
 }
 const chartTask = byId("chart-task");
 const ofTask = () => document.querySelectorAll(".of-task").forEach((each) => each.classList.toggle("chosen", each.dataset.task === chartTask.value));
@@ -85,7 +85,7 @@ const open = () => {
   dialog.showModal();
 };
 addEventListener("hashchange", open);
-dialog.addEventListener("close", () => byId(`cell:${decodeURIComponent(location.hash.slice(1))}`) && history.replaceState(null, "", "#cells"));
+dialog.addEventListener("close", () => byId(`cell:${decodeURIComponent(location.hash.slice(1))}`) && history.replaceState(null, "", "#"));
 dialog.addEventListener("click", ({ target }) => {
   const name = target.dataset.row;
   if (!name) return;

@@ -26,8 +26,10 @@ from benchmarks.suite.record import FULL_PRECISION, STATUSES, Cell, Record
 from tfmq.precision import Precision
 
 HERE = Path(__file__).parent
-# What a file with images would be too large for; a path that is not quantised is one of so many that are named.
+# Paths that are named of those that a reason keeps from being quantised; the record has all.
 SHOWN_PATHS = 3
+# A number that sorts behind all others.
+LAST = 1e300
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 # The page is about numbers of one task first; a comparison over tasks is asked for.
 FILTERS = {
@@ -43,11 +45,14 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class Number:
-    """A number in the table: what is shown, its interval, and what the column is sorted by."""
+    """A number in the table: what is shown, its interval, and what the column is sorted by.
+
+    What is missing stands last, whichever side is the better one.
+    """
 
     text: str
     interval: str
-    value: float
+    order: float
 
 
 def page(
@@ -110,6 +115,7 @@ def page(
         sampling=sampling,
         value=_value,
         shown_paths=SHOWN_PATHS,
+        last=LAST,
     )
 
 
@@ -133,13 +139,13 @@ def _title(metric: Metric, records: Sequence[Record]) -> str:
     return text.format(distance=distances, count="", second="clean FID") + ARROWS[metric.better]
 
 
-def _numbers(record: Record, columns: Mapping[str, Metric]) -> list[Number | None]:
-    """The metrics of a record, column by column; None where it has none."""
-    found: list[Number | None] = []
+def _numbers(record: Record, columns: Mapping[str, Metric]) -> list[Number]:
+    """The metrics of a record, column by column."""
+    found = []
     for name, metric in columns.items():
         value = record.metrics.get(name)
         if value is None:
-            found.append(None)
+            found.append(Number("", "", -LAST if metric.better == "higher" else LAST))
             continue
         text, _, interval = number(value, metric.digits, interval=True).partition(" ")
         found.append(Number(text, interval, value.value))
