@@ -308,6 +308,11 @@ def _temporal() -> Spec:
                 "scale": {"scheme": "tableau20"},
                 "legend": _legend() | {"symbolType": "stroke"},
             },
+            "strokeDash": {
+                "field": "kind",
+                "type": "nominal",
+                "legend": _legend() | {"symbolStrokeColor": "currentColor"},
+            },
             "opacity": {"condition": {"test": chosen, "value": 1}, "value": 0.12},
             "strokeWidth": {"condition": {"test": "datum.method === method", "value": 4}, "value": 1.5},
             "href": {"field": "href"},
