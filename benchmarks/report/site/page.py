@@ -20,7 +20,7 @@ from benchmarks.metrics import Metric
 from benchmarks.report.site.charts import NO_METHOD, charts, datasets, drawable
 from benchmarks.report.site.pictures import pictures
 from benchmarks.report.tables import QUALITY, label, row_label
-from benchmarks.report.tables.markdown import duration, measured, number, sampling
+from benchmarks.report.tables.markdown import measured, number, sampling
 from benchmarks.runtime.excerpt import Excerpt
 from benchmarks.suite.record import FULL_PRECISION, STATUSES, Cell, Record
 from tfmq.precision import Precision
@@ -111,7 +111,6 @@ def page(
         full_precision=FULL_PRECISION,
         label=label,
         row_label=row_label,
-        duration=duration,
         sampling=sampling,
         value=_value,
         shown_paths=SHOWN_PATHS,
