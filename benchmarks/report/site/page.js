@@ -19,9 +19,7 @@ table.draw();
 // may have nothing to draw for a task.
 const { charts, datasets } = read("charts-data");
 for (const element of document.querySelectorAll("[data-chart]")) {
-  const spec = charts[element.dataset.chart];
-  const params = spec.params.map((each) => (each.bind ? { ...each, value: document.querySelector(each.bind.element).value } : each));
-  await vegaEmbed(element, { ...spec, params, datasets }, { mode: "vega-lite", renderer: "svg", actions: false, logLevel: 1 });
+  await vegaEmbed(element, { ...charts[element.dataset.chart], datasets }, { mode: "vega-lite", renderer: "svg", actions: false, logLevel: 1 });
 }
 const chartTask = byId("chart-task");
 const ofTask = () => document.querySelectorAll(".of-task").forEach((each) => each.classList.toggle("chosen", each.dataset.task === chartTask.value));
