@@ -28,19 +28,21 @@ def pictures(
     picture; ``strips`` are the pictures of a row side by side as lossless WebP in base64, each different one once.
     Rows are those of seed 0 that have an excerpt.
     """
-    shown = [record for record in records if record.seed == 0 and record.cell in excerpts]
+    found = [record for record in records if record.seed == 0 and record.cell in excerpts]
+    # What a leaderboard ranks comes first, other protocols and backends after it.
+    shown = sorted(found, key=lambda record: record.cell.row != record.method)
     tasks: dict[str, dict[str, object]] = {}
     rows: dict[str, dict[str, object]] = {}
     strips: dict[str, str] = {}
     for record in shown:
-        found = excerpts[record.cell]
-        name, strip = _strip(found.images)
+        excerpt = excerpts[record.cell]
+        name, strip = _strip(excerpt.images)
         strips[name] = strip
-        distances = found.values.get(QUALITY, np.array([]))[: len(found.images)]
+        distances = excerpt.values.get(QUALITY, np.array([]))[: len(excerpt.images)]
         rows[record.cell.name] = {
             "label": row_label(record),
             "strip": name,
-            "count": len(found.images),
+            "count": len(excerpt.images),
             "distances": [f"{float(distance):.{DIGITS}f}" for distance in distances],
         }
     for task in dict.fromkeys(record.task for record in shown):
