@@ -117,7 +117,7 @@ def charts(titles: Mapping[str, str], metrics: Mapping[str, Metric], precisions:
     }
     return {
         "size": _scatter("against size", size, [], titles, higher, precisions),
-        "time": _scatter("against quantisation time", time, ["precision"], titles, higher, precisions),
+        "time": _scatter("against time", time, ["precision"], titles, higher, precisions),
         "latency": _latency(precisions),
         "temporal": _temporal(),
     }
@@ -200,7 +200,7 @@ def _scatter(
                 "encoding": {
                     "y": {"field": "value", "type": "quantitative", **y},
                     "color": colour,
-                    "shape": {"field": "kind", "type": "nominal", "legend": _legend() | SHAPES},
+                    "shape": {"field": "kind", "type": "nominal", "legend": _legend(1) | SHAPES},
                     "opacity": {"condition": chosen, "value": 0.2},
                     "href": {"field": "href"},
                     "tooltip": [
@@ -232,7 +232,7 @@ def _latency(precisions: Sequence[str]) -> Spec:
     ends = {"axis": {"format": "~g", "tickCount": 6}}
     x = {"type": "quantitative", "title": "Time of one evaluation (milliseconds)", "scale": {"zero": True}, **ends}
     y = {"type": "quantitative", "title": None, "scale": {"zero": True}, **ends}
-    colour = {"field": "engine", "type": "nominal", "scale": {"scheme": "tableau10"}, "legend": _legend()}
+    colour = {"field": "engine", "type": "nominal", "scale": {"scheme": "tableau10"}, "legend": _legend(1)}
     point = {"x": {"field": "milliseconds", **x}, "y": {"field": "distance", **y}, "color": colour}
     return {
         "title": "Feature distance against latency",
@@ -256,7 +256,7 @@ def _latency(precisions: Sequence[str]) -> Spec:
                         "field": "precision",
                         "type": "nominal",
                         "sort": list(precisions),
-                        "legend": _legend() | SHAPES,
+                        "legend": _legend(1) | SHAPES,
                     },
                     "tooltip": [
                         {"field": "engine", "title": "Engine"},
@@ -306,12 +306,12 @@ def _temporal() -> Spec:
                 "field": "row",
                 "type": "nominal",
                 "scale": {"scheme": "tableau20"},
-                "legend": _legend() | {"symbolType": "stroke"},
+                "legend": _legend(2) | {"symbolType": "stroke"},
             },
             "strokeDash": {
                 "field": "kind",
                 "type": "nominal",
-                "legend": _legend() | {"symbolStrokeColor": "currentColor"},
+                "legend": _legend(1) | {"symbolStrokeColor": "currentColor"},
             },
             "opacity": {"condition": {"test": chosen, "value": 1}, "value": 0.12},
             "strokeWidth": {"condition": {"test": "datum.method === method", "value": 4}, "value": 1.5},
@@ -334,12 +334,12 @@ def _bound(name: str) -> Spec:
 def _precision_colour(precisions: Sequence[str]) -> Spec:
     colours = [COLOURS.get(precision, OTHER_COLOUR) for precision in precisions]
     scale = {"domain": list(precisions), "range": colours}
-    return {"field": "precision", "type": "nominal", "scale": scale, "legend": _legend()}
+    return {"field": "precision", "type": "nominal", "scale": scale, "legend": _legend(2)}
 
 
-def _legend() -> Spec:
-    columns = {"expr": "width > 620 ? 4 : width > 340 ? 2 : 1"}
-    return {"title": None, "columns": columns, "labelLimit": 300}
+def _legend(columns: int) -> Spec:
+    """A legend that fits a telephone. Its columns do not depend on the width: Vega sets the height once."""
+    return {"title": None, "columns": columns, "labelLimit": 240 // columns + 30}
 
 
 def _kind(record: Record) -> str:
