@@ -24,6 +24,8 @@ OTHER_COLOUR = "#3a9d5d"
 NO_METHOD = "none"
 # A legend of shapes alone has the colour of the text.
 SHAPES: Spec = {"symbolFillColor": "currentColor", "symbolStrokeColor": "currentColor"}
+# The second legend of a chart whose first one takes the width of a telephone.
+ABOVE: Spec = {"title": None, "orient": "top", "direction": "horizontal"}
 CONFIG: Spec = {
     "background": "transparent",
     "view": {"stroke": None},
@@ -256,7 +258,7 @@ def _latency(precisions: Sequence[str]) -> Spec:
                         "field": "precision",
                         "type": "nominal",
                         "sort": list(precisions),
-                        "legend": _legend(1) | SHAPES,
+                        "legend": ABOVE | SHAPES,
                     },
                     "tooltip": [
                         {"field": "engine", "title": "Engine"},
@@ -306,12 +308,12 @@ def _temporal() -> Spec:
                 "field": "row",
                 "type": "nominal",
                 "scale": {"scheme": "tableau20"},
-                "legend": _legend(2) | {"symbolType": "stroke"},
+                "legend": _legend(1) | {"symbolType": "stroke"},
             },
             "strokeDash": {
                 "field": "kind",
                 "type": "nominal",
-                "legend": _legend(1) | {"symbolStrokeColor": "currentColor"},
+                "legend": ABOVE | {"symbolStrokeColor": "currentColor"},
             },
             "opacity": {"condition": {"test": chosen, "value": 1}, "value": 0.12},
             "strokeWidth": {"condition": {"test": "datum.method === method", "value": 4}, "value": 1.5},
@@ -339,7 +341,7 @@ def _precision_colour(precisions: Sequence[str]) -> Spec:
 
 def _legend(columns: int) -> Spec:
     """A legend that fits a telephone. Its columns do not depend on the width: Vega sets the height once."""
-    return {"title": None, "columns": columns, "labelLimit": 240 // columns + 30}
+    return {"title": None, "columns": columns, "labelLimit": 270}
 
 
 def _kind(record: Record) -> str:
