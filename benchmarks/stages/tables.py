@@ -1,4 +1,4 @@
-"""tables: all records become the tables, the pages, the CSV and the figures, and the summary in the top README."""
+"""tables: all records become tables, pages, CSV, figures and one page to look at, and the summary in the top README."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 import baselines
 from benchmarks.metrics import Metric, metrics
-from benchmarks.report import figures, findings, pages, series, tables, temporal
+from benchmarks.report import figures, findings, pages, series, site, tables, temporal
 from benchmarks.runtime import excerpt, files
 from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.params import Suite, Task
@@ -19,6 +19,7 @@ from benchmarks.suite.record import FULL_PRECISION, Cell, Record, Value
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")
+LATENCY = files.RESULTS / "latency"
 LEADERBOARD = series.LEADERBOARD
 
 Draw = Callable[[str, str, figures.Figure], None]
@@ -45,7 +46,8 @@ def run(suite: Suite) -> str:
     records = {record.cell: record for record in tables.gated(read, gates)}
     if suite.reported is not None:
         records = {cell: record for cell, record in records.items() if files.record_file(cell).is_file()}
-    images = {cell: excerpt.read(cell).values for cell, record in records.items() if record.metrics}
+    excerpts = {cell: excerpt.read(cell) for cell, record in records.items() if record.metrics}
+    images = {cell: found.values for cell, found in excerpts.items()}
     full = [record for cell, record in records.items() if cell.method == FULL_PRECISION]
     measured = {name: [records[cell] for cell in suite.measured(name) if cell in records] for name in suite.tables}
     shown = {
@@ -75,6 +77,11 @@ def run(suite: Suite) -> str:
     if suite.reported is None:
         _write_series(suite, measured)
     files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
+    if suite.reported is None:
+        shown_prompts = {name: _prompts(task, excerpt.SHOWN) for name, task in suite.tasks.items() if task.prompts}
+        latency = [files.read_json(path) for path in sorted(LATENCY.glob("*.json"))]
+        look = site.page(list(records.values()), excerpts, known, shown_prompts, latency)
+        files.write_text(files.RESULTS / "site" / "index.html", look)
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), front))
     return front
 
@@ -188,9 +195,14 @@ def _draw_grid(draw: Draw, task: Task, name: str, text: str, records: Sequence[R
     """The first images of some rows, under their prompts where the task has any."""
     grid = {tables.row_label(record): excerpt.read(record.cell).images for record in records}
     columns = min(len(images) for images in grid.values())
-    prompts = [] if task.prompts is None else prompts_of(task, "sample", range(columns))
+    prompts = _prompts(task, columns)
     same = "noise and prompt" if prompts else "noise"
     draw(f"{name}-samples", f"{text}: the same {same} in each column", figures.sample_grid(grid, columns, prompts))
+
+
+def _prompts(task: Task, count: int) -> list[str]:
+    """The prompts of the first images of a task; none where it has no prompts."""
+    return [] if task.prompts is None else prompts_of(task, "sample", range(count))
 
 
 def _curves(records: Sequence[Record]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -33,6 +33,9 @@ METRICS = "benchmarks.metrics"
 PAGES = ("COVERAGE.md", "FINDINGS.md", "METHODS.md", "README.md", "cells.csv", "figures")
 # What `dvc metrics` and `dvc plots` show.
 METRIC_FILES, PLOT_FILES = SERIES = ("metrics", "plots")
+# One page to look at, of the small suite: pictures of the papers' models are too large to stand in one file.
+SITE = "site"
+SITE_FILES = {f"benchmarks/report/site/{name}" for name in ("page.css", "page.html", "page.js")}
 
 
 @dataclass(frozen=True)
@@ -249,17 +252,19 @@ class Pipeline:
         ]
 
     def _tables(self) -> Stage:
-        also = self.suite.temporal is not None
-        pages = [*PAGES, *["TEMPORAL.md"] * also, *([] if self.is_paper else SERIES)]
+        temporal = self.suite.temporal is not None
+        pages, beside = [*PAGES, *["TEMPORAL.md"] * temporal], ["results/temporal"] * temporal
+        code = code_of(STAGES / "tables.py") | _plugins(METRICS) | _plugins(discover.METHODS)
+        if not self.is_paper:
+            pages, code = [*pages, *SERIES, SITE], code | SITE_FILES
+            beside += ["results/latency"] * (self.suite.deployment is not None)
         return Stage(
             "tables",
             "This stage first measures all that is missing; `python -m benchmarks tables` shows what there is. It also"
             " writes the leaderboard's region of README.md, which is no output.",
             "python -m benchmarks tables",
-            deps=["results/records", *["results/temporal"] * also],
-            code=code_of(STAGES / "tables.py") | _plugins(METRICS) | _plugins(discover.METHODS),
-            params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
-            outs={f"results/{name}": "{cache: false}" for name in sorted(pages)},
+            deps=["results/records", *beside],
+            code=code,
         )
 
 

@@ -46,6 +46,8 @@ def report(
         " numbers for pandas. What each row does: [METHODS.md](METHODS.md). What it quantises:"
         " [COVERAGE.md](COVERAGE.md). Which of the papers' claims hold: [FINDINGS.md](FINDINGS.md)."
     )
+    if not reported:
+        head += " To look at in a browser, with pictures to compare: [site/index.html](site/index.html)."
     sections = ["Summary"] * bool(summary) + ["Reported"] * bool(reported) + [name.capitalize() for name in tables]
     sections += ["All metrics"] * bool(tables) + ["Figures"] * bool(figures)
     contents = " · ".join(f"[{section}](#{section.lower().replace(' ', '-')})" for section in sections)

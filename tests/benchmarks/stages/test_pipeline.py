@@ -103,6 +103,9 @@ def test_records_and_tables_come_from_the_cells(suite, run, generate, score):
     drawn = [f"toy-{name}-{kind}.png" for name in shown for kind in ("samples", "temporal")]
     assert figures == sorted([*drawn, "toy-intervals.png", "toy-temporal_feature_matters-w4a8-selection.png"])
     assert all(f"(figures/{name})" in page for name in figures)
+    look = Path("results/site/index.html").read_text()
+    assert all(f'id="cell:{cell}"' in look for cell in ("toy/tfmq/w4a8", "toy/nearest-published/w4a8"))
+    assert "(site/index.html)" in page
     before = {path: path.read_bytes() for path in Path("results").rglob("*.*")}
     assert run("tables") == (0, [])
     assert before == {path: path.read_bytes() for path in Path("results").rglob("*.*")}

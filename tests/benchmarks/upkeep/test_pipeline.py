@@ -64,6 +64,14 @@ def test_a_row_depends_on_the_passes_of_its_recipe_alone(stages):
     assert not any("reconstruction" in path for path in nearest)
 
 
+def test_the_page_to_look_at_is_made_again_when_any_of_its_files_changes(stages, root):
+    folder = root / "benchmarks" / "report" / "site"
+    named = {path.relative_to(root).as_posix() for path in folder.iterdir() if path.is_file()}
+    assert {f"{folder.relative_to(root).as_posix()}/page.{kind}" for kind in ("html", "css", "js", "py")} <= named
+    assert named <= set(stages["tables"].code)
+    assert "results/site" in stages["tables"].outs and "results/latency" in stages["tables"].deps
+
+
 def test_a_new_method_with_a_pass_of_its_own_runs_its_own_cells_alone(root, tmp_path, monkeypatch, stages):
     """It is one file, and no other stage than its own, and those that look at all cells, changes."""
     (tmp_path / "mine.py").write_text(METHOD, encoding="utf-8")
