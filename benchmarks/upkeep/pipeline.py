@@ -29,7 +29,7 @@ HEADER = (
 )
 SMALL, PAPER = Path(), Path("benchmarks/paper")
 METRICS = "benchmarks.metrics"
-PAGES = ("COVERAGE.md", "FINDINGS.md", "METHODS.md", "README.md", "cells.csv", "figures")
+PAGES = ("COVERAGE.md", "FINDINGS.md", "METHODS.md", "RANKING.md", "README.md", "cells.csv", "figures")
 
 
 @dataclass(frozen=True)
