@@ -50,20 +50,25 @@ SIMULATED = (
     " Satterthwaite's degrees of freedom). A variance from three seeds is a poor one; it is drawn towards what it"
     " usually is, beside that of images, in all pairs of rows of the task, as far as these agree; where a precision has"
     " one seed, that stands for it. Below, rows are drawn whose true differences are known: the share of 95 % intervals"
-    f" that hold them, over all pairs of 8 rows on {simulation.TASKS} tasks. The last column is what intervals over"
+    " that hold them, over all pairs of 8 rows on {tasks} tasks. The last column is what intervals over"
     " images alone would do. `python -m benchmarks.report.simulation 2000` does the same with more tasks."
 )
 
 
-def page(evidence: Evidence, outcomes: Mapping[str, Outcome], drawn: Sequence[tuple[str, str]]) -> str:
-    """Markdown; ``drawn`` are captions and paths of figures."""
+def page(
+    evidence: Evidence,
+    outcomes: Mapping[str, Outcome],
+    drawn: Sequence[tuple[str, str]],
+    simulated: int = simulation.TASKS,
+) -> str:
+    """Markdown; ``drawn`` are captions and paths of figures, and ``simulated`` how many tasks intervals are tried on."""
     chosen = f"Rows rank by **{RANKED_BY.label}**: {RANKED_BY.meaning}."
     parts = [INTRODUCTION, f"{chosen} {_support(evidence, outcomes)}"]
     parts.append(f"## The candidates\n\n{_tests(evidence)}\n\n{_table(evidence, outcomes)}")
     parts += [f"![{text}]({path})\n\n{text}" for text, path in drawn]
     if any(found.separation for found in outcomes.values()):
         parts.append(f"## By task\n\n{_by_task(evidence, outcomes)}")
-        parts.append(f"{SIMULATED}\n\n{simulation.table()}")
+        parts.append(f"{SIMULATED.format(tasks=simulated)}\n\n{simulation.table(tasks=simulated)}")
     parts.append(LIMITS)
     return "\n\n".join(parts) + "\n"
 
