@@ -61,7 +61,7 @@ def page(
     drawn: Sequence[tuple[str, str]],
     simulated: int = simulation.TASKS,
 ) -> str:
-    """Markdown; ``drawn`` are captions and paths of figures, and ``simulated`` how many tasks intervals are tried on."""
+    """Markdown; ``drawn`` has captions and paths of figures, and intervals are tried on so many ``simulated`` tasks."""
     chosen = f"Rows rank by **{RANKED_BY.label}**: {RANKED_BY.meaning}."
     parts = [INTRODUCTION, f"{chosen} {_support(evidence, outcomes)}"]
     parts.append(f"## The candidates\n\n{_tests(evidence)}\n\n{_table(evidence, outcomes)}")
