@@ -84,11 +84,14 @@ class Evidence:
         found = [r for r in records if r.status == "measured" and r.method != FULL_PRECISION and r.cell in values]
         self.records = {record.cell: record for record in found}
         self.values, self.metrics = values, metrics
+        self._scores: dict[tuple[Statistic, Cell], np.ndarray | None] = {}
         self.tasks = list(dict.fromkeys(cell.task for cell in self.records))
 
     def of(self, statistic: Statistic, cell: Cell, images: slice = slice(None)) -> float | None:
         """The number of a cell."""
-        return statistic.of(self.records[cell], self.values[cell], self.metrics, images)
+        if (statistic, cell) not in self._scores:
+            self._scores[statistic, cell] = statistic.of_images(self.values[cell], self.metrics)
+        return statistic.of(self.records[cell], self._scores[statistic, cell], self.metrics, images)
 
     def rows(self, task: str) -> dict[str, dict[int, list[Cell]]]:
         """Cells of methods as all tables have them: precision -> seed -> cells."""

@@ -63,9 +63,9 @@ class Statistic:
         return np.mean([logarithm(metrics[name], values[name][:count]) for name in self.metrics], axis=0)
 
     def of(
-        self, record: Record, values: Values, metrics: Mapping[str, Metric], images: slice = slice(None)
+        self, record: Record, scores: np.ndarray | None, metrics: Mapping[str, Metric], images: slice = slice(None)
     ) -> float | None:
-        """The number of a cell, from some of its images where it is one of images; None if it is not measured.
+        """The number of a cell, from what some of its images have; None if it is not measured.
 
         In logarithms but for `SIGNED`: what compares two of them is then no matter of units, nor of whether a distance
         is squared.
@@ -75,7 +75,6 @@ class Statistic:
             found = record.metrics.get(first.name)
             value = None if found is None else found.value
         else:
-            scores = self.of_images(values, metrics)
             value = None if scores is None else float(self.location(scores[images]))
         if value is None or self.logarithm or first.name in SIGNED:
             return value

@@ -24,7 +24,7 @@ def values():
 
 
 def test_means_of_logarithms_are_geometric_means(values, make_record):
-    found = {name: BY_NAME[name].of(make_record(), values, METRICS) for name in BY_NAME}
+    found = {name: c.of(make_record(), c.of_images(values, METRICS), METRICS) for name, c in BY_NAME.items()}
     distance = values["feature_distance"]
     # The amplitude of a squared distance is its root.
     assert found["feature_log"] == pytest.approx(np.log(gmean(distance) ** 0.5))
@@ -41,10 +41,11 @@ def test_means_of_logarithms_are_geometric_means(values, make_record):
 
 def test_metrics_of_no_images_are_those_of_the_record(make_record):
     record = make_record(metrics={"fd_fp": Value(20.0, 10, 30, 9), "kid_fp": Value(-0.01, -0.1, 0.1, 9)})
-    assert BY_NAME["fd_fp"].of(record, {}, METRICS) == pytest.approx(np.log(20))
-    assert BY_NAME["kid_fp"].of(record, {}, METRICS) == -0.01
-    assert BY_NAME["temporal_error"].of(record, {}, METRICS) is None
-    assert BY_NAME["deviation"].of(record, {"psnr": np.ones(3)}, METRICS) is None
+    assert BY_NAME["fd_fp"].of(record, None, METRICS) == pytest.approx(np.log(20))
+    assert BY_NAME["kid_fp"].of(record, None, METRICS) == -0.01
+    assert BY_NAME["temporal_error"].of(record, None, METRICS) is None
+    assert BY_NAME["deviation"].of_images({"psnr": np.ones(3)}, METRICS) is None
+    assert BY_NAME["deviation"].of(record, None, METRICS) is None
 
 
 def test_images_that_cannot_be_told_apart_have_the_last_decimal():
