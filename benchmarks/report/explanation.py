@@ -12,7 +12,7 @@ from benchmarks.report.inference import Estimate
 from benchmarks.report.judge import Judge
 from benchmarks.report.statistic import RANKED_BY
 from benchmarks.suite.record import Cell
-from tfmq.precision import FULL, Precision
+from tfmq.precision import Precision
 
 TITLE = "What keeping temporal features buys"
 BASE, EXACT, METHOD, RIVAL = "prev", "full_precision_temporal", "tfmq", "qdiffusion"
@@ -82,9 +82,9 @@ def _bound(place: Place) -> str:
     if method is not None:
         temporal = place.judge.compare("temporal_error", METHOD, BASE, place.precision)
         lowered = "" if temporal is None else f" makes the temporal features {_times(temporal.parts.mean)} and"
-        sentences.append(f"TFMQ-DM{lowered} {_moves(method)} the deviation{_uncertain(method)}.")
+        sentences.append(f"TFMQ-DM{lowered} {_moves(method, 'the deviation')}{_uncertain(method)}.")
         alone = {name: place.change(name, BASE) for name in ("tiar", "fsc")}
-        said = [f"{PARTS[name]} {_moves(found)} it" for name, found in alone.items() if found is not None]
+        said = [f"{PARTS[name]} {_moves(found, 'it')}" for name, found in alone.items() if found is not None]
         if said:
             sentences.append(f"Of its two parts, {' and '.join(said)}.")
     return " ".join(sentences)
@@ -177,28 +177,21 @@ def _when(places: Sequence[Place]) -> str:
 
 def _bits(precision: str) -> tuple[int, int]:
     found = Precision.parse(precision)
-    return -found.weight_bits, -min(found.activation_bits, FULL)
+    return -found.weight_bits, -found.activation_bits
 
 
 def _moved(found: Estimate) -> str:
-    return f"{_direction(found)} by {abs(1 - np.exp(found.mean)):.0%} {_interval(found)}"
+    return f"{'falls' if found.mean < 0 else 'rises'} {_by(found)}"
 
 
-def _moves(found: Estimate) -> str:
-    return f"{'lowers' if found.mean < 0 else 'raises'}{_by(found)}"
+def _moves(found: Estimate, what: str) -> str:
+    return f"{'lowers' if found.mean < 0 else 'raises'} {what} {_by(found)}"
 
 
 def _by(found: Estimate) -> str:
-    return f" by {abs(1 - np.exp(found.mean)):.0%} {_interval(found)}"
-
-
-def _direction(found: Estimate) -> str:
-    return "falls" if found.mean < 0 else "rises"
-
-
-def _interval(found: Estimate) -> str:
     value = found.value
-    return f"[{np.exp(value.low) - 1:+.0%}, {np.exp(value.high) - 1:+.0%}]"
+    ends = f"[{np.exp(value.low) - 1:+.0%}, {np.exp(value.high) - 1:+.0%}]"
+    return f"by {abs(1 - np.exp(found.mean)):.0%} {ends}"
 
 
 def _uncertain(found: Estimate) -> str:

@@ -167,7 +167,11 @@ def estimate(part: Parts, borrowed: Borrowed) -> Estimate | None:
     from_images = part.between_images / part.images
     from_seeds = max(seed - both / part.images, 0.0) / part.seeds
     total = from_images + from_seeds
-    lost = from_images**2 / (part.images - 1) + (from_seeds**2 / degrees if degrees else 0.0)
+    lost = from_images**2 / (part.images - 1)
+    if degrees:
+        lost += (seed / part.seeds) ** 2 / degrees
+    if part.both is not None:
+        lost += (both / part.images / part.seeds) ** 2 / ((part.images - 1) * (part.seeds - 1))
     # Of nothing but zeros, any count of degrees of freedom will do.
     return Estimate(part.mean, total**0.5, total**2 / lost if lost else part.images - 1.0, part.images, part.seeds)
 
@@ -196,7 +200,7 @@ def needed(part: Parts, borrowed: Borrowed, level: float) -> tuple[int, int] | N
         free = before + seeds - 1
         if from_seeds and not free:
             return False
-        lost += from_seeds**2 / free if from_seeds else 0.0
+        lost += ((of_seed + both / images) / seeds) ** 2 / free if free else 0.0
         if not lost:
             return part.mean != 0
         reach = stdtrit(total**2 / lost, [1 - level / 2, POWER]).sum()

@@ -19,8 +19,8 @@ def test_the_ablation_is_told_in_words(rows):
     text = explanation.text(rows.judges, steps)
     # exp(-0.3) is 0.74, and the square of that 0.55.
     assert "deviation of the base's images falls by 26%" in text and "temporal features carry 45%" in text
-    assert "10 times more exact" in text and "lowers by 18%" in text
-    assert "its reconstruction alone lowers by 14%" in text and "its calibration alone raises by 11%" in text
+    assert "10 times more exact" in text and "lowers the deviation by 18%" in text
+    assert "its reconstruction alone lowers it by 14%" in text and "its calibration alone raises it by 11%" in text
     assert "off most at its noisy beginning" in text and "no more than chance" not in text
     (row,) = [line for line in text.splitlines() if line.startswith("| emoji-ldm4")]
     fields = [field.strip() for field in row.split("|")[1:-1]]

@@ -68,7 +68,7 @@ def test_every_claim_has_a_verdict_on_every_task(rows):
     (confirmed, fourth), (undecided,) = lines(text, "### one: confirmed"), lines(text, "### one: open")
     assert confirmed[4:6] == ["TFMQ-DM 0.133", "Q-Diffusion 0.148"] and confirmed[6].startswith("0.9")
     assert fourth[4].startswith("TFMQ-DM (published)") and "None." in text.split("### two: open")[1]
-    assert "1 seeds of" in undecided[-1] and int(undecided[-1].split()[3].replace(",", "")) > 48
+    assert "1 seed of" in undecided[-1] and int(undecided[-1].split()[3].replace(",", "")) > 48
 
 
 def test_a_claim_that_rows_refuse_is_not_applicable(rows):

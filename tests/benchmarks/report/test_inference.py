@@ -37,8 +37,8 @@ def test_the_error_has_the_mean_squares_of_the_two_way_layout(values):
     found = estimate(parts_of(values), Borrowed())
     assert found.mean == pytest.approx(values.mean())
     assert found.error**2 == pytest.approx(seed + image - rest)
-    # Satterthwaite: of the mean squares of images, and of seeds less that of both.
-    assert found.degrees == pytest.approx((seed + image - rest) ** 2 / ((seed - rest) ** 2 / 2 + image**2 / 19))
+    lost = seed**2 / 2 + image**2 / 19 + rest**2 / 38
+    assert found.degrees == pytest.approx((seed + image - rest) ** 2 / lost)
     margin = t.ppf(0.975, found.degrees) * found.error
     assert (found.value.low, found.value.high) == pytest.approx((values.mean() - margin, values.mean() + margin))
     assert found.p == pytest.approx(2 * t.sf(values.mean() / found.error, found.degrees))
