@@ -66,7 +66,9 @@ def test_every_claim_has_a_verdict_on_every_task(rows):
     }
     assert "Of 4 comparisons: 2 confirmed, 1 contradicted, 1 open." in text
     (confirmed, fourth), (undecided,) = lines(text, "### one: confirmed"), lines(text, "### one: open")
-    assert confirmed[4:6] == ["TFMQ-DM 0.133", "Q-Diffusion 0.148"] and confirmed[6].startswith("0.9")
+    levels = [np.exp(rows.judges["one"].mean(RANKED_BY.name, row, "w4a8")) for row in ("tfmq", "qdiffusion")]
+    assert confirmed[4:6] == [f"TFMQ-DM {levels[0]:.3g}", f"Q-Diffusion {levels[1]:.3g}"]
+    assert confirmed[6].startswith("0.9") and confirmed[7:] == ["1", "< 0.001"]
     assert fourth[4].startswith("TFMQ-DM (published)") and "None." in text.split("### two: open")[1]
     assert "1 seed of" in undecided[-1] and int(undecided[-1].split()[3].replace(",", "")) > 48
 
