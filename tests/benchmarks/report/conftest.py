@@ -16,7 +16,7 @@ class Rows:
     """Records of rows, and the values of their images.
 
     The logarithm of an image's amplitude is that of its row, and a part that all rows of a task share; rows with
-    ``noise`` have a part of their own.
+    ``noise`` have a part of their own. Over the images that have a noise error, parts have the mean 0.
     """
 
     def __init__(self, make_record, settings):
@@ -26,9 +26,8 @@ class Rows:
     def add(self, row, level, noise=0.0, temporal=None, task="emoji-ldm4", **changes):
         method, *others = row.split("-")
         changes |= {"protocol": others[0]} if others else {}
-        shared = np.random.default_rng(0).normal(0, 0.3, IMAGES)
-        own = np.random.default_rng(len(self.records) + 1).normal(0, 1, IMAGES)
-        amplitude = np.exp(level + shared + noise * own)
+        shared, own = _images(0), _images(len(self.records) + 1)
+        amplitude = np.exp(level + 0.3 * shared + noise * own)
         values = {
             "feature_distance": amplitude**2,
             "perceptual": amplitude**2,
@@ -46,6 +45,11 @@ class Rows:
     @property
     def judges(self):
         return judges_of(self.records, self.values, metrics())
+
+
+def _images(seed):
+    found = np.random.default_rng(seed).normal(size=IMAGES)
+    return found - found[:BATCH].mean()
 
 
 @pytest.fixture
