@@ -62,6 +62,8 @@ def page(
     simulated: int = simulation.TASKS,
 ) -> str:
     """Markdown; ``drawn`` has captions and paths of figures, and intervals are tried on so many ``simulated`` tasks."""
+    if not evidence.tasks:
+        return f"{INTRODUCTION}\n\nNo cell has been measured yet.\n"
     chosen = f"Rows rank by **{RANKED_BY.label}**: {RANKED_BY.meaning}."
     parts = [INTRODUCTION, f"{chosen} {_support(evidence, outcomes)}"]
     parts.append(f"## The candidates\n\n{_tests(evidence)}\n\n{_table(evidence, outcomes)}")

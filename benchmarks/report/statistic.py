@@ -115,15 +115,15 @@ CANDIDATES = (
     Statistic(
         "image_deviation",
         "Image deviation",
-        "the geometric mean, over images, of the amplitudes of feature distance, perceptual distance and pixel error",
+        "the geometric mean, over images, of three errors against full precision: features, perceptual, pixels",
         IMAGE_METRICS,
         logarithm=True,
     ),
     Statistic(
         "deviation",
         "Deviation",
-        "the geometric mean, over images, of the amplitudes of feature distance, perceptual distance, pixel error and"
-        " noise error",
+        "the geometric mean, over images, of four errors against full precision: features, perceptual, pixels, and the"
+        " predicted noise",
         (*IMAGE_METRICS, "noise_error"),
         logarithm=True,
     ),

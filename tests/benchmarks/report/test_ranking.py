@@ -96,6 +96,7 @@ def test_the_page_says_what_rows_rank_by_and_whether_the_data_support_it(evidenc
 
 
 def test_without_seeds_nothing_is_said_of_them(rows):
+    assert "No cell has been measured yet." in ranking_page.page(Evidence([], {}, metrics()), {}, [])
     rows.add("tfmq", -2.0)
     found = Evidence(rows.records, rows.values, metrics())
     outcomes = {candidate.name: outcome(candidate, found) for candidate in CANDIDATES}
