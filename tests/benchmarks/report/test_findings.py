@@ -41,7 +41,7 @@ def test_every_claim_has_a_verdict_on_every_task(rows):
     for task in ("one", "two"):
         rows.add("tfmq", -2.0, noise=0.01, task=task)
         rows.add("qdiffusion", -1.9, noise=0.01, task=task)
-    rows.add("nearest", -1.9, noise=1.0, task="one")
+    rows.add("nearest", -1.8, noise=1.0, task="one")
     rows.add("tfmq-published", -2.2, noise=0.01, task="one")
     rows.add("ptqd", -2.2, task="two", precision="w8a8")
     for task in ("one", "two"):

@@ -44,7 +44,7 @@ def test_a_precision_of_one_seed_borrows_from_that_of_several(rows):
     found = judge.compare(MEASURE, "tfmq", "prev", "w8a8")
     # Seeds move a row by 0.2 and images leave 0.05 / sqrt(32), so a decided difference of images is none of seeds.
     assert 150 < found.borrowed.ratio < 2000
-    assert found.estimate.error == pytest.approx(0.2 * 2**0.5, rel=0.5) and found.estimate.p > 0.3
+    assert 0.15 < found.estimate.error < 0.6 and found.estimate.p > 0.3
     rows.records = [record for record in rows.records if record.seed == 0]
     assert rows.judges["emoji-ldm4"].compare(MEASURE, "tfmq", "prev", "w8a8").estimate.p < 1e-3
 
