@@ -117,6 +117,51 @@ def selection(cached: np.ndarray, projections: Sequence[str], timesteps: Sequenc
     return figure
 
 
+def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, chosen: str) -> Figure:
+    """A labelled point each, ``chosen`` in another colour; the horizontal axis is logarithmic."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    left, right = min(at for at, _ in points.values()), max(at for at, _ in points.values())
+    # Labels of neighbours stand above and below in turn, and point to the inside.
+    for index, (name, (across, up)) in enumerate(sorted(points.items(), key=lambda point: point[1])):
+        colour = "C3" if name == chosen else "C0"
+        axes.plot(across, up, "o", color=colour, markersize=5)
+        inward = "left" if across < (left * right) ** 0.5 else "right"
+        offset = (5 if inward == "left" else -5, 5 if index % 2 else -9)
+        axes.annotate(name, (across, up), offset, textcoords="offset points", fontsize=8, ha=inward, color=colour)
+    axes.set_xscale("log")
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(linewidth=0.4, alpha=0.6)
+    return figure
+
+
+def strips(panels: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]) -> Figure:
+    """Repeats of each row as dots on a line: a row of panels for each first name, a column for each second one.
+
+    Values of a panel are shown less their mean, in standard deviations between the means of its rows.
+    """
+    tasks, names = (list(dict.fromkeys(key[index] for key in panels)) for index in (0, 1))
+    most = max(map(len, panels.values()))
+    size = (4.4 * len(names) + 1.6, (0.2 * most + 0.7) * len(tasks))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(tasks), len(names), squeeze=False)
+    for (task, name), rows in panels.items():
+        axes = grid[tasks.index(task)][names.index(name)]
+        first = panels[task, names[-1]]
+        order = sorted(first, key=lambda row: float(np.mean(first[row])))
+        means = np.array([np.mean(rows[row]) for row in order])
+        middle, scale = means.mean(), means.std(ddof=1) or 1.0
+        for place, row in enumerate(order):
+            shown = (np.array(rows[row]) - middle) / scale
+            axes.plot(shown, np.full(len(shown), place), "o", markersize=4, alpha=0.7, color="C0")
+        axes.set_ylim(len(order) - 0.5, -0.5)
+        axes.set_yticks(range(len(order)), order if name == names[0] else [""] * len(order), fontsize=7)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+        axes.set_title(f"{task}: {name}", fontsize=8)
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """The figure as PNG without date or software version, so that equal figures are equal files."""
     buffer = io.BytesIO()

@@ -11,7 +11,9 @@ import pandas as pd
 
 import baselines
 from benchmarks.metrics import Metric, metrics
-from benchmarks.report import figures, findings, pages, series, site, tables, temporal
+from benchmarks.report import figures, findings, pages, ranking, ranking_page, series, site, tables, temporal
+from benchmarks.report.judge import Judge, judges_of
+from benchmarks.report.statistic import CANDIDATES, RANKED_BY
 from benchmarks.runtime import excerpt, files
 from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.params import Suite, Task
@@ -48,6 +50,7 @@ def run(suite: Suite) -> str:
         records = {cell: record for cell, record in records.items() if files.record_file(cell).is_file()}
     excerpts = {cell: excerpt.read(cell) for cell, record in records.items() if record.metrics}
     images = {cell: found.values for cell, found in excerpts.items()}
+    judges = judges_of(list(records.values()), images, known)
     full = [record for cell, record in records.items() if cell.method == FULL_PRECISION]
     measured = {name: [records[cell] for cell in suite.measured(name) if cell in records] for name in suite.tables}
     shown = {
@@ -61,22 +64,26 @@ def run(suite: Suite) -> str:
     }
     if suite.reported is None:
         first = next(iter(shown))
-        summary, comparison = tables.leaders(shown[first]), ""
-        front = summary or tables.section(first, shown[first], known, images)
+        summary, comparison = tables.leaders(shown[first], judges), ""
+        front = summary or tables.section(first, shown[first], known, images, judges)
     else:
         summary = ""
         front = comparison = tables.paper(list(records.values()), suite, numbers)
-    drawn = _figures(suite, shown, known)
+    drawn = _figures(suite, shown, known, judges)
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
-    files.write_text(files.RESULTS / "README.md", tables.report(shown, known, drawn, images, summary, comparison))
-    found = findings.page(list(records.values()), images, known, small=suite.reported is None)
+    files.write_text(
+        files.RESULTS / "README.md", tables.report(shown, known, drawn, images, judges, summary, comparison)
+    )
+    steps = {cell: each.temporal_error for cell, each in excerpts.items() if each.temporal_error is not None}
+    found = findings.page(list(records.values()), judges, known, steps=steps, small=suite.reported is None)
     files.write_text(files.RESULTS / "FINDINGS.md", found)
+    files.write_text(files.RESULTS / "RANKING.md", _ranking(list(records.values()), images, known))
     if suite.temporal is not None:
         temporal.write(files.RESULTS / "temporal", files.RESULTS / "figures", files.RESULTS / "TEMPORAL.md")
     if suite.reported is None:
         _write_series(suite, measured)
-    files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known)))
+    files.write_text(files.RESULTS / "cells.csv", tables.csv(tables.frame({"": full, **measured}, known, judges)))
     if suite.reported is None:
         shown_prompts = {name: _prompts(task, excerpt.SHOWN) for name, task in suite.tasks.items() if task.prompts}
         latency = [files.read_json(path) for path in sorted(LATENCY.glob("*.json"))]
@@ -143,7 +150,20 @@ def _is_of(record: Record) -> bool:
         return False
 
 
-def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metric]) -> list[tuple[str, str]]:
+def _ranking(records: list[Record], images: dict[Cell, dict[str, np.ndarray]], known: dict[str, Metric]) -> str:
+    """Write the figures of the page on ranking; returns the page."""
+    evidence = ranking.Evidence(records, images, known)
+    outcomes = {candidate.name: ranking.outcome(candidate, evidence) for candidate in CANDIDATES}
+    drawn = []
+    for name, text, figure in ranking_page.figures_of(evidence, outcomes):
+        files.write_bytes(files.RESULTS / "figures" / f"{name}.png", figures.png(figure))
+        drawn.append((text, f"figures/{name}.png"))
+    return ranking_page.page(evidence, outcomes, drawn)
+
+
+def _figures(
+    suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metric], judges: dict[str, Judge]
+) -> list[tuple[str, str]]:
     """Write the figures, of seed 0; returns a caption and the path from the results page of each."""
     drawn = []
 
@@ -154,10 +174,10 @@ def _figures(suite: Suite, shown: dict[str, list[Record]], known: dict[str, Metr
     shown = {name: [record for record in records if record.seed == 0] for name, records in shown.items()}
     ranks = {
         precision: {tables.label(method): value for method, value in row.items()}
-        for precision, row in tables.mean_ranks(shown.get(LEADERBOARD, [])).items()
+        for precision, row in tables.mean_ranks(shown.get(LEADERBOARD, []), judges).items()
     }
     if ranks:
-        text = "Mean rank over tasks by feature distance, 1 is best, with 95 % intervals"
+        text = f"Mean rank over tasks by {RANKED_BY.label.lower()}, 1 is best, with 95 % intervals"
         draw("across-tasks", text, figures.intervals(ranks, "all tasks", "Mean rank"))
     every = list({record.cell: record for records in shown.values() for record in records}.values())
     for task in dict.fromkeys(record.task for record in every):

@@ -30,7 +30,7 @@ HEADER = (
 )
 SMALL, PAPER = Path(), Path("benchmarks/paper")
 METRICS = "benchmarks.metrics"
-PAGES = ("COVERAGE.md", "FINDINGS.md", "METHODS.md", "README.md", "cells.csv", "figures")
+PAGES = ("COVERAGE.md", "FINDINGS.md", "METHODS.md", "RANKING.md", "README.md", "cells.csv", "figures")
 # What `dvc metrics` and `dvc plots` show.
 METRIC_FILES, PLOT_FILES = SERIES = ("metrics", "plots")
 # One page to look at, of the small suite: pictures of the papers' models are too large to stand in one file.

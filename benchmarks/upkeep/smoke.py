@@ -24,7 +24,14 @@ from benchmarks.suite.record import FULL_PRECISION, Cell, Record
 PRECISION = "w4a8"
 ITERATIONS = 2
 TASK_LIMITS = {"steps": 4, "images": 12, "batch": 4, "calibration_images": 4, "reference_images": 16, "data_images": 64}
-PAGES = ("results/README.md", "results/METHODS.md", "results/COVERAGE.md", "results/FINDINGS.md", "results/cells.csv")
+PAGES = (
+    "results/README.md",
+    "results/METHODS.md",
+    "results/COVERAGE.md",
+    "results/FINDINGS.md",
+    "results/RANKING.md",
+    "results/cells.csv",
+)
 # Of what is executed and timed.
 DEPLOYMENT = {"images": 4, "batch": 4, "rounds": 1, "evaluations": 1}
 TEMPORAL = {"precisions": [PRECISION], "images": 4}

@@ -25,7 +25,8 @@ def paper(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_tables_are_those_of_records_and_settings(paper):
-    names = ["README.md", *(f"results/{name}" for name in ("README.md", "METHODS.md", "COVERAGE.md", "FINDINGS.md"))]
+    pages = ("README.md", "METHODS.md", "COVERAGE.md", "FINDINGS.md", "RANKING.md")
+    names = ["README.md", *(f"results/{name}" for name in pages)]
     for name in names[1:]:
         Path(name).unlink()
     tables.run(params.load(Path("params.yaml")))

@@ -1,6 +1,6 @@
 """Records to tables: a data frame with one row a cell, CSV, and Markdown. Nothing here touches files."""
 
-from benchmarks.report.tables.comparison import QUALITY, RANKED_BY, difference, gated, ranking
+from benchmarks.report.tables.comparison import QUALITY, difference, gated, standings
 from benchmarks.report.tables.frame import csv, frame
 from benchmarks.report.tables.markdown import label, row_label
 from benchmarks.report.tables.page import END, START, region, replace_region, report, section
@@ -11,7 +11,6 @@ from benchmarks.report.tables.summary import across_tasks, leaders, mean_ranks
 __all__ = [
     "END",
     "QUALITY",
-    "RANKED_BY",
     "START",
     "ablation",
     "across_tasks",
@@ -28,11 +27,11 @@ __all__ = [
     "numbers_of",
     "paper",
     "published",
-    "ranking",
     "region",
     "replace_region",
     "report",
     "reported_gates",
     "row_label",
     "section",
+    "standings",
 ]

@@ -4,32 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.metrics import Metric
+from benchmarks.report.judge import Judge
+from benchmarks.report.statistic import RANKED_BY
 from benchmarks.suite.discover import unknown
-from benchmarks.suite.record import FULL_PRECISION, Record, Value
+from benchmarks.suite.record import FULL_PRECISION, Cell, Record, Value
 from tfmq.precision import Precision
 
-# Ranks within a table are by the first; the second, a mean over pairs of images, separates methods further.
-RANKED_BY, QUALITY = "kid_fp", "feature_distance"
+# The metric whose spread over seeds tables have, and which figures show.
+QUALITY = "feature_distance"
+
+Judges = Mapping[str, Judge]
 
 
-def ranking(records: Sequence[Record]) -> dict[str, int]:
-    """Rank of each measured, quantised cell of a table by KID to full precision, within its task, precision and seed.
+@dataclass(frozen=True)
+class Standing:
+    """Where a row of a table stands by the ranking statistic, over its images and calibration seeds."""
 
-    A rank is 1 plus the number of cells whose 95 % interval lies entirely below (so cells that overlap may share a
-    rank). Cells with another status, or without that metric, have none.
+    value: Value
+    rank: int
+
+
+def standings(records: Sequence[Record], judges: Judges) -> dict[Cell, Standing]:
+    """The standing of each measured, quantised cell of a table, within its task and precision; that of its row.
+
+    A rank is 1 plus the number of rows that are better, with a 95 % interval of the two rows' difference that says so;
+    rows that nothing decides between may share a rank. Cells with another status have none.
     """
-    ranks = {}
-    ranked = [r for r in records if r.status == "measured" and r.method != FULL_PRECISION and RANKED_BY in r.metrics]
-    for record in ranked:
-        low = record.metrics[RANKED_BY].low
-        group = [r for r in ranked if (r.task, r.precision, r.seed) == (record.task, record.precision, record.seed)]
-        ranks[record.cell.name] = 1 + sum(rival.metrics[RANKED_BY].high < low for rival in group)
-    return ranks
+    found: dict[Cell, Standing] = {}
+    cells = [r.cell for r in records if r.status == "measured" and r.method != FULL_PRECISION and r.task in judges]
+    for cell in cells:
+        judge = judges[cell.task]
+        level = judge.level(RANKED_BY.name, cell.row, cell.precision)
+        if level is None:
+            continue
+        rivals = {c.row for c in cells if (c.task, c.precision) == (cell.task, cell.precision)} - {cell.row}
+        compared = [judge.compare(RANKED_BY.name, rival, cell.row, cell.precision) for rival in rivals]
+        better = sum(other is not None and other.estimate.value.high < 0 for other in compared)
+        ends = (math.exp(end) for end in (level.value.value, level.value.low, level.value.high))
+        found[cell] = Standing(Value(*ends, level.images), 1 + better)
+    return found
 
 
 def difference(values: np.ndarray, others: np.ndarray) -> Value:
@@ -87,26 +107,22 @@ def check(records: Sequence[Record], metrics: Mapping[str, Metric]) -> None:
                 raise unknown(f"metric in {record.cell.name}", name, metrics, "Score the cell again.")
 
 
-def by_task(records: Sequence[Record], metrics: Mapping[str, Metric], ranked: bool) -> dict[str, list[Record]]:
+def by_task(
+    records: Sequence[Record], metrics: Mapping[str, Metric], ranks: Mapping[Cell, Standing] | None = None
+) -> dict[str, list[Record]]:
     """Records by task, from many bits to few; then by rank, or as they are given. Raises ValueError as `check` does."""
     check(records, metrics)
-    ordered = sorted(records, key=order(ranking(records)) if ranked else place)
+    ordered = sorted(records, key=place if ranks is None else order(ranks))
     return {task: [r for r in ordered if r.task == task] for task in dict.fromkeys(r.task for r in ordered)}
 
 
-def order(ranks: Mapping[str, int]) -> Callable[[Record], tuple[object, ...]]:
+def order(ranks: Mapping[Cell, Standing]) -> Callable[[Record], tuple[object, ...]]:
     """A key to sort by: task, from many bits to few, seed, rank."""
 
     def key(record: Record) -> tuple[object, ...]:
-        rank = ranks.get(record.cell.name)
-        value = record.metrics.get(RANKED_BY)
-        return (
-            *place(record),
-            record.seed,
-            (rank is None, rank or 0),
-            (value is None, value.value if value else 0.0),
-            record.method,
-        )
+        found = ranks.get(record.cell)
+        by_rank = (1, 0, 0.0) if found is None else (0, found.rank, found.value.value)
+        return (*place(record), record.seed, by_rank, record.method)
 
     return key
 

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from benchmarks.metrics import Metric
-from benchmarks.report.tables.comparison import check, order, ranking
+from benchmarks.report.statistic import RANKED_BY
+from benchmarks.report.tables.comparison import Judges, Standing, check, order, standings
 from benchmarks.suite.record import Record, Value
 
 STATUS_KEYS = ("task", "task_version", "method", "precision", "seed", "protocol", "backend", "status", "reason")
 
 
-def frame(tables: Mapping[str, Sequence[Record]], metrics: Mapping[str, Metric]) -> pd.DataFrame:
-    """One row a cell: what it is, its rank in its table, every metric with `_low`, `_high` and `_n`, and its cost.
+def frame(tables: Mapping[str, Sequence[Record]], metrics: Mapping[str, Metric], judges: Judges) -> pd.DataFrame:
+    """One row a cell: what it is, every metric with `_low`, `_high` and `_n`, and its cost.
+
+    Before the metrics stand its row's rank in its table, and the statistic that this is by, with the same ends.
 
     ``tables`` holds the records that each table measures. Rows are table by table, by task, from many bits to few, by
     seed, by rank. What was not measured is missing. Raises ValueError for records that must not be compared: a cell
@@ -26,9 +29,9 @@ def frame(tables: Mapping[str, Sequence[Record]], metrics: Mapping[str, Metric])
     check([record for records in tables.values() for record in records], metrics)
     rows = []
     for name, records in tables.items():
-        ranks = ranking(records)
+        ranks = standings(records, judges)
         ordered = sorted(records, key=order(ranks))
-        rows += [{"table": name} | _row(record, metrics, ranks.get(record.cell.name)) for record in ordered]
+        rows += [{"table": name} | _row(record, metrics, ranks.get(record.cell)) for record in ordered]
     table = pd.DataFrame(rows)
     whole = [column for column in table if column == "rank" or column.endswith("_n")]
     return table.astype(dict.fromkeys(whole, "Int64"))
@@ -39,10 +42,12 @@ def csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format="%.8g", lineterminator="\n")
 
 
-def _row(record: Record, metrics: Mapping[str, Metric], rank: int | None) -> dict[str, object]:
-    row: dict[str, object] = {key: getattr(record, key) for key in STATUS_KEYS} | {"rank": rank}
-    for name in metrics:
-        value = record.metrics.get(name)
+def _row(record: Record, metrics: Mapping[str, Metric], standing: Standing | None) -> dict[str, object]:
+    row: dict[str, object] = {key: getattr(record, key) for key in STATUS_KEYS}
+    row["rank"] = None if standing is None else standing.rank
+    values = {RANKED_BY.name: None if standing is None else standing.value}
+    values |= {name: record.metrics.get(name) for name in metrics}
+    for name, value in values.items():
         for field in dataclasses.fields(Value):
             column = name if field.name == "value" else f"{name}_{field.name}"
             row[column] = getattr(value, field.name) if value else None

@@ -9,11 +9,14 @@ import pandas as pd
 
 from benchmarks.features import extractor
 from benchmarks.metrics import Metric
-from benchmarks.report.tables.comparison import QUALITY, ranking
+from benchmarks.report.statistic import RANKED_BY
+from benchmarks.report.tables.comparison import QUALITY, Standing
 from benchmarks.suite import discover
-from benchmarks.suite.record import FULL_PRECISION, SHARED, SIMULATED, Record, Value
+from benchmarks.suite.record import FULL_PRECISION, SHARED, SIMULATED, Cell, Record, Value
 
 NOTHING = "–"
+# Decimals of the ranking statistic.
+STANDING_DIGITS = 4
 SCHEDULERS = {"ddim": "DDIM", "ddim_quad": "DDIM (quadratic)", "pndm": "PNDM"}
 # Columns of the summary, and all columns of text.
 PLACES = ("First", "Second", "Third")
@@ -24,7 +27,8 @@ SHARED_TEXT = (
 )
 SEEDS_TEXT = (
     "*Over N seeds* is the mean and standard deviation of the feature distance over calibration seeds: other"
-    " calibration images and other draws while quantising, the same noise scored. All other numbers are of seed 0."
+    " calibration images and other draws while quantising, the same noise scored. Ranks, and the deviation that they"
+    " are by, are over all seeds; all other numbers are of seed 0."
 )
 
 
@@ -79,10 +83,18 @@ def sampling(task: Mapping[str, object]) -> str:
 
 
 def cells_table(
-    records: Sequence[Record], metrics: Mapping[str, Metric], intervals: Sequence[str], cost: bool, rank: bool
+    records: Sequence[Record],
+    metrics: Mapping[str, Metric],
+    intervals: Sequence[str],
+    cost: bool,
+    standing: Mapping[Cell, Standing] | None = None,
+    rank: bool = False,
 ) -> str:
-    """The rows of one task, those of seed 0, with the metrics that any of them has and the spread over the seeds."""
-    ranks = ranking(records)
+    """The rows of one task, those of seed 0, with the metrics that any of them has and the spread over the seeds.
+
+    Before them stands the ranking statistic, where ``standing`` has it, and the rank if that is asked for.
+    """
+    standing = standing or {}
     shown = [record for record in records if record.seed == 0]
     columns = measured(metrics, shown)
     quantized = [record for record in shown if record.method != FULL_PRECISION]
@@ -96,8 +108,11 @@ def cells_table(
     for record in shown:
         told = [] if record.method == FULL_PRECISION else [getattr(record, axis) for axis in axes]
         row = {"Precision": record.precision, "Method": _with(label(record.method), told)}
+        own = standing.get(record.cell)
         if rank:
-            row["Rank"] = str(ranks.get(record.cell.name, NOTHING))
+            row["Rank"] = NOTHING if own is None else str(own.rank)
+        if standing:
+            row[f"{RANKED_BY.label} ↓"] = number(None if own is None else own.value, STANDING_DIGITS, interval=True)
         for name, metric in columns.items():
             row[heading(metric, records)] = number(record.metrics.get(name), metric.digits, name in intervals)
         for count in counts:

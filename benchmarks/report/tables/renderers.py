@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from benchmarks.metrics import Metric
-from benchmarks.report.tables.comparison import RANKED_BY, by_task, difference
+from benchmarks.report.statistic import RANKED_BY
+from benchmarks.report.tables.comparison import Judges, by_task, difference, standings
 from benchmarks.report.tables.markdown import (
     NOTHING,
     caption,
@@ -31,29 +32,33 @@ PUBLISHED = ("kid_fp", "feature_distance")
 DEPLOYED = ("feature_distance", "noise_error")
 
 
-def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
+def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric], judges: Judges) -> str:
     """Markdown with the mean ranks over tasks, and for each task a caption and the headline columns, by rank."""
     columns = _columns(LEADERBOARD, metrics)
+    standing = standings(records, judges)
     ranks = (
-        "A rank is 1 plus the number of methods at the same precision whose interval of"
-        f" {metrics[RANKED_BY].label} lies entirely below."
+        f"*{RANKED_BY.label}*: {RANKED_BY.meaning}; over all calibration seeds, with its 95 % interval over images and"
+        " seeds. A rank is 1 plus the number of methods at the same precision that are better image by image and seed"
+        " by seed, beyond the 95 % interval of the difference: the intervals in the column may overlap all the same."
+        " KID, which papers rank by, is a column."
     )
     parts = [
         f"### {task}\n\n{caption(cells)} {ranks}\n\n"
-        + cells_table(cells, columns, intervals=(RANKED_BY,), cost=True, rank=True)
-        for task, cells in by_task(records, metrics, ranked=True).items()
+        + cells_table(cells, columns, ("kid_fp",), cost=True, standing=standing, rank=True)
+        for task, cells in by_task(records, metrics, standing).items()
     ]
-    summary = across_tasks(records, metrics)
+    summary = across_tasks(records, judges)
     return "\n\n".join([f"### Across tasks\n\n{summary}", *parts] if summary else parts) + "\n"
 
 
-def ablation(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
+def ablation(records: Sequence[Record], metrics: Mapping[str, Metric], judges: Judges) -> str:
     """Markdown of the rows that explain the methods, beside these, in the order of ``records``; none has a rank."""
     columns = _columns(ABLATION, metrics)
+    standing = standings(records, judges)
     parts = [
         f"### {task}\n\nRows that differ from a method in one thing, and the methods that they explain."
-        f" {caption(cells)}\n\n{cells_table(cells, columns, intervals=tuple(columns), cost=True, rank=False)}"
-        for task, cells in by_task(records, metrics, ranked=False).items()
+        f" {caption(cells)}\n\n{cells_table(cells, columns, tuple(columns), cost=True, standing=standing)}"
+        for task, cells in by_task(records, metrics).items()
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -61,7 +66,7 @@ def ablation(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
 def published(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
     """Markdown with each method under the shared and its own protocol side by side, and what the latter leaves out."""
     parts = []
-    for task, every in by_task(records, metrics, ranked=False).items():
+    for task, every in by_task(records, metrics).items():
         cells = [record for record in every if record.seed == 0]
         columns = measured(_columns(PUBLISHED, metrics), cells)
         shared = {(r.method, r.precision): r for r in cells if r.protocol == SHARED}
@@ -93,7 +98,7 @@ def deployed(
     ``images`` holds the values of each cell's images (N,) by metric.
     """
     parts = []
-    for task, every in by_task(records, metrics, ranked=False).items():
+    for task, every in by_task(records, metrics).items():
         cells = [record for record in every if record.seed == 0]
         columns = measured(_columns(DEPLOYED, metrics), cells)
         simulated = {(r.method, r.precision): r for r in cells if r.backend == SIMULATED}

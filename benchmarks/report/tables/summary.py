@@ -7,42 +7,40 @@ from itertools import zip_longest
 
 import numpy as np
 
-from benchmarks.metrics import Metric
-from benchmarks.report.tables.comparison import QUALITY, place
-from benchmarks.report.tables.markdown import NOTHING, PLACES, label, number, table
+from benchmarks.report.statistic import RANKED_BY
+from benchmarks.report.tables.comparison import Judges, place
+from benchmarks.report.tables.markdown import NOTHING, PLACES, STANDING_DIGITS, label, number, table
 from benchmarks.suite.record import FULL_PRECISION, Record, Value
 from tfmq.precision import Precision
 
 DRAWS = 10_000
-# The width of a 95 % interval in standard errors.
-WIDTH = 2 * 1.96
 
 
-def mean_ranks(records: Sequence[Record]) -> dict[str, dict[str, Value]]:
-    """Mean rank over tasks by feature distance: precision -> method -> value, the best first.
+def mean_ranks(records: Sequence[Record], judges: Judges) -> dict[str, dict[str, Value]]:
+    """Mean rank over tasks by the ranking statistic: precision -> method -> value, the best first.
 
-    At each precision those methods rank among each other, from 1, that are measured on all tasks of ``records`` at seed
-    0; equal values share the mean of their ranks. The interval holds the middle 95 % of the mean ranks when every
-    cell's value is redrawn, from the normal distribution with the standard error of its interval, and the mean rank of
-    the measured values. `n` counts tasks. Nothing is ranked over fewer than two tasks, nor fewer than two methods.
+    At each precision those methods rank among each other, from 1, that are measured on all tasks of ``records``; equal
+    values share the mean of their ranks. The interval holds the middle 95 % of the mean ranks when the methods' values
+    are redrawn, from the normal distribution with the covariance that other images, the same for all methods, and
+    other calibrations, each method's own, would give them; and the mean rank of the measured values. `n` counts tasks.
+    Nothing is ranked over fewer than two tasks, nor fewer than two methods.
     """
-    measured = [r for r in records if r.seed == 0 and r.status == "measured" and QUALITY in r.metrics]
     tasks = sorted({record.task for record in records})
     if len(tasks) < 2:
         return {}
     generator = np.random.default_rng(0)
     found = {}
-    for precision in dict.fromkeys(r.precision for r in sorted(measured, key=lambda r: place(r)[1:])):
-        cells = {(r.method, r.task): r.metrics[QUALITY] for r in measured if r.precision == precision}
-        names = sorted({name for name, _ in cells if name != FULL_PRECISION})
-        names = [name for name in names if all((name, task) in cells for task in tasks)]
+    for precision in dict.fromkeys(r.precision for r in sorted(records, key=lambda r: place(r)[1:])):
+        rows = {r.cell.row for r in records if r.precision == precision and r.status == "measured"}
+        names = [
+            name for name in sorted(rows) if all(_level(judges, task, name, precision) is not None for task in tasks)
+        ]
         if len(names) < 2:
             continue
         total = np.zeros((1 + DRAWS, len(names)))
         for task in tasks:
-            values = np.array([cells[name, task].value for name in names])
-            errors = np.array([(cells[name, task].high - cells[name, task].low) / WIDTH for name in names])
-            total += ranks(np.vstack([values, generator.normal(values, errors, (DRAWS, len(names)))]))
+            values, covariance = judges[task].joint(RANKED_BY.name, names, precision)
+            total += ranks(np.vstack([values, generator.multivariate_normal(values, covariance, DRAWS, method="eigh")]))
         means = total / len(tasks)
         low, high = np.percentile(means[1:], [2.5, 97.5], axis=0)
         found[precision] = {
@@ -58,37 +56,35 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return 1 + (other < own).sum(axis=2) + ((other == own).sum(axis=2) - 1) / 2
 
 
-def across_tasks(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
-    """Markdown of `mean_ranks` beside the feature distances that they come from; empty for fewer than two tasks."""
-    found = mean_ranks(records)
+def across_tasks(records: Sequence[Record], judges: Judges) -> str:
+    """Markdown of `mean_ranks` beside the values that they come from; empty for fewer than two tasks."""
+    found = mean_ranks(records, judges)
     if not found:
         return ""
     tasks = sorted({record.task for record in records})
-    digits = metrics[QUALITY].digits
-    cells = {(r.precision, r.method, r.task): r for r in records if r.seed == 0 and r.method != FULL_PRECISION}
     rows = []
-    for precision, method in sorted({key[:2] for key in cells}, key=lambda row: _row_order(row, found)):
+    of_rows = {(r.precision, r.cell.row) for r in records if r.method != FULL_PRECISION}
+    for precision, method in sorted(of_rows, key=lambda row: _row_order(row, found)):
         row = {"Precision": precision, "Method": label(method)}
         row["Mean rank"] = number(found.get(precision, {}).get(method), 2, interval=True)
         for task in tasks:
-            cell = cells.get((precision, method, task))
-            row[task] = number(cell.metrics.get(QUALITY) if cell else None, digits, interval=False)
+            level = _level(judges, task, method, precision)
+            row[task] = NOTHING if level is None else f"{np.exp(level):.{STANDING_DIGITS}f}"
         if any(row[task] != NOTHING for task in tasks):
             rows.append(row)
     text = (
-        "Feature distance to the full-precision image of the same noise on each task, and its mean rank over the"
-        f" {len(tasks)} tasks, 1 is best, among the methods that are measured on all of them at that precision. Ranks"
-        " here are by this distance since, paired, it tells methods apart where KID rarely does. Brackets are 95 %"
-        f" intervals: the middle of {DRAWS:,} mean ranks, each with every cell's value redrawn from its own interval."
-        " Redraws are independent, though all methods denoise the same noise, so the intervals are rather too wide; of"
-        " other tasks they say nothing."
+        f"{RANKED_BY.label} on each task ({RANKED_BY.meaning}), and its mean rank over the {len(tasks)} tasks, 1 is"
+        " best, among the methods that are measured on all of them at that precision. [RANKING.md](RANKING.md) says why"
+        f" ranks are by this. Brackets are 95 % intervals: the middle of {DRAWS:,} mean ranks, each with all values"
+        " redrawn as other images, the same for all methods, and other calibrations would have it; of other tasks they"
+        " say nothing."
     )
     return f"{text}\n\n{table(rows)}"
 
 
-def leaders(records: Sequence[Record]) -> str:
+def leaders(records: Sequence[Record], judges: Judges) -> str:
     """Markdown with the best three methods of `mean_ranks` at each precision; empty for fewer than two tasks."""
-    found = mean_ranks(records)
+    found = mean_ranks(records, judges)
     if not found:
         return ""
     rows = []
@@ -98,11 +94,15 @@ def leaders(records: Sequence[Record]) -> str:
         rows.append({"Precision": precision} | places | {"Methods ranked": str(len(values))})
     tasks = len({record.task for record in records})
     text = (
-        f"The best methods at each precision, with their mean rank over {tasks} tasks"
-        " (1 is best) and its 95 % interval. Methods rank by their feature distance to the full-precision image of the"
-        " same noise, among those that are measured on every task. Where intervals overlap, the order is not settled."
+        f"The best methods at each precision, with their mean rank over {tasks} tasks (1 is best) and its 95 % interval"
+        f" over images and calibrations. Methods rank by {RANKED_BY.meaning}, among those that are measured on every"
+        " task. Where intervals overlap, the order is not settled."
     )
     return f"{text}\n\n{table(rows)}"
+
+
+def _level(judges: Judges, task: str, row: str, precision: str) -> float | None:
+    return judges[task].mean(RANKED_BY.name, row, precision) if task in judges else None
 
 
 def _row_order(row: tuple[str, str], found: Mapping[str, Mapping[str, Value]]) -> tuple[int, int, float, str]:

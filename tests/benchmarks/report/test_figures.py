@@ -15,6 +15,8 @@ def test_figures_are_the_same_bytes_each_time():
         lambda: figures.sample_grid(images, columns=3),
         lambda: figures.sample_grid(images, columns=3, titles=["a prompt of many words that is cut", "red", "b"]),
         lambda: figures.intervals({"w4a8": {"tfmq": Value(0.2, 0.1, 0.3, 9)}, "w8a8": {}}, "emoji-ldm4", "Distance"),
+        lambda: figures.scatter({"a": (3.0, 0.5), "b": (200.0, 0.9)}, "F", "agreement", "b"),
+        lambda: figures.strips({("one", "a"): {"tfmq": [1.0, 1.1], "nearest": [2.0, 2.2]}}),
         lambda: figures.selection(np.array([[True, False], [True, True]]), ["a", "b"], [1, 900], "tfmq"),
     ):
         first = figures.png(draw())
@@ -80,3 +82,20 @@ def test_prompts_stand_above_their_columns():
     assert shown[1].count("\n") == 2 and shown[1].endswith("…")
     assert axes.get_xticks().tolist() == [8.0, 24.0, 40.0, 56.0]
     assert axes.get_position().y1 < 1
+
+
+def test_the_chosen_point_is_of_another_colour():
+    axes = figures.scatter({"a": (3.0, 0.5), "b": (200.0, 0.9)}, "F", "agreement", "b").axes[0]
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colours["a"] != colours["b"] and axes.get_xscale() == "log"
+
+
+def test_strips_compare_spreads_in_one_unit():
+    rows = {"tfmq": [1.0, 1.2], "nearest": [3.0, 3.4], "ptqd": [2.0, 2.0]}
+    scaled = {name: [100 * value for value in values] for name, values in rows.items()}
+    figure = figures.strips({("one", "a"): rows, ("one", "b"): scaled})
+    left, right = ([line.get_xdata() for line in axes.get_lines()] for axes in figure.axes)
+    np.testing.assert_allclose(left, right)
+    # The best row, of the mean 1.1, is on top; the means 1.1, 2 and 3.2 have the standard deviation 1.05.
+    assert left[0] == pytest.approx((np.array(rows["tfmq"]) - 2.1) / np.std([1.1, 3.2, 2.0], ddof=1))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["tfmq", "ptqd", "nearest"]

@@ -2,127 +2,134 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm
 
 from benchmarks.metrics import metrics
 from benchmarks.report import findings
 from benchmarks.report.findings import Claim, page, verdict
-from benchmarks.report.tables import difference
+from benchmarks.report.inference import Estimate
+from benchmarks.report.statistic import RANKED_BY
 from benchmarks.suite import discover
-from benchmarks.suite.record import Value
-
-
-def value(low, high):
-    return Value(value=(low + high) / 2, low=low, high=high, n=9)
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "direction", "expected"),
+    ("mean", "p", "direction", "expected"),
     [
-        ((1, 2), (3, 4), "lower", "holds"),
-        ((3, 4), (1, 2), "lower", "contradicted"),
-        ((1, 3), (3, 4), "lower", "open"),
-        ((3, 4), (1, 2), "higher", "holds"),
-        ((1, 2), (3, 4), "higher", "contradicted"),
-        ((1, 9), (3, 4), "higher", "open"),
-        ((2, 2), (2, 2), "lower", "open"),
+        (-0.1, 0.01, "lower", "confirmed"),
+        (0.1, 0.01, "lower", "contradicted"),
+        (-0.1, 0.06, "lower", "open"),
+        (0.1, 0.01, "higher", "confirmed"),
+        (-0.1, 0.01, "higher", "contradicted"),
+        (0.0, 0.0, "lower", "open"),
     ],
 )
-def test_only_intervals_that_are_apart_decide(better, worse, direction, expected):
-    assert verdict(value(*better), value(*worse), direction) == expected
+def test_only_corrected_probabilities_decide(mean, p, direction, expected):
+    assert verdict(Estimate(mean, 0.1, 9, 50, 1), p, direction) == expected
+    assert verdict(None, p, direction) == "open"
 
 
-def test_a_difference_has_the_standard_error_of_its_pairs():
-    better, worse = np.array([0.1, 0.4, 0.2, 0.3]), np.array([0.2, 0.6, 0.3, 0.3])
-    found = difference(better, worse)
-    error = np.sqrt(((better - worse + 0.1) ** 2).sum() / 3 / 4)
-    assert found.value == pytest.approx(-0.1) and found.n == 4
-    assert found.low == pytest.approx(-0.1 + norm.ppf(0.025) * error, abs=1e-5)
-    assert found.high == pytest.approx(-0.1 + norm.ppf(0.975) * error, abs=1e-5)
+def show(rows, claims, **changes):
+    return page(rows.records, rows.judges, metrics(), claims, **changes)
 
 
-class Rows:
-    """Records of rows, and the values of their images: a common part that varies much, and a shift."""
-
-    def __init__(self, make_record):
-        self.make_record, self.records, self.images = make_record, [], {}
-        self.common = np.random.default_rng(0).normal(0.5, 0.2, 50)
-
-    def add(self, row, shift, noise=0.001, metric="feature_distance", **changes):
-        values = self.common + shift + noise * np.random.default_rng(len(self.records)).normal(size=50)
-        margin = 1.96 * values.std(ddof=1) / 50**0.5
-        measured = {metric: Value(values.mean(), values.mean() - margin, values.mean() + margin, 50)}
-        self.records.append(self.make_record(method=row, metrics=measured, **changes))
-        self.images[self.records[-1].cell] = {metric: values}
+def lines(text, heading):
+    """The rows of the table under a heading, as lists of their fields."""
+    body = text.split(f"{heading}\n\n", 1)[1].split("\n\n")[0]
+    return [[field.strip() for field in line.split("|")[1:-1]] for line in body.splitlines()[2:]]
 
 
-def sections(text):
-    return [section.split("\n", 1)[1] for section in text.split("### ")[1:]]
-
-
-def test_claims_are_judged_by_pairs_and_what_was_not_measured_is_left_out(make_record):
-    rows = Rows(make_record)
-    rows.add("tfmq", 0.0)
-    rows.add("qdiffusion", 0.01)
-    rows.add("nearest", 0.02, noise=0.2)
-    rows.add("tfmq", -0.01, protocol="published")
-    rows.records.append(make_record(method="ptqd", status="failed", reason="x", metrics={}, cost=None))
+def test_every_claim_has_a_verdict_on_every_task(rows):
+    for task in ("one", "two"):
+        rows.add("tfmq", -2.0, noise=0.01, task=task)
+        rows.add("qdiffusion", -1.9, noise=0.01, task=task)
+    rows.add("nearest", -1.8, noise=1.0, task="one")
+    rows.add("tfmq-published", -2.2, noise=0.01, task="one")
+    rows.add("ptqd", -2.2, task="two", precision="w8a8")
+    for task in ("one", "two"):
+        rows.records.append(
+            rows.make_record(task=task, method="tdq", status="not applicable", reason="x", metrics={}, cost=None)
+        )
     claims = [
         Claim("first", "someone", "tfmq", "qdiffusion"),
         Claim("second", "someone", "qdiffusion", "tfmq"),
         Claim("third", "someone", "nearest", "qdiffusion"),
         Claim("fourth", "someone", "tfmq-published", "tfmq"),
         Claim("fifth", "someone", "ptqd", "tfmq"),
-        Claim("sixth", "someone", "tfmq", "qdiffusion", "psnr"),
+        Claim("sixth", "someone", "tdq", "tfmq"),
     ]
-    text = page(rows.records, rows.images, metrics(), claims)
-    assert "Of 4 comparisons, 2 hold, 1 do not hold, 1 are open." in text
-    held, broken, undecided = sections(text)
-    assert "first" in held and "fourth" in held and "| TFMQ-DM (published) 0.516 [" in held
-    assert "second" in broken and "third" in undecided
-    assert "fifth" not in text and "sixth" not in text
-    assert verdict(*(record.metrics["feature_distance"] for record in rows.records[:2]), "lower") == "open"
+    text = show(rows, claims)
+    overview = {row[0]: row[2:] for row in lines(text, "## Verdicts")}
+    assert overview == {
+        "first": ["**confirmed** w4a8", "**confirmed** w4a8"],
+        "second": ["**contradicted** w4a8", "**contradicted** w4a8"],
+        "third": ["open w4a8", "–"],
+        "fourth": ["**confirmed** w4a8", "–"],
+    }
+    assert "Of 4 comparisons: 2 confirmed, 1 contradicted, 1 open." in text
+    (confirmed, fourth), (undecided,) = lines(text, "### one: confirmed"), lines(text, "### one: open")
+    levels = [np.exp(rows.judges["one"].mean(RANKED_BY.name, row, "w4a8")) for row in ("tfmq", "qdiffusion")]
+    assert confirmed[4:6] == [f"TFMQ-DM {levels[0]:.3g}", f"Q-Diffusion {levels[1]:.3g}"]
+    assert confirmed[6].startswith("0.9") and confirmed[7:] == ["1", "< 0.001"]
+    assert fourth[4].startswith("TFMQ-DM (published)") and "None." in text.split("### two: open")[1]
+    assert "1 seed of" in undecided[-1] and int(undecided[-1].split()[3].replace(",", "")) > 48
 
 
-def test_metrics_that_are_no_mean_over_images_are_judged_by_their_intervals(make_record):
-    found = {"tfmq": (0.01, 0.02), "qdiffusion": (0.03, 0.05), "nearest": (0.04, 0.2)}
-    records = [make_record(method=row, metrics={"kid_fp": value(*ends)}) for row, ends in found.items()]
-    claims = [
-        Claim("first", "someone", "tfmq", "qdiffusion", "kid_fp"),
-        Claim("second", "someone", "qdiffusion", "nearest", "kid_fp"),
-    ]
-    held, _, undecided = sections(page(records, {}, metrics(), claims))
-    assert "first" in held and "TFMQ-DM 0.015 [0.01, 0.02] |" in held and held.rstrip().endswith("| – |")
-    assert "second" in undecided
+def test_a_claim_that_rows_refuse_is_not_applicable(rows):
+    rows.add("tfmq", -2.0, noise=0.01, task="one")
+    rows.add("tdq", -1.9, noise=0.01, task="one")
+    rows.add("tfmq", -2.0, noise=0.01, task="two")
+    rows.add("nearest", -1.5, noise=0.01, task="two")
+    refused = {"status": "not applicable", "reason": "x", "metrics": {}, "cost": None}
+    rows.records.append(rows.make_record(task="two", method="tdq", **refused))
+    claims = [Claim("first", "us", "tfmq", "tdq"), Claim("second", "us", "tfmq", "nearest")]
+    overview = {row[0]: row[2:] for row in lines(show(rows, claims), "## Verdicts")}
+    assert overview["first"] == ["**confirmed** w4a8", "not applicable"]
+    assert overview["second"] == ["–", "**confirmed** w4a8"]
 
 
-def test_a_higher_metric_is_better_the_other_way_round(make_record):
-    rows = Rows(make_record)
-    rows.add("tfmq", 1.0, metric="psnr")
-    rows.add("qdiffusion", 0.0, metric="psnr")
-    held, _, _ = sections(page(rows.records, rows.images, metrics(), [Claim("it", "us", "tfmq", "qdiffusion", "psnr")]))
-    assert "it" in held and held.rstrip().endswith("| 1 |")
+def test_calibrations_are_part_of_what_is_uncertain(rows):
+    """Images alone would decide each; seeds go to and fro."""
+    generator = np.random.default_rng(1)
+    for row in ("tfmq", "qdiffusion", "ptqd", "gptq"):
+        for seed in range(3):
+            rows.add(row, -2 + 0.1 * generator.normal(), noise=0.01, seed=seed)
+    text = show(rows, [Claim("first", "us", "tfmq", "qdiffusion")])
+    (row,) = lines(text, "### emoji-ldm4: open")
+    assert row[7] == "3" and "seeds of 32 images" in row[-1] and "Between calibration seeds" in text
 
 
-def test_calibration_seeds_have_to_agree(make_record):
-    rows = Rows(make_record)
-    for seed, other in ((0, 0.01), (1, -0.03)):
-        rows.add("tfmq", 0.0, noise=0.0, seed=seed)
-        rows.add("qdiffusion", other, noise=0.0, seed=seed)
-        rows.add("ptqd", 0.04, noise=0.0, seed=seed)
-    rows.add("nearest", 0.0, seed=1)
-    claims = [
-        Claim("first", "us", "tfmq", "qdiffusion"),
-        Claim("second", "us", "tfmq", "nearest"),
-        Claim("third", "us", "tfmq", "ptqd"),
-    ]
-    text = page(rows.records, rows.images, metrics(), claims)
-    held, _, undecided = sections(text)
-    assert "first" in undecided and "| -0.01; other seeds 0.03 |" in undecided
-    assert "third" in held and "| -0.04; other seeds -0.04 |" in held
-    assert "Of 2 comparisons, 1 hold, 0 do not hold, 1 are open." in text and "second" not in text
-    # Of 0 and 0, of 0.01 and -0.03, and of 0.04 and 0.04.
-    assert "has a standard deviation of 0 (median over 3 rows; the largest is 0.028)." in text
+def test_the_more_is_claimed_the_more_it_takes(rows):
+    """A p of 0.02 decides one claim, and not one of many."""
+    rows.add("tfmq", -2.0, noise=0.05)
+    rows.add("qdiffusion", -1.97, noise=0.05)
+    p = rows.judges["emoji-ldm4"].compare(RANKED_BY.name, "tfmq", "qdiffusion", "w4a8").estimate.p
+    assert 0.001 < p < 0.04
+    claim = Claim("first", "us", "tfmq", "qdiffusion")
+    many = [claim, *(Claim(f"other {index}", "us", "tfmq", "qdiffusion") for index in range(int(0.05 / p) + 1))]
+    assert "Of 1 comparisons: 1 confirmed" in show(rows, [claim])
+    assert "0 confirmed" in show(rows, many)
+
+
+def test_temporal_errors_are_judged_over_seeds(rows):
+    for seed in range(3):
+        rows.add("tfmq", -2.0, seed=seed, temporal=1e-4 * (1 + 0.01 * seed))
+        rows.add("prev", -2.0, seed=seed, temporal=3e-4 * (1 + 0.02 * seed))
+    (row,) = lines(show(rows, [Claim("first", "us", "tfmq", "prev", "temporal_error")]), "### emoji-ldm4: confirmed")
+    assert row[3] == "Temporal error" and row[6].startswith("0.33 [")
+
+
+def test_a_higher_metric_is_better_the_other_way_round(rows):
+    rows.add("tfmq", -2.0, noise=0.01)
+    rows.add("qdiffusion", -1.9, noise=0.01)
+    (row,) = lines(show(rows, [Claim("it", "us", "tfmq", "qdiffusion", "psnr")]), "### emoji-ldm4: confirmed")
+    # 20 log10 of the ratio of amplitudes.
+    assert float(row[6].split()[0]) == pytest.approx(0.1 * 20 / np.log(10), abs=0.05)
+
+
+def test_what_was_not_measured_has_no_verdict(rows):
+    assert "No two rows of a claim have been measured yet." in page([], {}, metrics())
+    rows.add("tfmq", -2.0)
+    assert "No two rows of a claim have been measured yet." in show(rows, findings.CLAIMS)
+    assert "small models" in show(rows, findings.CLAIMS) and "small models" not in show(rows, [], small=False)
 
 
 def test_every_claim_is_about_rows_and_metrics_that_exist():
@@ -131,5 +138,5 @@ def test_every_claim_is_about_rows_and_metrics_that_exist():
         for row in (claim.better, claim.worse):
             method, _, others = row.partition("-")
             assert method in rows and others in ("", "published", "deployable-executed"), claim
-        assert claim.metric in metrics() and metrics()[claim.metric].better, claim
+        assert claim.metric == RANKED_BY.name or metrics()[claim.metric].better, claim
     assert len(set(findings.CLAIMS)) == len(findings.CLAIMS)

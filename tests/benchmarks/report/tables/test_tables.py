@@ -4,6 +4,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import gmean
 
 from benchmarks.metrics import metrics
 from benchmarks.report import tables
@@ -24,23 +25,66 @@ def records(make_record):
     ]
 
 
-def test_ranks_are_shared_where_intervals_overlap(records):
-    assert tables.ranking(records) == {
+@pytest.fixture
+def ranked(rows):
+    """Rows of which the first two are nearly alike, and one that was not measured."""
+    rows.add("nearest", -1.0, noise=0.05)
+    rows.add("qdiffusion", -1.99, noise=0.2)
+    rows.add("tfmq", -2.0, noise=0.2)
+    rows.add("tfmq", -3.0, precision="w8a8")
+    rows.add("full_precision", -9.0, precision="w32a32")
+    rows.records.append(rows.make_record(method="odd", status="failed", reason="x", metrics={}, cost=None))
+    return rows
+
+
+def test_ranks_are_shared_where_no_difference_is_decided(ranked):
+    found = tables.standings(ranked.records, ranked.judges)
+    assert {cell.name: standing.rank for cell, standing in found.items()} == {
         "emoji-ldm4/nearest/w4a8": 3,
         "emoji-ldm4/qdiffusion/w4a8": 1,
         "emoji-ldm4/tfmq/w4a8": 1,
         "emoji-ldm4/tfmq/w8a8": 1,
     }
+    value = found[ranked.records[0].cell].value
+    assert value.value == pytest.approx(gmean(ranked.values[ranked.records[0].cell]["noise_error"]))
+    assert value.low < value.value < value.high and value.n == 32
+
+
+def test_paired_images_rank_rows_whose_own_intervals_overlap(rows):
+    rows.add("tfmq", -2.0, noise=0.01)
+    rows.add("nearest", -1.95, noise=0.01)
+    first, second = tables.standings(rows.records, rows.judges).values()
+    assert (first.rank, second.rank) == (1, 2) and first.value.high > second.value.low
+
+
+def test_a_row_has_one_rank_at_all_its_seeds(rows):
+    for seed, level in enumerate((-2.0, -1.5, -1.6)):
+        rows.add("tfmq", level, seed=seed)
+        rows.add("nearest", level + 0.3, seed=seed)
+    found = tables.standings(rows.records, rows.judges)
+    assert {cell.method: standing.rank for cell, standing in found.items()} == {"tfmq": 1, "nearest": 2}
+    assert len(found) == 6 and len({standing.value.value for standing in found.values()}) == 2
+
+
+def test_a_frame_has_its_rows_by_rank(ranked):
+    table = tables.frame({"leaderboard": ranked.records}, COLUMNS, ranked.judges)
+    of_w4a8 = table[table["precision"] == "w4a8"]
+    assert of_w4a8["method"].tolist() == ["tfmq", "qdiffusion", "nearest", "odd"]
+    assert of_w4a8["rank"].tolist()[:3] == [1, 1, 3] and pd.isna(of_w4a8["rank"].iloc[3])
+    assert of_w4a8["deviation"].iloc[0] == pytest.approx(
+        tables.standings(ranked.records, ranked.judges)[ranked.records[2].cell].value.value
+    )
+    assert {"deviation_low", "deviation_high", "deviation_n"} <= set(table)
 
 
 def test_a_frame_has_a_row_a_cell_in_reading_order(records):
-    table = tables.frame({"leaderboard": records}, COLUMNS)
+    table = tables.frame({"leaderboard": records}, COLUMNS, {})
     assert list(zip(table["precision"], table["method"], strict=True)) == [
         ("w32a32", "full_precision"),
         ("w8a8", "tfmq"),
-        ("w4a8", "tfmq"),
-        ("w4a8", "qdiffusion"),
         ("w4a8", "nearest"),
+        ("w4a8", "qdiffusion"),
+        ("w4a8", "tfmq"),
     ]
     assert table.loc[1, "kid_fp"] == 0.001
     assert table.loc[1, "kid_fp_high"] == 0.002
@@ -56,30 +100,32 @@ def test_no_metric_has_the_name_of_another_column():
 
 
 def test_csv_reads_back(records):
-    table = tables.frame({"leaderboard": records}, COLUMNS)
+    table = tables.frame({"leaderboard": records}, COLUMNS, {})
     again = pd.read_csv(io.StringIO(tables.csv(table)))
     assert list(again.columns) == list(table.columns)
     np.testing.assert_allclose(again["fd_data"], table["fd_data"])
-    assert tables.csv(tables.frame({"leaderboard": records[::-1]}, COLUMNS)) == tables.csv(table)
+    assert tables.csv(tables.frame({"leaderboard": records[::-1]}, COLUMNS, {})) == tables.csv(table)
 
 
 def test_without_records_there_are_headings_alone():
-    table = tables.frame({"leaderboard": []}, metrics())
+    table = tables.frame({"leaderboard": []}, metrics(), {})
     assert len(table) == 0 and {"table", *STATUS_KEYS} <= set(pd.read_csv(io.StringIO(tables.csv(table))).columns)
-    text = tables.report({}, metrics(), [], {}, reported="as printed")
+    text = tables.report({}, metrics(), [], {}, {}, reported="as printed")
     assert "## Reported\n\nas printed" in text and "All metrics" not in text
 
 
-def test_ranks_are_those_within_a_table(records, make_record):
-    worse = make_record(method="prev", kid=(0.9, 0.8, 1.0))
-    table = tables.frame({"leaderboard": records, "ablation": [worse]}, COLUMNS)
+def test_ranks_are_those_within_a_table(ranked):
+    ranked.add("prev", 0.0)
+    *others, worse = ranked.records
+    table = tables.frame({"leaderboard": others, "ablation": [worse]}, COLUMNS, ranked.judges)
     assert table[["table", "method", "rank"]].iloc[-1].tolist() == ["ablation", "prev", 1]
-    assert "Rank" not in tables.ablation([*records, worse], COLUMNS)
+    text = tables.ablation(ranked.records, COLUMNS, ranked.judges)
+    assert "Rank" not in text and "Deviation ↓" in text
 
 
 def test_the_ablation_keeps_the_order_it_is_given(records, make_record):
     better = make_record(method="prev", kid=(0.0, 0.0, 0.0))
-    text = tables.ablation([*records, better], COLUMNS)
+    text = tables.ablation([*records, better], COLUMNS, {})
     names = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| w4a8")]
     assert names == ["Round-to-nearest", "Q-Diffusion", "TFMQ-DM", tables.label("prev")]
     assert "KID to FP ↓" in text and "PSNR" not in text and "Quantisation time" in text
@@ -134,9 +180,14 @@ def test_what_a_protocol_leaves_out_is_said_in_words():
     assert "boundary" in tables.left_out("tfmq") and "in full precision" in tables.left_out("tfmq")
 
 
-def test_the_leaderboard_shows_intervals_and_names_its_settings(records):
-    text = tables.leaderboard(records, COLUMNS)
-    assert "| w4a8        | TFMQ-DM          |      1 | 0.0190 [0.0150, 0.0220] |" in text
+def test_the_leaderboard_shows_intervals_and_names_its_settings(ranked, records):
+    text = tables.leaderboard(ranked.records, COLUMNS, ranked.judges)
+    (line,) = [line for line in text.splitlines() if line.startswith("| w4a8        | TFMQ-DM ")]
+    standing = tables.standings(ranked.records, ranked.judges)[ranked.records[2].cell].value
+    rank, deviation = (field.strip() for field in line.split("|")[3:5])
+    assert rank == "1" and deviation == f"{standing.value:.4f} [{standing.low:.4f}, {standing.high:.4f}]"
+    text = tables.leaderboard(records, COLUMNS, {})
+    assert "| w4a8        | TFMQ-DM          |      – | 0.0190 [0.0150, 0.0220] |" in text
     assert text.index("Full precision") < text.index("| w8a8")
     for part in ("FD512 to data", "512 images", "4096", "20 DDIM steps", "efficientnet_lite0", "`shared`", "simulated"):
         assert part in text
@@ -150,11 +201,10 @@ def test_what_was_not_measured_stays_visible(records, make_record, status):
     cost = Cost("cpu", {"block reconstruction": 7200.0}, 1.0, 0, 0, 1.5, 9.75) if unverified else None
     changes = {} if unverified else {"metrics": {}}
     odd = make_record(method="odd", status=status, reason="a | b", cost=cost, **changes)
-    text = tables.leaderboard([*records, odd], COLUMNS)
+    text = tables.leaderboard([*records, odd], COLUMNS, {})
     (line,) = [line for line in text.splitlines() if "| odd" in line]
     assert f"{status}: a \\| b" in line
     assert "–" in line
-    assert odd.cell.name not in tables.ranking([*records, odd])
     assert ("2.0 h" in line) == unverified
 
 
@@ -165,7 +215,7 @@ def test_seeds_are_a_column(make_record):
 
     cells = [cell("tfmq", seed, distance) for seed, distance in enumerate((0.04, 0.05, 0.06))]
     cells += [cell("nearest", 0, 0.1), cell("nearest", 1, 0.3), cell("tfmq", 0, 0.01, precision="w8a8")]
-    for text in (tables.leaderboard(cells, COLUMNS), tables.ablation(cells, COLUMNS)):
+    for text in (tables.leaderboard(cells, COLUMNS, {}), tables.ablation(cells, COLUMNS, {})):
         rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
         found = {(row[0], row[1]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
         assert len(found) == len(rows) - 2 == 3
@@ -175,19 +225,10 @@ def test_seeds_are_a_column(make_record):
         assert found["w4a8", "Round-to-nearest"]["Over 3 seeds"] == "–"
         assert found["w8a8", "TFMQ-DM"]["Over 3 seeds"] == "–"
         assert "standard deviation of the feature distance over calibration seeds" in text
-    table = tables.frame({"leaderboard": cells}, COLUMNS)
+    table = tables.frame({"leaderboard": cells}, COLUMNS, {})
     assert len(table) == 6 and table["seed"].max() == 2
-    alone = tables.leaderboard(cells[:1], COLUMNS)
-    assert "Over" not in alone and "calibration seeds" not in alone
-
-
-def test_ranks_are_those_within_a_seed(make_record):
-    cells = [
-        make_record(method="tfmq", kid=(0.1, 0.1, 0.1)),
-        make_record(method="nearest", kid=(0.2, 0.2, 0.2)),
-        make_record(method="nearest", seed=1, kid=(0.3, 0.3, 0.3)),
-    ]
-    assert list(tables.ranking(cells).values()) == [1, 2, 1]
+    alone = tables.leaderboard(cells[:1], COLUMNS, {})
+    assert "Over" not in alone and "standard deviation" not in alone
 
 
 def test_a_clip_score_names_its_clip_and_is_left_out_where_there_is_none(make_record, task_settings):
@@ -198,9 +239,10 @@ def test_a_clip_score_names_its_clip_and_is_left_out_where_there_is_none(make_re
             make_record(settings=scored | {"clip": []}, status="failed", reason="x", metrics={}, cost=None),
         ],
         COLUMNS,
+        {},
     )
     assert "CLIP score (toy-clip 57934424) ↑" in text and "21.50" in text and "100 x the cosine" in text
-    assert "CLIP" not in tables.leaderboard([make_record()], COLUMNS)
+    assert "CLIP" not in tables.leaderboard([make_record()], COLUMNS, {})
 
 
 def test_a_clip_score_stands_beside_that_of_real_images(make_record, task_settings):
@@ -209,7 +251,7 @@ def test_a_clip_score_stands_beside_that_of_real_images(make_record, task_settin
     record = make_record(
         settings=scored | {"reference": {"clip": [real]}}, metrics={"clip_score": Value(21.5, 21.0, 22.0, 512)}
     )
-    text = tables.leaderboard([record], COLUMNS)
+    text = tables.leaderboard([record], COLUMNS, {})
     assert "CLIP score (toy-clip 57934424; real images 45.7) ↑" in text
     assert "392 real images that no model was trained on score 45.7 with their captions" in text
 
@@ -221,21 +263,23 @@ def test_records_that_cannot_be_compared_are_refused(make_record, task_settings)
         make_record(method="tfmq", task_version=2),
     ):
         with pytest.raises(ValueError, match="different settings of emoji-ldm4"):
-            tables.frame({"leaderboard": [make_record(), different]}, COLUMNS)
+            tables.frame({"leaderboard": [make_record(), different]}, COLUMNS, {})
     with pytest.raises(ValueError, match="there twice"):
-        tables.frame({"leaderboard": [make_record()], "ablation": [make_record()]}, COLUMNS)
+        tables.frame({"leaderboard": [make_record()], "ablation": [make_record()]}, COLUMNS, {})
     with pytest.raises(ValueError, match="no records"):
-        tables.leaderboard([], COLUMNS)
+        tables.leaderboard([], COLUMNS, {})
     with pytest.raises(ValueError, match="did you mean 'kid_fp'"):
-        tables.frame({"leaderboard": [make_record(metrics={"kid_pf": Value(1.0, 1.0, 1.0, 2)})]}, COLUMNS)
+        tables.frame({"leaderboard": [make_record(metrics={"kid_pf": Value(1.0, 1.0, 1.0, 2)})]}, COLUMNS, {})
 
 
 def test_the_report_has_every_table_and_metric_and_the_figures(records):
     every = {name: Value(1.0, 0.5, 1.5, 9) for name in COLUMNS}
     records = [dataclasses.replace(record, metrics=every) for record in records]
     shown = {"leaderboard": records, "ablation": records}
-    text = tables.report(shown, COLUMNS, [("Same noise", "figures/grid.png")], {})
-    assert "## Leaderboard" in text and "## Ablation" in text and tables.leaderboard(records, COLUMNS).strip() in text
+    text = tables.report(shown, COLUMNS, [("Same noise", "figures/grid.png")], {}, {})
+    assert (
+        "## Leaderboard" in text and "## Ablation" in text and tables.leaderboard(records, COLUMNS, {}).strip() in text
+    )
     for metric in COLUMNS.values():
         assert metric.title("FD", 512) in text
     assert "![Same noise](figures/grid.png)" in text
@@ -260,4 +304,4 @@ def test_a_full_precision_row_outside_its_gate_marks_the_whole_task(make_record)
     marked = tables.gated(cells, {"emoji-ldm4": {"fd_data": (1.0, 2.0)}})
     assert [record.status for record in marked] == ["unverified", "unverified", "failed"]
     assert marked[1].reason == "full precision has fd_data 12.5, expected 1 to 2"
-    assert "unverified: full precision has fd_data 12.5" in tables.leaderboard(marked, COLUMNS)
+    assert "unverified: full precision has fd_data 12.5" in tables.leaderboard(marked, COLUMNS, {})

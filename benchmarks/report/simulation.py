@@ -1,0 +1,130 @@
+"""Whether intervals hold what they promise, on rows whose truth is known: how often the true difference is inside.
+
+Rows are drawn from the model of `benchmarks.report.inference`, and from others that break it: seeds that matter more
+for some rows than for others, and values of images that are not normal. Each task has one precision with several seeds
+and one with a single seed, as the suite has. `results/RANKING.md` has the outcome; `python -m
+benchmarks.report.simulation 2000` prints that of more tasks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from benchmarks.report.inference import Parts, borrow, estimate, parts_of
+
+TASKS = 200
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Rows of a task that are drawn at random.
+
+    Attributes:
+        text: what it is.
+        seed: standard deviation of a calibration, in that of an image: the row's own error on the image.
+        unequal: spread of the logarithm of ``seed`` over rows.
+        both: standard deviation of calibration and image together, in that of an image.
+        tail: degrees of freedom of Student's t that images and their interactions with seeds are drawn from; None of
+            the normal distribution.
+        rows, images, seeds: counts.
+    """
+
+    text: str
+    seed: float
+    unequal: float = 0.0
+    both: float = 1.0
+    tail: float | None = None
+    rows: int = 8
+    images: int = 96
+    seeds: int = 3
+
+
+SCENARIOS = (
+    Scenario("Calibrations do not matter", 0.0),
+    Scenario("They matter as much as 96 images do", 0.1),
+    Scenario("They matter three times as much", 0.3),
+    Scenario("Three times as much, and not alike for all rows", 0.3, unequal=1.0),
+    Scenario("As much as 96 images do, not alike, heavy tails", 0.1, unequal=1.0, tail=3.0),
+    Scenario("As much as 96 images do, and the same images go wrong at each seed", 0.1, both=0.3),
+)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Shares of the true differences that 95 % intervals hold: with several seeds, with one, and over images alone."""
+
+    several: float
+    one: float
+    images_alone: float
+
+
+def coverage(scenario: Scenario, tasks: int = TASKS) -> Coverage:
+    """Coverage over all pairs of rows of so many tasks; the same numbers each time."""
+    generator = np.random.default_rng(0)
+    inside: list[tuple[bool, bool, bool]] = []
+    for _ in range(tasks):
+        means = generator.normal(size=scenario.rows)
+        # Rows differ in how far they are from full precision, by some tenths.
+        scale = np.exp(generator.normal(0, 0.3, scenario.rows))
+        own = scale * scenario.seed * np.exp(generator.normal(0, scenario.unequal, scenario.rows))
+        several = _draw(scenario, generator, means, scale, own, scenario.seeds)
+        one = _draw(scenario, generator, means, scale, own, 1)
+        pairs = list(combinations(range(scenario.rows), 2))
+        parts = [parts_of(several[a] - several[b]) for a, b in pairs]
+        borrowed = borrow(parts, scenario.rows)
+        for (a, b), part in zip(pairs, parts, strict=True):
+            single = parts_of(one[a] - one[b])
+            truth = means[a] - means[b]
+            alone = 1.96 * (single.between_images / single.images) ** 0.5
+            inside.append(
+                (_holds(part, borrowed, truth), _holds(single, borrowed, truth), abs(single.mean - truth) <= alone)
+            )
+    return Coverage(*np.mean(inside, axis=0).tolist())
+
+
+def table(scenarios: Sequence[Scenario] = SCENARIOS, tasks: int = TASKS) -> str:
+    """Markdown of the coverage of each scenario."""
+    rows = ["| Scenario | Three seeds | One seed, borrowing | One seed, over images alone |", "|:--|--:|--:|--:|"]
+    for scenario in scenarios:
+        found = coverage(scenario, tasks)
+        shown = " | ".join(f"{share:.1%}" for share in (found.several, found.one, found.images_alone))
+        rows.append(f"| {scenario.text} | {shown} |")
+    return "\n".join(rows)
+
+
+def _draw(
+    scenario: Scenario,
+    generator: np.random.Generator,
+    means: np.ndarray,
+    scale: np.ndarray,
+    own: np.ndarray,
+    seeds: int,
+) -> np.ndarray:
+    """Values (rows, seeds, images)."""
+
+    def errors(*shape: int) -> np.ndarray:
+        if scenario.tail is None:
+            return generator.normal(size=shape)
+        deviation = (scenario.tail / (scenario.tail - 2)) ** 0.5
+        return generator.standard_t(scenario.tail, shape) / deviation
+
+    # What varies from image to image in all rows alike is not in a difference.
+    common = 2 * errors(scenario.images)
+    by_image = errors(scenario.rows, 1, scenario.images)
+    by_both = scenario.both * errors(scenario.rows, seeds, scenario.images)
+    by_seed = own[:, None, None] * generator.normal(size=(scenario.rows, seeds, 1))
+    return means[:, None, None] + common + scale[:, None, None] * (by_image + by_both) + by_seed
+
+
+def _holds(part: Parts, borrowed: object, truth: float) -> bool:
+    found = estimate(part, borrowed)
+    return found is not None and found.value.low <= truth <= found.value.high
+
+
+if __name__ == "__main__":
+    print(table(tasks=int(sys.argv[1]) if len(sys.argv) > 1 else TASKS))

@@ -1,0 +1,151 @@
+"""Intervals over images and calibration seeds, against other ways to the same numbers and against a known truth."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import polygamma
+from scipy.stats import norm, t, ttest_1samp
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+
+from benchmarks.report import simulation
+from benchmarks.report.inference import (
+    MOST_IMAGES,
+    POWER,
+    Borrowed,
+    Parts,
+    adjusted,
+    borrow,
+    estimate,
+    needed,
+    parts_of,
+)
+from benchmarks.report.simulation import Scenario
+
+
+@pytest.fixture
+def values():
+    generator = np.random.default_rng(0)
+    seeds, images = generator.normal(0, 0.5, (3, 1)), generator.normal(0, 1.0, (1, 20))
+    return 2 + seeds + images + generator.normal(0, 0.7, (3, 20))
+
+
+def test_the_error_has_the_mean_squares_of_the_two_way_layout(values):
+    table = pd.DataFrame([(s, i, values[s, i]) for s in range(3) for i in range(20)], columns=["seed", "image", "y"])
+    squares = anova_lm(ols("y ~ C(seed) + C(image)", table).fit())["mean_sq"]
+    seed, image, rest = (squares[name] / values.size for name in ("C(seed)", "C(image)", "Residual"))
+    found = estimate(parts_of(values), Borrowed())
+    assert found.mean == pytest.approx(values.mean())
+    assert found.error**2 == pytest.approx(seed + image - rest)
+    lost = seed**2 / 2 + image**2 / 19 + rest**2 / 38
+    assert found.degrees == pytest.approx((seed + image - rest) ** 2 / lost)
+    margin = t.ppf(0.975, found.degrees) * found.error
+    assert (found.value.low, found.value.high) == pytest.approx((values.mean() - margin, values.mean() + margin))
+    assert found.p == pytest.approx(2 * t.sf(values.mean() / found.error, found.degrees))
+
+
+def test_one_seed_with_nothing_borrowed_is_the_paired_t_test(values):
+    expected = ttest_1samp(values[0], 0)
+    found = estimate(parts_of(values[:1]), Borrowed())
+    interval = expected.confidence_interval(0.95)
+    assert (found.value.low, found.value.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(expected.pvalue) and found.degrees == 19
+
+
+def test_values_without_images_are_a_t_test_over_seeds():
+    numbers = np.array([0.3, 0.5, 0.1])
+    expected = ttest_1samp(numbers, 0)
+    found = estimate(parts_of(numbers), Borrowed())
+    assert found.p == pytest.approx(expected.pvalue) and found.degrees == 2
+    assert estimate(parts_of(numbers[:1]), Borrowed()) is None
+    # One number, and the variance of others: a normal distribution whose variance has ten degrees of freedom.
+    assert estimate(parts_of(numbers[:1]), Borrowed(0.04, 10)).p == pytest.approx(2 * t.sf(0.3 / 0.2, 10))
+
+
+def test_one_seed_borrows_a_variance_in_proportion_to_that_of_images(values):
+    single = parts_of(values[:1])
+    alone, found = (estimate(single, borrowed) for borrowed in (Borrowed(), Borrowed(2.5, 8, 0.3)))
+    # Of images V / N; of seeds 2.5 V / N, of which 0.3 V / N is that of images and seeds together, there already.
+    assert found.error**2 / alone.error**2 == pytest.approx(1 + 2.5 - 0.3)
+    assert estimate(single, Borrowed(0.2, 8, 0.3)).error == pytest.approx(alone.error)
+
+
+def test_rows_that_are_equal_differ_by_nothing():
+    found = estimate(parts_of(np.zeros((3, 9))), Borrowed(1.0, 5, 0.5))
+    assert (found.mean, found.error, found.p) == (0, 0, 1) and found.value.low == found.value.high == 0
+    with pytest.raises(ValueError, match="two or more images"):
+        parts_of(np.zeros((3, 1)))
+
+
+def ratios(generator, degrees, scale, count):
+    """Comparisons of three seeds whose variances have a scaled inverse chi-squared distribution."""
+    truth = scale * degrees / generator.chisquare(degrees, count)
+    found = truth * generator.chisquare(2, count) / 2
+    return [Parts(0.0, 3, 50, ratio * 4 / 50, 3.0, 4.0, 1.0) for ratio in found]
+
+
+def test_what_is_borrowed_is_what_comparisons_were_drawn_with():
+    found = borrow(ratios(np.random.default_rng(1), 6, 0.5, 4000), 4000)
+    assert found.degrees == pytest.approx(6, rel=0.15) and found.ratio == pytest.approx(0.5, rel=0.05)
+    assert found.both == pytest.approx(1 / 4)
+
+
+def test_equal_ratios_are_worth_what_their_rows_are():
+    found = borrow(ratios(np.random.default_rng(1), 1e9, 0.5, 400), 12)
+    assert polygamma(1, found.degrees / 2) == pytest.approx(polygamma(1, 1) / 11, rel=1e-6)
+    assert found.ratio == pytest.approx(0.5, rel=0.15)
+
+
+def test_too_few_comparisons_lend_nothing():
+    few = ratios(np.random.default_rng(1), 5, 1.0, 2)
+    assert borrow(few, 3) == borrow([], 0) == Borrowed()
+    assert borrow([parts_of(np.zeros((3, 4)))] * 9, 9) == Borrowed()
+
+
+def test_holm_by_hand():
+    assert adjusted([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert adjusted([]) == []
+
+
+def test_images_that_would_decide_are_those_of_the_textbook():
+    """Without seeds, n = ((z(1 - a/2) + z(power)) sd / effect)^2."""
+    part = Parts(0.05, 1, 50, None, 1.0, 1.0, None)
+    seeds, images = needed(part, Borrowed(), 0.01)
+    expected = ((norm.ppf(0.995) + norm.ppf(POWER)) / 0.05) ** 2
+    assert seeds == 1 and expected < images < expected + 5
+
+
+def test_seeds_are_what_is_needed_where_they_are_what_varies(values):
+    part = Parts(0.3, 3, 50, 0.04, 0.02, 0.06, 0.01)
+    seeds, images = needed(part, Borrowed(), 0.05)
+    assert images == 50 and seeds > 3
+
+    def chance(count):
+        """The power of a t-test with the standard error of so many seeds, by simulation."""
+        generator = np.random.default_rng(0)
+        spread = (0.04 - 0.01 / 50) ** 0.5
+        means = 0.3 + generator.normal(0, spread, (4000, count))
+        return (ttest_1samp(means, 0, axis=1).pvalue < 0.05).mean()
+
+    assert chance(seeds) > 0.75 and chance(seeds - 2) < POWER
+
+
+def test_nothing_decides_what_is_equal_or_drowned():
+    assert needed(Parts(0.0, 3, 50, 0.04, 0.02, 0.06, 0.01), Borrowed(), 0.05) is None
+    assert needed(Parts(1e-4, 3, 50, 4.0, 2.0, 6.0, 1.0), Borrowed(), 0.05) is None
+    assert needed(Parts(1e-5, 1, 50, None, 1.0, 1.0, None), Borrowed(), 0.05) is None
+    plan = needed(Parts(0.01, 1, 50, None, 1.0, 1.0, None), Borrowed(), 0.05)
+    assert plan is not None and plan[1] < MOST_IMAGES
+
+
+@pytest.mark.parametrize("seed", [0.0, 0.1, 0.3])
+def test_intervals_hold_the_truth_as_often_as_they_say(seed):
+    found = simulation.coverage(Scenario("", seed), tasks=40)
+    assert 0.925 < found.several < 0.975 and 0.925 < found.one < 0.98
+    assert (found.images_alone < 0.92) == (seed > 0)
+
+
+def test_intervals_bear_rows_that_are_not_alike():
+    found = simulation.coverage(Scenario("", 0.1, unequal=1.0, tail=3.0), tasks=40)
+    assert found.several > 0.9 and found.one > 0.85 > found.images_alone
+    assert "| Calibrations do not matter |" in simulation.table(simulation.SCENARIOS[:1], tasks=2)
