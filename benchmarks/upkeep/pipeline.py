@@ -265,6 +265,8 @@ class Pipeline:
             "python -m benchmarks tables",
             deps=["results/records", *beside],
             code=code,
+            params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
+            outs={f"results/{name}": "{cache: false}" for name in sorted(pages)},
         )
 
 

@@ -112,7 +112,7 @@ def test_temporal_features_depend_on_the_cells_that_they_are_of_and_on_no_page(s
     cells = {path for path in stage.deps if path.startswith("work/")}
     assert {"work/cells/emoji-ldm4/tfmq/w8a8", "work/cells/emoji-ldm4/cache/w4a8"} <= cells
     assert not any("w4a32" in path or "-s1" in path or "-published" in path or "-executed" in path for path in cells)
-    assert "work/cells/emoji-dit/cache/w4a8" not in stages["temporal_emoji-dit"].deps  # is of no table there
+    assert "work/cells/emoji-ldm8/cache/w4a8" not in stages["temporal_emoji-ldm8"].deps  # is of no table there
     assert not any(path.startswith(("benchmarks/report", "baselines")) for path in stage.code)
     tables = stages["tables"]
     assert "results/temporal" in tables.deps and "results/TEMPORAL.md" in tables.outs
