@@ -49,7 +49,8 @@ def test_each_step_has_the_grid_of_its_distribution():
     quantizer.tracker.set(1)
     found = quantizer(sharp)
     assert torch.equal(found, log2_fake_quantize(sharp, sharp.max(), 4))
-    assert (found - sharp).abs().mean() < (plain(sharp) - sharp).abs().mean()
+    relative = [((each - sharp).abs() / sharp).median() for each in (found, plain(sharp))]
+    assert relative[0] < 0.42 < relative[1] == 1, "a uniform grid rounds most of them to 0"
     quantizer.tracker.set(2)
     assert torch.equal(quantizer(flat), plain(flat))
 
