@@ -110,7 +110,7 @@ def _support(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> str:
     ranks = {c: r for c, r in _places(outcomes, evidence.tasks).items() if c in eligible}
     if RANKED_BY not in ranks or len(ranks) < 2:
         return "These records are too few to say whether that is a good choice."
-    best, second = sorted(ranks, key=ranks.get)[:2]
+    best, second = sorted(ranks, key=lambda c: (ranks[c], c != RANKED_BY))[:2]  # a tie supports it
     if best != RANKED_BY:
         return (
             f"**These records do not support that**: {best.label} has the better mean rank over the tests"
