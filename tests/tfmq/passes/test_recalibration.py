@@ -113,7 +113,8 @@ def test_rounds_learn_on_new_rows_from_targets_in_full_precision(monkeypatch):
 def test_what_it_learns_and_what_it_leaves(precision):
     usual = networks.recipe() if precision == "w4a8" else networks.recipe()[:-1]
     before, full, pool, _ = networks.quantized(usual, precision)
-    after, *_ = networks.quantized((*usual, SHORT), precision, recorded=pool)
+    learning = replace(SHORT, rounding=RoundingConfig(40, 16, 0.05))
+    after, *_ = networks.quantized((*usual, learning), precision, recorded=pool)
     fixed = recalibration.fixed_on_any_trajectory(backbone_of(full))
     moved = {
         path
