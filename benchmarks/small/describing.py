@@ -12,9 +12,6 @@ from benchmarks.small.folders import FIGURES, HERE, LOGS, PROMPTS, PUBLISHED, ma
 from benchmarks.small.settings import Settings
 from benchmarks.suite import params
 
-# Tasks whose guidance is measured.
-GUIDED = ("emoji-text", "emoji-class", "emoji-dit")
-
 
 def run_measure(settings: Settings) -> None:
     """Measure the published models, and draw reconstructions and samples: the figures of the data card."""
@@ -30,8 +27,11 @@ def run_measure(settings: Settings) -> None:
     figures |= measure.measure_text_to_image(text, clip_folder, images, reference.rows, names, FIGURES)
     export.write_json(figures, LOGS / "figures.json")
     suite = params.load(HERE.parent.parent / "params.yaml")
-    by_class = measure.class_judge(PUBLISHED / "emoji-class", reference)  # emoji-dit has the same classes
-    for name, judge in zip(GUIDED, (measure.text_judge(clip_folder), by_class, by_class), strict=True):
+    judges = {
+        "emoji-text": measure.text_judge(clip_folder),
+        "emoji-class": measure.class_judge(PUBLISHED / "emoji-class", reference),
+    }
+    for name, judge in judges.items():
         guidance.measure(suite.tasks[name], judge, guidance_log(name))
         guidance.draw(suite.tasks[name], FIGURES / f"guidance-{name}.png")
     for name, pipeline in unconditional.items():
@@ -55,6 +55,6 @@ def run_card(settings: Settings) -> None:
     """Write the figures between the markers of the data card."""
     figures = json.loads((LOGS / "figures.json").read_text(encoding="utf-8"))
     text = card.table(figures, LOGS, PUBLISHED)
-    for name in GUIDED:
+    for name in ("emoji-text", "emoji-class"):
         text += f"\n\n### Guidance of {name}\n\n{guidance.table(guidance.read(guidance_log(name)))}"
     card.write(HERE / "README.md", text)
