@@ -104,11 +104,17 @@ def drawable(records: Sequence[Record], metrics: Mapping[str, Metric]) -> dict[s
     return found
 
 
-def charts(titles: Mapping[str, str], metrics: Mapping[str, Metric], precisions: Sequence[str]) -> dict[str, Spec]:
+def charts(
+    titles: Mapping[str, str],
+    metrics: Mapping[str, Metric],
+    precisions: Sequence[str],
+    engines: Sequence[Mapping],
+    kinds: Sequence[str],
+) -> dict[str, Spec]:
     """The charts by name: ``size``, ``time``, ``latency`` and ``temporal``.
 
     ``titles`` are those of ``metrics``, which can be chosen, and ``precisions`` those of quantised rows, from many bits
-    to few.
+    to few. ``engines`` are those of `datasets`, all tasks together, and so ``kinds`` of its cells.
     """
     higher = [name for name, metric in metrics.items() if metric.better == "higher"]
     size = {"field": "size", "title": "Network (MiB)", "scale": {"zero": False, "nice": True}}
@@ -118,9 +124,9 @@ def charts(titles: Mapping[str, str], metrics: Mapping[str, Metric], precisions:
         "scale": {"type": "log", "nice": False, "padding": 12},
     }
     return {
-        "size": _scatter("against size", size, [], titles, higher, precisions),
-        "time": _scatter("against time", time, ["precision"], titles, higher, precisions),
-        "latency": _latency(precisions),
+        "size": _scatter("against size", size, [], titles, higher, precisions, kinds),
+        "time": _scatter("against time", time, ["precision"], titles, higher, precisions, kinds),
+        "latency": _latency(precisions, engines),
         "temporal": _temporal(),
     }
 
@@ -132,6 +138,7 @@ def _scatter(
     titles: Mapping[str, str],
     higher: Sequence[str],
     precisions: Sequence[str],
+    kinds: Sequence[str],
 ) -> Spec:
     """A metric against a cost: a point a row, and a line through the rows that no other one beats in both."""
     x: Spec = {"type": "quantitative", "axis": {"format": "~g", "tickCount": 6, "labelFlush": False}, **cost}
@@ -142,7 +149,9 @@ def _scatter(
     }
     colour = _precision_colour(precisions)
     chosen = {"test": f"method === '{NO_METHOD}' || datum.method === method", "value": 0.95}
+    known = {"filter": "isValid(datum.value)"}
     front = [
+        known,
         {
             "window": [{"op": "min", "field": "loss", "as": "least"}],
             "frame": [None, 0],
@@ -169,7 +178,7 @@ def _scatter(
             {"calculate": "datum[metric]", "as": "value"},
             {"calculate": "datum[metric + '_low']", "as": "low"},
             {"calculate": "datum[metric + '_high']", "as": "high"},
-            {"filter": "isValid(datum.value)"},
+            {"joinaggregate": [{"op": "valid", "field": "value", "as": "known"}]},
             {"calculate": f"indexof({list(higher)}, metric) < 0 ? datum.value : -datum.value", "as": "loss"},
         ],
         "encoding": {"x": x},
@@ -190,6 +199,7 @@ def _scatter(
             },
             {
                 "mark": {"type": "rule", "aria": False},
+                "transform": [known],
                 "encoding": {
                     "y": {"field": "low", "type": "quantitative", **y},
                     "y2": {"field": "high"},
@@ -199,10 +209,16 @@ def _scatter(
             },
             {
                 "mark": {"type": "point", "filled": True, "size": 80},
+                "transform": [known],
                 "encoding": {
                     "y": {"field": "value", "type": "quantitative", **y},
                     "color": colour,
-                    "shape": {"field": "kind", "type": "nominal", "legend": _legend(1) | SHAPES},
+                    "shape": {
+                        "field": "kind",
+                        "type": "nominal",
+                        "scale": {"domain": list(kinds)},  # a legend without entries has no size that can be drawn
+                        "legend": _legend(1) | SHAPES,
+                    },
                     "opacity": {"condition": chosen, "value": 0.2},
                     "href": {"field": "href"},
                     "tooltip": [
@@ -218,10 +234,22 @@ def _scatter(
             },
             {
                 "mark": {"type": "text", "dx": 8, "dy": -8, "align": "left", "aria": False},
-                "transform": [{"filter": "datum.method === method"}],
+                "transform": [known, {"filter": "datum.method === method"}],
                 "encoding": {
                     "y": {"field": "value", "type": "quantitative", **y},
                     "text": {"field": "precision"},
+                },
+            },
+            {  # where no row has the metric it says so, and gives the logarithmic axis a domain
+                "mark": {"type": "text", "fontSize": 13},
+                "transform": [
+                    {"filter": "datum.known === 0"},
+                    {"aggregate": [{"op": "mean", "field": cost["field"], "as": cost["field"]}]},
+                    {"calculate": "1", "as": "value"},
+                ],
+                "encoding": {
+                    "y": {"field": "value", "type": "quantitative", **y},
+                    "text": {"value": "not measured on this task"},
                 },
             },
         ],
@@ -229,12 +257,15 @@ def _scatter(
     }
 
 
-def _latency(precisions: Sequence[str]) -> Spec:
+def _latency(precisions: Sequence[str], engines: Sequence[Mapping]) -> Spec:
     """Feature distance against the time of one evaluation, a point an engine."""
     ends = {"axis": {"format": "~g", "tickCount": 6}}
     x = {"type": "quantitative", "title": "Time of one evaluation (milliseconds)", "scale": {"zero": True}, **ends}
     y = {"type": "quantitative", "title": None, "scale": {"zero": True}, **ends}
-    colour = {"field": "engine", "type": "nominal", "scale": {"scheme": "tableau10"}, "legend": _legend(1)}
+    order = [*precisions, *(row["precision"] for row in engines)].index  # full precision is the last
+    # All engines and precisions of the page: on a task without any, a legend of none has no size that can be drawn.
+    scale = {"scheme": "tableau10", "domain": list(dict.fromkeys(row["engine"] for row in engines))}
+    colour = {"field": "engine", "type": "nominal", "scale": scale, "legend": _legend(1)}
     point = {"x": {"field": "milliseconds", **x}, "y": {"field": "distance", **y}, "color": colour}
     return {
         "title": "Feature distance against latency",
@@ -257,7 +288,7 @@ def _latency(precisions: Sequence[str]) -> Spec:
                     "shape": {
                         "field": "precision",
                         "type": "nominal",
-                        "sort": list(precisions),
+                        "scale": {"domain": sorted({row["precision"] for row in engines}, key=order)},
                         "legend": ABOVE | SHAPES,
                     },
                     "tooltip": [

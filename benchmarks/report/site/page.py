@@ -81,7 +81,8 @@ def page(
     quantized = [record for record in shown if record.method != FULL_PRECISION and record.seed == 0]
     quantized_at = [each for each in precisions if any(record.precision == each for record in quantized)]
     drawn_numbers = datasets(ordered, excerpts, drawn, latency)
-    specs = charts({name: titles[name] for name in drawn}, drawn, quantized_at)
+    kinds = sorted({row["kind"] for row in drawn_numbers["cells"]})
+    specs = charts({name: titles[name] for name in drawn}, drawn, quantized_at, drawn_numbers["engines"], kinds)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )

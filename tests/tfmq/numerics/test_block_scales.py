@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,6 @@ from tfmq.numerics.block_scales import (
     out_of_blocks,
 )
 
-ml_dtypes = pytest.importorskip("ml_dtypes")
 LARGEST = torch.tensor([1.0, 1.999, 2.0, 3.7, 0.3, 0.25, 0.249, 1e-6, 5e4, 448.0])
 
 

@@ -66,8 +66,8 @@ def test_relu_stands_where_silu_acts_on_pixels_and_what_it_feeds_is_zero_or_more
         layer = network.get_submodule(path)
         layer.register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0]))
     for path in rectified:
-        hook = lambda _, args, path=path: before.setdefault(path, []).append(args[0])  # noqa: E731
-        network.get_submodule(path).register_forward_pre_hook(hook)
+        module = network.get_submodule(path)
+        module.register_forward_pre_hook(lambda _, args, path=path: before.setdefault(path, []).append(args[0]))
     with torch.no_grad():
         evaluate(network, networks.noise(2), torch.tensor(401))
     assert set(seen) == behind
