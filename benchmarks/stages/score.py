@@ -154,10 +154,11 @@ def _excerpt(cell: Cell, made: Made, per_image: dict[str, torch.Tensor]) -> Exce
 
 
 def _cost(cell: Cell, made: Made) -> Cost:
-    pool = files.read_json(files.calibration(cell.task) / files.COST)
-    own = cell.method != FULL_PRECISION
+    pool = {"seconds": 0.0, "unet_evaluations": 0}
+    if cell.method != FULL_PRECISION:
+        pool = files.read_json(files.calibration(cell.task) / files.COST)
     quantized = made.quantized
-    seconds = {"calibrate": pool["seconds"] if own else 0.0}
+    seconds = {"calibrate": pool["seconds"]}
     for spent in quantized.passes:
         seconds[spent.name] = seconds.get(spent.name, 0.0) + spent.seconds
     evaluations = sum(spent.unet_evaluations for spent in quantized.passes)
@@ -165,7 +166,7 @@ def _cost(cell: Cell, made: Made) -> Cost:
         device=made.device,
         seconds=seconds | {"sample": made.sample_seconds},
         peak_memory_mib=quantized.peak_memory_mib,
-        unet_evaluations=evaluations + (pool["unet_evaluations"] if own else 0),
+        unet_evaluations=evaluations + pool["unet_evaluations"],
         optimizer_steps=sum(spent.optimizer_steps for spent in quantized.passes),
         size_mib=quantized.size_mib,
         full_precision_size_mib=quantized.full_precision_size_mib,

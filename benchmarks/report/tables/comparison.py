@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +46,8 @@ def standings(records: Sequence[Record], judges: Judges) -> dict[Cell, Standing]
         rivals = {c.row for c in cells if (c.task, c.precision) == (cell.task, cell.precision)} - {cell.row}
         compared = [judge.compare(RANKED_BY.name, rival, cell.row, cell.precision) for rival in rivals]
         better = sum(other is not None and other.estimate.value.high < 0 for other in compared)
-        ends = (math.exp(end) for end in (level.value.value, level.value.low, level.value.high))
+        with np.errstate(over="ignore"):  # few images and seeds bound a level by infinity
+            ends = np.exp([level.value.value, level.value.low, level.value.high]).tolist()
         found[cell] = Standing(Value(*ends, level.images), 1 + better)
     return found
 
