@@ -12,7 +12,7 @@ from benchmarks.suite.fields import read
 from benchmarks.suite.record import BACKENDS, FULL_PRECISION, PROTOCOLS, SHARED, SIMULATED, Cell
 from tfmq.precision import Precision
 
-TABLES = ("leaderboard", "ablation", "published", "deployed")
+TABLES = ("leaderboard", "newer", "ablation", "published", "deployed")
 SCHEDULERS = ("ddim", "ddim_quad", "pndm")
 
 

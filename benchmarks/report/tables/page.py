@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.metrics import Metric
 from benchmarks.report.tables.comparison import Judges, by_task
 from benchmarks.report.tables.markdown import cells_table
-from benchmarks.report.tables.renderers import ablation, deployed, leaderboard, published
+from benchmarks.report.tables.renderers import ablation, deployed, leaderboard, newer, published
 from benchmarks.suite.record import Cell, Record
 
 START, END = "<!-- leaderboard -->", "<!-- /leaderboard -->"
@@ -22,7 +22,7 @@ def section(name: str, records: Sequence[Record], metrics: Mapping[str, Metric],
         return deployed(records, metrics, images)
     if name == "published":
         return published(records, metrics)
-    return {"leaderboard": leaderboard, "ablation": ablation}[name](records, metrics, judges)
+    return {"leaderboard": leaderboard, "newer": newer, "ablation": ablation}[name](records, metrics, judges)
 
 
 def report(

@@ -34,6 +34,18 @@ DEPLOYED = ("feature_distance", "noise_error")
 
 def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric], judges: Judges) -> str:
     """Markdown with the mean ranks over tasks, and for each task a caption and the headline columns, by rank."""
+    parts = _ranked(records, metrics, judges)
+    summary = across_tasks(records, judges)
+    return "\n\n".join([f"### Across tasks\n\n{summary}", *parts] if summary else parts) + "\n"
+
+
+def newer(records: Sequence[Record], metrics: Mapping[str, Metric], judges: Judges) -> str:
+    """Markdown as of `leaderboard`, without what tasks have in common: rows of other papers, ranked among those beside."""
+    return "\n\n".join(_ranked(records, metrics, judges)) + "\n"
+
+
+def _ranked(records: Sequence[Record], metrics: Mapping[str, Metric], judges: Judges) -> list[str]:
+    """A caption and the headline columns of each task, by rank."""
     columns = _columns(LEADERBOARD, metrics)
     standing = standings(records, judges)
     ranks = (
@@ -42,13 +54,11 @@ def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric], judges
         " by seed, beyond the 95 % interval of the difference: the intervals in the column may overlap all the same."
         " KID, which papers rank by, is a column."
     )
-    parts = [
+    return [
         f"### {task}\n\n{caption(cells)} {ranks}\n\n"
         + cells_table(cells, columns, ("kid_fp",), cost=True, standing=standing, rank=True)
         for task, cells in by_task(records, metrics, standing).items()
     ]
-    summary = across_tasks(records, judges)
-    return "\n\n".join([f"### Across tasks\n\n{summary}", *parts] if summary else parts) + "\n"
 
 
 def ablation(records: Sequence[Record], metrics: Mapping[str, Metric], judges: Judges) -> str:
