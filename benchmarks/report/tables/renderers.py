@@ -40,7 +40,7 @@ def leaderboard(records: Sequence[Record], metrics: Mapping[str, Metric], judges
 
 
 def newer(records: Sequence[Record], metrics: Mapping[str, Metric], judges: Judges) -> str:
-    """Markdown as of `leaderboard`, without what tasks have in common: rows of other papers, ranked among those beside."""
+    """Markdown of other papers' rows, ranked among those beside; as of `leaderboard`, but no means over tasks."""
     return "\n\n".join(_ranked(records, metrics, judges)) + "\n"
 
 

@@ -195,6 +195,13 @@ def test_the_leaderboard_shows_intervals_and_names_its_settings(ranked, records)
     assert "Note" not in text and "Seed" not in text
 
 
+def test_newer_methods_have_ranks_among_the_rows_beside_them(ranked):
+    text = tables.section("newer", ranked.records, COLUMNS, {}, ranked.judges)
+    ranks = {line.split("|")[2].strip(): line.split("|")[3].strip() for line in text.splitlines() if "| w4a8" in line}
+    assert ranks == {"TFMQ-DM": "1", "Q-Diffusion": "1", "Round-to-nearest": "3", "odd": "–"}
+    assert "Across tasks" not in text
+
+
 @pytest.mark.parametrize("status", ["not applicable", "failed", "unverified"])
 def test_what_was_not_measured_stays_visible(records, make_record, status):
     unverified = status == "unverified"
