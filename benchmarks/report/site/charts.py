@@ -25,7 +25,7 @@ NO_METHOD = "none"
 # A legend of shapes alone has the colour of the text.
 SHAPES: Spec = {"symbolFillColor": "currentColor", "symbolStrokeColor": "currentColor"}
 # The second legend of a chart whose first one takes the width of a telephone.
-ABOVE: Spec = {"title": None, "orient": "top", "direction": "horizontal"}
+ABOVE: Spec = {"title": None, "orient": "top", "columns": 2}
 CONFIG: Spec = {
     "background": "transparent",
     "view": {"stroke": None},
@@ -344,7 +344,7 @@ def _temporal() -> Spec:
             "strokeDash": {
                 "field": "kind",
                 "type": "nominal",
-                "legend": ABOVE | {"symbolStrokeColor": "currentColor"},
+                "legend": ABOVE | SHAPES | {"symbolType": "stroke", "symbolSize": 400},
             },
             "opacity": {"condition": {"test": chosen, "value": 1}, "value": 0.12},
             "strokeWidth": {"condition": {"test": "datum.method === method", "value": 4}, "value": 1.5},
@@ -372,7 +372,7 @@ def _precision_colour(precisions: Sequence[str]) -> Spec:
 
 def _legend(columns: int) -> Spec:
     """A legend that fits a telephone. Its columns do not depend on the width: Vega sets the height once."""
-    return {"title": None, "columns": columns, "labelLimit": 270}
+    return {"title": None, "columns": columns, "labelLimit": 270, "symbolLimit": 0}
 
 
 def _kind(record: Record) -> str:

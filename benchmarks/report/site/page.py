@@ -19,10 +19,11 @@ from benchmarks.features import extractor
 from benchmarks.metrics import Metric
 from benchmarks.report.site.charts import NO_METHOD, charts, datasets, drawable
 from benchmarks.report.site.pictures import pictures
+from benchmarks.report.statistic import RANKED_BY
 from benchmarks.report.tables import QUALITY, label, row_label
 from benchmarks.report.tables.markdown import measured, number, sampling
 from benchmarks.runtime.excerpt import Excerpt
-from benchmarks.suite.record import FULL_PRECISION, STATUSES, Cell, Record
+from benchmarks.suite.record import FULL_PRECISION, STATUSES, Cell, Record, Value
 from tfmq.precision import Precision
 
 HERE = Path(__file__).parent
@@ -30,6 +31,7 @@ HERE = Path(__file__).parent
 SHOWN_PATHS = 3
 # A number that sorts behind all others.
 LAST = 1e300
+LEVEL_DIGITS = 4
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 # The page is about numbers of one task first; a comparison over tasks is asked for.
 FILTERS = {
@@ -59,6 +61,7 @@ def page(
     records: Sequence[Record],
     excerpts: Mapping[Cell, Excerpt],
     metrics: Mapping[str, Metric],
+    levels: Mapping[Cell, Value],
     prompts: Mapping[str, Sequence[str]],
     latency: Sequence[Mapping],
 ) -> str:
@@ -68,11 +71,12 @@ def page(
         records: of all cells, in the order of their tasks.
         excerpts: of each cell that has metrics.
         metrics: by name, in the order of their columns.
+        levels: what the rows of quantised cells rank by, from `benchmarks.report.tables.levels`.
         prompts: of the images of each task that has any, in the order of the images.
         latency: the files of `results/latency`, parsed.
     """
     tasks = list(dict.fromkeys(record.task for record in records))
-    ordered = sorted(records, key=lambda record: _place(record, tasks))
+    ordered = sorted(records, key=lambda record: _place(record, tasks, levels))
     columns = measured(metrics, ordered)
     titles = {name: _title(metric, ordered) for name, metric in columns.items()}
     drawn = drawable(ordered, columns)
@@ -98,6 +102,8 @@ def page(
         records=ordered,
         tasks={task: next(record for record in ordered if record.task == task) for task in tasks},
         statuses={status: sum(record.status == status for record in ordered) for status in STATUSES},
+        ranked_by=RANKED_BY,
+        levels={record.cell.name: _number(levels.get(record.cell), LEVEL_DIGITS) for record in ordered},
         numbers={record.cell.name: _numbers(record, columns) for record in ordered},
         titles=titles,
         metrics=columns,
@@ -119,9 +125,9 @@ def page(
     )
 
 
-def _place(record: Record, tasks: Sequence[str]) -> tuple[object, ...]:
+def _place(record: Record, tasks: Sequence[str], levels: Mapping[Cell, Value]) -> tuple[object, ...]:
     """A key to sort by: task, from many bits to few, seed, from near full precision to far."""
-    value = record.metrics.get(QUALITY)
+    value = levels.get(record.cell)
     distance = (value is None, value.value if value else 0.0)
     return tasks.index(record.task), *_bits(record.precision), record.seed, *distance, record.cell.name
 
@@ -141,15 +147,17 @@ def _title(metric: Metric, records: Sequence[Record]) -> str:
 
 def _numbers(record: Record, columns: Mapping[str, Metric]) -> list[Number]:
     """The metrics of a record, column by column."""
-    found = []
-    for name, metric in columns.items():
-        value = record.metrics.get(name)
-        if value is None:
-            found.append(Number("", "", -LAST if metric.better == "higher" else LAST))
-            continue
-        text, _, interval = number(value, metric.digits, interval=True).partition(" ")
-        found.append(Number(text, interval, value.value))
-    return found
+    return [
+        _number(record.metrics.get(name), metric.digits, -LAST if metric.better == "higher" else LAST)
+        for name, metric in columns.items()
+    ]
+
+
+def _number(value: Value | None, digits: int, last: float = LAST) -> Number:
+    if value is None:
+        return Number("", "", last)
+    text, _, interval = number(value, digits, interval=True).partition(" ")
+    return Number(text, interval, value.value)
 
 
 def _values(name: str, records: Sequence[Record]) -> list[str]:

@@ -1,6 +1,6 @@
 """Records to tables: a data frame with one row a cell, CSV, and Markdown. Nothing here touches files."""
 
-from benchmarks.report.tables.comparison import QUALITY, difference, gated, standings
+from benchmarks.report.tables.comparison import QUALITY, difference, gated, levels, standings
 from benchmarks.report.tables.frame import csv, frame
 from benchmarks.report.tables.markdown import label, row_label
 from benchmarks.report.tables.page import END, START, region, replace_region, report, section
@@ -23,6 +23,7 @@ __all__ = [
     "leaderboard",
     "leaders",
     "left_out",
+    "levels",
     "mean_ranks",
     "newer",
     "numbers_of",

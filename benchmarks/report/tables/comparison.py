@@ -30,26 +30,39 @@ class Standing:
     rank: int
 
 
+def levels(records: Sequence[Record], judges: Judges) -> dict[Cell, Value]:
+    """What the rows of measured, quantised cells rank by, over all images and calibration seeds of the row."""
+    found: dict[Cell, Value] = {}
+    for record in records:
+        if record.status != "measured" or record.method == FULL_PRECISION or record.task not in judges:
+            continue
+        cell = record.cell
+        level = judges[cell.task].level(RANKED_BY.name, cell.row, cell.precision)
+        if level is not None:
+            with np.errstate(over="ignore"):  # few images and seeds bound a level by infinity
+                ends = np.exp([level.value.value, level.value.low, level.value.high]).tolist()
+            found[cell] = Value(*ends, level.images)
+    return found
+
+
 def standings(records: Sequence[Record], judges: Judges) -> dict[Cell, Standing]:
     """The standing of each measured, quantised cell of a table, within its task and precision; that of its row.
 
     A rank is 1 plus the number of rows that are better, with a 95 % interval of the two rows' difference that says so;
     rows that nothing decides between may share a rank. Cells with another status have none.
     """
-    found: dict[Cell, Standing] = {}
-    cells = [r.cell for r in records if r.status == "measured" and r.method != FULL_PRECISION and r.task in judges]
-    for cell in cells:
+    found = levels(records, judges)
+    rows: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        if record.status == "measured" and record.method != FULL_PRECISION:
+            rows.setdefault((record.task, record.precision), set()).add(record.cell.row)
+    ranks = {}
+    for cell in found:
+        rivals = rows[cell.task, cell.precision] - {cell.row}
         judge = judges[cell.task]
-        level = judge.level(RANKED_BY.name, cell.row, cell.precision)
-        if level is None:
-            continue
-        rivals = {c.row for c in cells if (c.task, c.precision) == (cell.task, cell.precision)} - {cell.row}
         compared = [judge.compare(RANKED_BY.name, rival, cell.row, cell.precision) for rival in rivals]
-        better = sum(other is not None and other.estimate.value.high < 0 for other in compared)
-        with np.errstate(over="ignore"):  # few images and seeds bound a level by infinity
-            ends = np.exp([level.value.value, level.value.low, level.value.high]).tolist()
-        found[cell] = Standing(Value(*ends, level.images), 1 + better)
-    return found
+        ranks[cell] = 1 + sum(other is not None and other.estimate.value.high < 0 for other in compared)
+    return {cell: Standing(value, ranks[cell]) for cell, value in found.items()}
 
 
 def difference(values: np.ndarray, others: np.ndarray) -> Value:

@@ -96,9 +96,17 @@ def cells(make_record):
     return made, excerpts
 
 
+def page(cells):
+    """The page of these cells, whose rows rank by half their feature distance."""
+    records, excerpts = cells
+    distances = {r.cell: r.metrics["feature_distance"].value for r in records if "noise_error" in r.metrics}
+    levels = {cell: Value(value / 2, value / 3, value, 96) for cell, value in distances.items()}
+    return site.page(records, excerpts, metrics(), levels, PROMPTS, [LATENCY])
+
+
 @pytest.fixture
 def text(cells):
-    return site.page(*cells, metrics(), PROMPTS, [LATENCY])
+    return page(cells)
 
 
 class Elements(HTMLParser):
@@ -121,7 +129,7 @@ class Elements(HTMLParser):
 
 
 def test_equal_records_are_equal_bytes(cells, text):
-    assert site.page(*cells, metrics(), PROMPTS, [LATENCY]) == text
+    assert page(cells) == text
     assert "\r" not in text
 
 
@@ -145,6 +153,19 @@ def test_every_cell_stands_in_the_table_and_says_what_became_of_it(cells, text):
     assert body.count('title="nothing of it is left">not applicable') == 2
     assert "18 are measured, 2 not applicable, 2 failed." in " ".join(text.split())
     assert "0.0900 <small>[0.0810, 0.0990]</small>" in body  # nearest at w8a8, its interval a tenth to each side
+    assert "0.0450 <small>[0.0300, 0.0900]</small>" in body  # what it ranks by
+    names = re.findall('<th scope="row"><a href="#([^"]*)"', body)
+    assert [
+        name.removeprefix("emoji-ldm4/") for name in names if name.startswith("emoji-ldm4/") and "w4a8" in name
+    ] == [
+        "tfmq/w4a8",
+        "tfmq-published/w4a8",
+        "nearest/w4a8",
+        "ptq4dm/w4a8",
+        "prev/w4a8",
+        "tdq/w4a8",
+        "tfmq/w4a8-s1",
+    ]
 
 
 def test_a_cell_tells_settings_cost_hashes_and_its_command(cells, text):
@@ -264,7 +285,7 @@ def test_the_line_of_a_chart_leaves_out_what_is_beaten(cells, metric):
 
 def test_without_any_measured_cell_it_says_so(make_record):
     failed = make_record(status="failed", reason="no record", metrics={}, cost=None)
-    text = site.page([failed], {}, metrics(), {}, [])
+    text = site.page([failed], {}, metrics(), {}, {}, [])
     assert "No cell has been measured yet." in text and "No quantised cell has been measured yet." in text
 
 
