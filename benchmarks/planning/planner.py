@@ -79,7 +79,9 @@ class KnownNetwork:
         """A calibration pool of random numbers, drawn on ``device``, with the shapes and time steps of a real one."""
         shape = len(self.timesteps), images, *self.latent_shape
         latents, noise = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
-        condition = partial(backbone_of(self.unet).random_condition, self.unet, images, self.tokens, device, generator)
+        backbone, guided = backbone_of(self.unet), settings.guidance_scale > 1
+        condition = partial(backbone.random_condition, self.unet, images, self.tokens, device, generator)
+        inputs = partial(backbone.random_inputs, self.unet, images, device, generator)
         return CalibrationSet(
             latents=latents,
             timesteps=self.timesteps,
@@ -88,7 +90,9 @@ class KnownNetwork:
             alphas=torch.linspace(0.01, 1, shape[0] + 1, dtype=torch.float64),
             settings=settings,
             context=condition(),
-            unconditional=None if settings.guidance_scale <= 1 else condition(),
+            unconditional=condition() if guided else None,
+            inputs=inputs(),
+            unconditional_inputs=inputs() if guided else {},
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.planning.page import TERA, plan
-from benchmarks.planning.planner import FLOAT, Item, KnownNetwork, Planner, Rate
+from benchmarks.planning.planner import Item, KnownNetwork, Planner, Rate
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workspace import MIB, peak_memory, restart_peak
 from benchmarks.sources import catalogue
@@ -32,6 +32,8 @@ from benchmarks.suite import discover, params
 from benchmarks.suite.params import Suite, Task
 from tfmq.network.attention_heads import set_attention_heads
 from tfmq.network.backbone import Network, backbone_of, evaluate
+from tfmq.network.conditioning import Inputs
+from tfmq.numerics.steps import exact_steps
 
 COMMON = "downloads besides checkpoints"
 CONFIG = "config.json"
@@ -106,7 +108,7 @@ def describe(task: Task) -> Described:
     architecture = ARCHITECTURES[TASKS[task.name]]
     size = architecture.full
     parts = expected.expected(architecture, size).parts.values()
-    stored = FLOAT * sum(parameter.numel() for part in parts for parameter in part.network.parameters())
+    stored = architecture.dtype.itemsize * sum(p.numel() for part in parts for p in part.network.parameters())
     heads = {} if size.heads is None else {"attention_heads": size.heads}
     tokens = 1 if size.text_encoder is None else size.text_encoder["max_position_embeddings"]
     return Described({**size.unet, **heads}, architecture.scheduler, tokens, stored)
@@ -121,7 +123,7 @@ def timesteps_of(task: Task, described: Described) -> torch.Tensor:
     module, name = SCHEDULERS[task.scheduler]
     scheduler = getattr(importlib.import_module(module), name).from_config(dict(described.scheduler))
     scheduler.set_timesteps(task.steps)
-    return torch.as_tensor(scheduler.timesteps)
+    return exact_steps(scheduler.timesteps)
 
 
 def build(settings: Mapping[str, object], device: torch.device) -> Network:
@@ -167,12 +169,13 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
     return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops())
 
 
-def _inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Random latents, a time step and a random conditioning."""
+def _inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Inputs]:
+    """Random latents, a time step, a random conditioning and further inputs."""
     size, device = unet.config.sample_size, unet.device
     latents = torch.randn(rows, unet.config.in_channels, size, size, device=device)
-    condition = backbone_of(unet).random_condition(unet, rows, tokens, device)
-    return latents, torch.tensor(1, device=device), condition
+    backbone = backbone_of(unet)
+    condition = backbone.random_condition(unet, rows, tokens, device)
+    return latents, torch.tensor(1, device=device), condition, backbone.random_inputs(unet, rows, device)
 
 
 def _needs(task: Task) -> set[str]:
@@ -198,6 +201,6 @@ def _downloads(names: Sequence[str]) -> list[Item]:
             if size is None and name in TASKS:
                 architecture = ARCHITECTURES[TASKS[name]]
                 shapes = expected.expected(architecture, architecture.full).shapes.values()
-                size = FLOAT * sum(math.prod(shape) for shape in shapes)
+                size = architecture.dtype.itemsize * sum(math.prod(shape) for shape in shapes)
             found.append(Item(f"fetch {name}", disk=size))
     return found

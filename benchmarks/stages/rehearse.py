@@ -128,8 +128,9 @@ def _pool(task: Task, network: KnownNetwork, config: object, device: torch.devic
 
 
 def _on_meta(pool: CalibrationSet) -> CalibrationSet:
-    tensors = {name: tensor.to("meta") for name, tensor in pool.tensors.items() if name not in ("timesteps", "alphas")}
-    return dataclasses.replace(pool, **tensors)
+    of_steps = ("timesteps", "alphas")
+    moved = {name: tensor if name in of_steps else tensor.to("meta") for name, tensor in pool.tensors.items()}
+    return CalibrationSet.of(moved, pool.settings)
 
 
 @torch.no_grad()
@@ -137,5 +138,6 @@ def _predict(unet: Network, pool: CalibrationSet) -> torch.Tensor:
     """The noise that a network predicts of the first image at the middle of the schedule, (1, C, H, W)."""
     middle = pool.steps // 2
     context = None if pool.context is None else pool.context[:1]
+    inputs = {name: value[:1] for name, value in pool.inputs.items()}
     timestep = pool.timesteps[middle].to(pool.latents.device)
-    return evaluate(unet, pool.latents[middle, :1], timestep, context).cpu()
+    return evaluate(unet, pool.latents[middle, :1], timestep, context, inputs).cpu()

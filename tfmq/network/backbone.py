@@ -135,6 +135,12 @@ class Backbone(ABC):
         A context has so many ``tokens`` a row; where the network takes none, they do not count.
         """
 
+    def random_inputs(
+        self, network: Network, rows: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Inputs:
+        """The ``required_inputs`` of so many rows, at random, drawn on ``device``."""
+        return {}
+
     @abstractmethod
     def encoding(self, network: Network, timesteps: Tensor) -> Tensor:
         """The sinusoidal encoding (N, D) of time steps (N,)."""

@@ -149,7 +149,7 @@ class UNetBackbone(Backbone):
     @staticmethod
     def required_inputs(network: UNet) -> tuple[str, ...]:
         """See `Backbone`."""
-        return unet_features.required_inputs(network)
+        return tuple(unet_features.input_widths(network))
 
     @staticmethod
     def known_inputs(network: UNet) -> tuple[str, ...]:
@@ -186,6 +186,13 @@ class UNetBackbone(Backbone):
         if self.condition == "none":
             return None
         return torch.randn(rows, tokens, network.config.cross_attention_dim, device=device, generator=generator)
+
+    def random_inputs(
+        self, network: UNet, rows: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """See `Backbone`."""
+        widths = unet_features.input_widths(network)
+        return {name: torch.randn(rows, width, device=device, generator=generator) for name, width in widths.items()}
 
     def encoding(self, network: UNet, timesteps: Tensor) -> Tensor:
         """See `Backbone`."""

@@ -26,6 +26,8 @@ PLAIN = {
     "attention_type": ("default",),
     "time_embedding_act_fn": (None,),
 }
+# Of SDXL's ``time_ids``: heights and widths of the original and of the target, top and left of the crop.
+SIZES = 6
 # What `enable_freeu` sets in up blocks.
 FREEU = ("s1", "s2", "b1", "b2")
 
@@ -63,14 +65,20 @@ def known_arguments(unet: UNet) -> frozenset[str]:
     return frozenset(known)
 
 
-def required_inputs(unet: UNet) -> tuple[str, ...]:
-    """See `tfmq.network.backbone.Backbone.required_inputs`."""
-    text_time = (TEXT_EMBEDS, TIME_IDS) if unet.config.get("addition_embed_type") == "text_time" else ()
-    return (*text_time, *(() if unet.config.get("time_cond_proj_dim") is None else (TIMESTEP_COND,)))
+def input_widths(unet: UNet) -> dict[str, int]:
+    """The further inputs without which a UNet can not be evaluated, and how many numbers each has a row."""
+    config = unet.config
+    widths: dict[str, int] = {}
+    if config.get("addition_embed_type") == "text_time":
+        sizes = SIZES * config.addition_time_embed_dim
+        widths |= {TEXT_EMBEDS: config.projection_class_embeddings_input_dim - sizes, TIME_IDS: SIZES}
+    if config.get("time_cond_proj_dim") is not None:
+        widths[TIMESTEP_COND] = config.time_cond_proj_dim
+    return widths
 
 
 def known_inputs(unet: UNet) -> tuple[str, ...]:
     """See `tfmq.network.backbone.Backbone.known_inputs`."""
     if not isinstance(unet, UNet2DConditionModel):
         return ()
-    return (*required_inputs(unet), CHANNELS, DOWN, MID, ADAPTER)
+    return (*input_widths(unet), CHANNELS, DOWN, MID, ADAPTER)
