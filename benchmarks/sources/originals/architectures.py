@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 Settings = Mapping[str, object]
 
 
@@ -17,6 +19,7 @@ class Size:
     """Settings of an architecture's networks, with their class under ``_class_name``; None where it has none.
 
     Attributes:
+        second_text_encoder: with a projection, in SDXL.
         classes: that have a learned embedding; one embedding more stands for none.
         heads: of every attention, where the UNet's settings cannot say it (see `tfmq.set_attention_heads`).
     """
@@ -24,6 +27,7 @@ class Size:
     unet: Settings
     first_stage: Settings | None = None
     text_encoder: Settings | None = None
+    second_text_encoder: Settings | None = None
     classes: int = 0
     heads: int | None = None
 
@@ -41,6 +45,7 @@ class Architecture:
         averaged: samples are those of the weights averaged over training (EMA), which stand beside the others.
         scale_in_file: the first stage's scale is a tensor of the file.
         flat: the file is the UNet's own dictionary.
+        dtype: of the file's numbers, and of those that it is converted to.
     """
 
     title: str
@@ -52,6 +57,7 @@ class Architecture:
     averaged: bool = False
     scale_in_file: bool = False
     flat: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 def _unet(
@@ -103,7 +109,13 @@ def _resampling(widths: Sequence[int], attended: Sequence[int], layers: int, sid
 
 
 def _conditioned(
-    widths: Sequence[int], attended: Sequence[int], layers: int, channels: int, side: int, heads: int, context: int
+    widths: Sequence[int],
+    attended: Sequence[int],
+    layers: int,
+    channels: int,
+    side: int,
+    heads: int | tuple[int, ...],
+    context: int,
 ) -> dict[str, object]:
     """A UNet with cross-attention; what diffusers calls ``attention_head_dim`` here is the number of heads."""
     blocks = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -112,6 +124,29 @@ def _conditioned(
         "attention_head_dim": heads,
         "cross_attention_dim": context,
         "use_linear_projection": False,
+    }
+
+
+def _xl(
+    widths: Sequence[int],
+    attended: Sequence[int],
+    side: int,
+    heads: Sequence[int],
+    depths: Sequence[int],
+    context: int,
+    pooled: int,
+    sizes: int,
+) -> dict[str, object]:
+    """SDXL's UNet, whose attentions have ``depths`` transformer blocks, by level.
+
+    It takes ``pooled`` numbers of the text, and each of six sizes as ``sizes`` numbers, besides the context.
+    """
+    return _conditioned(widths, attended, layers=2, channels=4, side=side, heads=tuple(heads), context=context) | {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": sizes,
+        "projection_class_embeddings_input_dim": pooled + 6 * sizes,
+        "transformer_layers_per_block": tuple(depths),
+        "use_linear_projection": True,
     }
 
 
@@ -173,10 +208,15 @@ def _text(tokens: int, width: int, inner: int, layers: int, heads: int, projecti
     }
 
 
+def _projected(text: Mapping[str, object]) -> dict[str, object]:
+    """A text tower that OpenCLIP has trained, with the projection of its pooled text."""
+    return {**text, "_class_name": "CLIPTextModelWithProjection", "hidden_act": "gelu"}
+
+
 def _latent_schedule(sampler: str, first: float, last: float) -> dict[str, object]:
     """Latent diffusion's, which calls itself linear: the square root of beta is linear in the time step.
 
-    PNDM has no use for ``clip_sample``; DDIM would clip where a sampler made from its settings does not find it.
+    PNDM and Euler have no use for ``clip_sample``; DDIM, made from their settings, would clip if it did not find it.
     """
     return {
         "_class_name": sampler,
@@ -256,6 +296,27 @@ ARCHITECTURES = {
         ),
         pipeline="StableDiffusionPipeline",
     ),
+    "sdxl": Architecture(
+        title="Stable Diffusion XL (base)",
+        family="stable_diffusion_xl",
+        scheduler=_latent_schedule("EulerDiscreteScheduler", 0.00085, 0.012),
+        full=Size(
+            unet=_xl((320, 640, 1280), (1, 2), 128, (5, 10, 20), (1, 2, 10), context=2048, pooled=1280, sizes=256),
+            first_stage=_kl((128, 256, 512, 512), layers=2, side=1024, scale=0.13025),
+            text_encoder=_text(tokens=49408, width=768, inner=3072, layers=12, heads=12, projection=768),
+            second_text_encoder=_projected(
+                _text(tokens=49408, width=1280, inner=5120, layers=32, heads=20, projection=1280)
+            ),
+        ),
+        tiny=Size(
+            unet=_xl((32, 32, 64), (1, 2), 16, (1, 2, 4), (1, 1, 2), context=48, pooled=24, sizes=8),
+            first_stage=_kl((32, 32), layers=1, side=32, scale=0.13025),
+            text_encoder=_text(tokens=100, width=32, inner=64, layers=2, heads=4, projection=32),
+            second_text_encoder=_projected(_text(tokens=100, width=16, inner=32, layers=2, heads=2, projection=24)),
+        ),
+        pipeline="StableDiffusionXLPipeline",
+        dtype=torch.float16,
+    ),
     "ddim-cifar10": Architecture(
         title="DDIM CIFAR-10",
         family="ddpm",
@@ -286,5 +347,6 @@ TASKS = {
     "ffhq-ldm4": "ldm4",
     "imagenet-ldm4": "ldm4-imagenet",
     "coco-sd-v1-4": "sd-v1",
+    "coco-sdxl": "sdxl",
     "cifar10-ddim": "ddim-cifar10",
 }

@@ -18,10 +18,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from benchmarks.sources import disk
 from benchmarks.sources.archive import Mismatch
-from benchmarks.sources.originals import expected, torch_file
+from benchmarks.sources.originals import checkpoint_file, expected
 from benchmarks.sources.originals.architectures import Architecture
+from benchmarks.sources.originals.checkpoint_file import CheckpointFile
 from benchmarks.sources.originals.expected import Part
-from benchmarks.sources.originals.torch_file import TorchFile
 
 # Greatest difference of the file's noise schedule from the one that diffusers computes in float32. It is 2e-9 and 6e-7
 # for the published ones; another model's schedule differs by 1e-3 and more.
@@ -37,14 +37,22 @@ PIPELINES = {
         "safety_checker": [None, None],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     },
+    "StableDiffusionXLPipeline": {
+        "feature_extractor": [None, None],
+        "force_zeros_for_empty_prompt": True,
+        "image_encoder": [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    },
 }
 TOKENIZER = {
     "bos_token": "<|startoftext|>",
     "eos_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
     "tokenizer_class": "CLIPTokenizer",
     "unk_token": "<|endoftext|>",
 }
+# The tokenizer of each text tower, and what it pads with: OpenCLIP pads with the first of all tokens.
+TOKENIZERS = {"text_encoder": ("tokenizer", "<|endoftext|>"), "text_encoder_2": ("tokenizer_2", "!")}
 
 
 def convert(architecture: Architecture, checkpoint: Path, folder: Path) -> None:
@@ -53,13 +61,13 @@ def convert(architecture: Architecture, checkpoint: Path, folder: Path) -> None:
     Raises Mismatch for a file that is damaged, of another architecture, or of another noise schedule, and ValueError if
     it is missing or the disk has no room for its networks.
     """
-    with torch_file.opened(checkpoint) as file:
+    with checkpoint_file.opened(checkpoint) as file:
         parts = expected.match(architecture, file).parts
         scheduler = getattr(diffusers, architecture.scheduler["_class_name"]).from_config(dict(architecture.scheduler))
         _check_schedule(scheduler, file)
         if architecture.scale_in_file:
             parts["vqvae"].network.register_to_config(scaling_factor=_scale(file))
-        disk.check(folder, sum(part.bytes for part in parts.values()))
+        disk.check(folder, architecture.dtype.itemsize * sum(part.count for part in parts.values()))
         for name, part in parts.items():
             _write_part(part, file, folder / name)
     scheduler.save_pretrained(folder / "scheduler")
@@ -70,18 +78,23 @@ def convert(architecture: Architecture, checkpoint: Path, folder: Path) -> None:
 
 
 def write_tokenizer(vocabulary: Path, merges: Path, folder: Path) -> None:
-    """Write CLIP's tokenizer from its published files into ``folder``, with the text tower of `convert`.
+    """Write CLIP's tokenizer from its published files into ``folder``, for each text tower of `convert`.
 
-    Raises ValueError if a file is missing or damaged, or if the text tower has another count of tokens.
+    Raises ValueError if a file is missing or damaged, or if a text tower has another count of tokens.
     """
-    text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-    target = folder / "tokenizer"
+    for tower, (name, padding) in TOKENIZERS.items():
+        if (folder / tower).is_dir():
+            _write_tokenizer(vocabulary, merges, CLIPTextConfig.from_pretrained(folder / tower), folder / name, padding)
+
+
+def _write_tokenizer(vocabulary: Path, merges: Path, text: CLIPTextConfig, target: Path, padding: str) -> None:
     target.mkdir()
     for source, name in ((vocabulary, "vocab.json"), (merges, "merges.txt")):
         if not source.is_file():
             raise ValueError(f"{source} is missing: fetch it first")
         shutil.copyfile(source, target / name)
-    _write_json(target / "tokenizer_config.json", TOKENIZER | {"model_max_length": text.max_position_embeddings})
+    settings = TOKENIZER | {"model_max_length": text.max_position_embeddings, "pad_token": padding}
+    _write_json(target / "tokenizer_config.json", settings)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(target)
     except Exception as error:  # of many kinds, from several libraries
@@ -92,7 +105,7 @@ def write_tokenizer(vocabulary: Path, merges: Path, folder: Path) -> None:
         raise ValueError(f"{vocabulary} has {len(tokenizer)} tokens, and the text encoder {text.vocab_size} others")
 
 
-def _write_part(part: Part, file: TorchFile, folder: Path) -> None:
+def _write_part(part: Part, file: CheckpointFile, folder: Path) -> None:
     tensors = {}
     for source in part.sources:
         tensors |= source.split(file.read(source.key))
@@ -116,7 +129,7 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_schedule(scheduler: SchedulerMixin, file: TorchFile) -> None:
+def _check_schedule(scheduler: SchedulerMixin, file: CheckpointFile) -> None:
     """Compare what the file says of its noise schedule, if anything, with the scheduler."""
     for name, tolerance in SCHEDULE.items():
         if name not in file.tensors:
@@ -130,7 +143,7 @@ def _check_schedule(scheduler: SchedulerMixin, file: TorchFile) -> None:
             )
 
 
-def _scale(file: TorchFile) -> float:
+def _scale(file: CheckpointFile) -> float:
     """The first stage's scale: 1 / deviation of the latents that training began with."""
     if "scale_factor" not in file.tensors:
         raise Mismatch("its scale_factor is missing")

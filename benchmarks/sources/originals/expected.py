@@ -8,22 +8,24 @@ from dataclasses import dataclass
 
 import diffusers
 import torch
+import transformers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
 from benchmarks.models.class_ldm import ClassEmbedding
 from benchmarks.sources.archive import Mismatch
 from benchmarks.sources.originals import keys
 from benchmarks.sources.originals.architectures import ARCHITECTURES, Architecture, Settings, Size
+from benchmarks.sources.originals.checkpoint_file import CheckpointFile
 from benchmarks.sources.originals.keys import Source
-from benchmarks.sources.originals.torch_file import TorchFile
 from tfmq.network.attention_heads import set_attention_heads
 
 # Tensors under these names are the networks'. Others are the training's: schedules, losses, counts of the average.
-NETWORKS = ("model.", "first_stage_model.", "cond_stage_model.")
+NETWORKS = ("model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 IGNORED = re.compile(
     r"model_ema\.(decay|num_updates)|first_stage_model\.loss\..*"
-    r"|cond_stage_model\.transformer\.text_model\.embeddings\.position_ids"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_model\.embeddings\.position_ids"
+    r"|conditioner\.embedders\.1\.model\.logit_scale"
 )
 
 
@@ -35,9 +37,9 @@ class Part:
     sources: list[Source]
 
     @property
-    def bytes(self) -> int:
-        """The size of its numbers, as float32."""
-        return sum(4 * math.prod(source.shape) for source in self.sources)
+    def count(self) -> int:
+        """How many numbers it has."""
+        return sum(math.prod(source.shape) for source in self.sources)
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,13 @@ def expected(architecture: Architecture, size: Size) -> Expected:
             folder = "vae" if size.text_encoder is not None else "vqvae"
             parts[folder] = Part(network, keys.first_stage(network))
         if size.text_encoder is not None:
-            text = {name: value for name, value in size.text_encoder.items() if name != "_class_name"}
-            network = CLIPTextModel(CLIPTextConfig(**text))
-            parts["text_encoder"] = Part(network, keys.text_encoder(network))
+            network = _text_encoder(size.text_encoder)
+            owner = "cond_stage_model" if size.second_text_encoder is None else "conditioner.embedders.0"
+            parts["text_encoder"] = Part(network, keys.text_encoder(network, owner))
+        if size.second_text_encoder is not None:
+            network = _text_encoder(size.second_text_encoder)
+            found = keys.open_clip_text_encoder(network, "conditioner.embedders.1.model")
+            parts["text_encoder_2"] = Part(network, found)
         if size.classes:
             names = [str(index) for index in range(size.classes)]
             network = ClassEmbedding(names, size.unet["cross_attention_dim"])
@@ -83,11 +89,11 @@ def expected(architecture: Architecture, size: Size) -> Expected:
     return Expected(parts, sources if architecture.averaged else [])
 
 
-def match(architecture: Architecture, file: TorchFile) -> Expected:
+def match(architecture: Architecture, file: CheckpointFile) -> Expected:
     """What a checkpoint of ``architecture`` holds, at the size of ``file``.
 
     Raises Mismatch if ``file`` does not hold just that, naming the first tensor that is missing, unexpected, of
-    another shape or not float32; or the architecture that the file is of, if it is more like that one.
+    another shape or type; or the architecture that the file is of, if it is more like that one.
     """
     ours = max((expected(architecture, size) for size in _sizes(architecture)), key=lambda one: _likeness(one, file))
     faults = _faults(ours, architecture, file)
@@ -106,13 +112,13 @@ def _sizes(architecture: Architecture) -> tuple[Size, Size]:
     return architecture.full, architecture.tiny
 
 
-def _likeness(holds: Expected, file: TorchFile) -> float:
+def _likeness(holds: Expected, file: CheckpointFile) -> float:
     """The share of the tensors that have to be there and are, in the right shape."""
     shapes = holds.shapes
     return sum(key in file.tensors and file.tensors[key].shape == shape for key, shape in shapes.items()) / len(shapes)
 
 
-def _faults(holds: Expected, architecture: Architecture, file: TorchFile) -> list[str]:
+def _faults(holds: Expected, architecture: Architecture, file: CheckpointFile) -> list[str]:
     shapes, faults = holds.shapes, []
     strict = ("",) if architecture.flat else NETWORKS + ("model_ema.",) * architecture.averaged
     for key, shape in shapes.items():
@@ -121,8 +127,8 @@ def _faults(holds: Expected, architecture: Architecture, file: TorchFile) -> lis
             faults.append(f"{key} is missing")
         elif stored.shape != shape:
             faults.append(f"{key} has shape {list(stored.shape)}, not {list(shape)}")
-        elif stored.storage.dtype != torch.float32:
-            faults.append(f"{key} has numbers of type {stored.storage.dtype}, not torch.float32")
+        elif stored.dtype != architecture.dtype:
+            faults.append(f"{key} has numbers of type {stored.dtype}, not {architecture.dtype}")
     for key in file.tensors:
         if key.startswith(strict) and key not in shapes and not IGNORED.fullmatch(key):
             faults.append(f"{key} is unexpected")
@@ -131,3 +137,8 @@ def _faults(holds: Expected, architecture: Architecture, file: TorchFile) -> lis
 
 def _diffusers(settings: Settings) -> nn.Module:
     return getattr(diffusers, settings["_class_name"]).from_config(dict(settings))
+
+
+def _text_encoder(settings: Settings) -> nn.Module:
+    own = {name: value for name, value in settings.items() if name != "_class_name"}
+    return getattr(transformers, settings["_class_name"])(CLIPTextConfig(**own))

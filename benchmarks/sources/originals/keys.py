@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor, nn
 
@@ -42,6 +43,22 @@ BY_RESOLUTION = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
+# OpenCLIP's text tower, which names its blocks as OpenAI's code does.
+OPEN_CLIP = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+OPEN_CLIP_LAYER = re.compile(r"text_model\.encoder\.layers\.(?P<index>\d+)\.(?P<part>.+)\.(?P<kind>weight|bias)")
+OPEN_CLIP_PARTS = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
 # Linear layers here, convolutions over one pixel there. A joint one is split by the heads of the module it belongs to.
 PROJECTION = re.compile(r"(?P<attention>.*\.attentions\.\d+)\.(to_[qkv]|to_out\.0)\.(?P<kind>weight|bias)")
 
@@ -54,17 +71,23 @@ class Source:
         key, shape: there.
         to: names and shapes in the diffusers network: one, or those of query, key and value.
         heads: that query, key and value are split by, since a head's three follow one another.
+        transposed: it is a matrix that vectors are multiplied with from the left.
     """
 
     key: str
     shape: tuple[int, ...]
     to: dict[str, tuple[int, ...]]
     heads: int = 1
+    transposed: bool = False
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """What the original tensor becomes, by name; no two share memory."""
+        tensor = tensor.T if self.transposed else tensor
         parts = (tensor,) if len(self.to) == 1 else tensor.unflatten(0, (self.heads, len(self.to), -1)).unbind(1)
-        return {name: part.reshape(shape).clone() for (name, shape), part in zip(self.to.items(), parts, strict=True)}
+        return {
+            name: part.reshape(shape).clone(memory_format=torch.contiguous_format)
+            for (name, shape), part in zip(self.to.items(), parts, strict=True)
+        }
 
     def averaged(self) -> Source:
         """The same tensor averaged over training (EMA), which has a name without dots."""
@@ -95,11 +118,34 @@ def class_embedding(network: ModelMixin) -> list[Source]:
     return _sources(network, lambda path: "cond_stage_model.embedding", 0)
 
 
-def text_encoder(network: nn.Module) -> list[Source]:
-    """Sources of CLIP's text tower; transformers before 5.6 has a prefix in its names, as the original has."""
-    return _sources(
-        network, lambda path: "cond_stage_model.transformer.text_model." + path.removeprefix("text_model."), 0
-    )
+def text_encoder(network: nn.Module, owner: str) -> list[Source]:
+    """Sources of CLIP's text tower, a part of the original's ``owner``.
+
+    transformers before 5.6 has a prefix in its names, as the original has.
+    """
+    return _sources(network, lambda path: f"{owner}.transformer.text_model." + path.removeprefix("text_model."), 0)
+
+
+def open_clip_text_encoder(network: nn.Module, owner: str) -> list[Source]:
+    """Sources of a text tower with its projection that OpenCLIP has trained: query, key and value are one tensor."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    sources = []
+    for name, shape in shapes.items():
+        layer = OPEN_CLIP_LAYER.fullmatch(name)
+        if layer is None:
+            transposed = name == "text_projection.weight"
+            there = shape[::-1] if transposed else shape
+            sources.append(Source(f"{owner}.{OPEN_CLIP[name]}", there, {name: shape}, transposed=transposed))
+            continue
+        path, kind = f"{owner}.transformer.resblocks.{layer['index']}", layer["kind"]
+        if not layer["part"].startswith("self_attn.") or layer["part"] == "self_attn.out_proj":
+            key = f"{path}.{OPEN_CLIP_PARTS[layer['part']]}.{kind}"
+            sources.append(Source(key, shape, {name: shape}))
+        elif layer["part"] == "self_attn.q_proj":
+            names = [name.replace("q_proj", f"{each}_proj") for each in "qkv"]
+            joint = (3 * shape[0], *shape[1:])
+            sources.append(Source(f"{path}.attn.in_proj_{kind}", joint, {each: shapes[each] for each in names}))
+    return sources
 
 
 def _sources(network: nn.Module, original: Callable[[str], str], axes: int) -> list[Source]:
@@ -135,6 +181,8 @@ def _numbered(path: str, layers: int, attended: set[str]) -> str:
             return "out.2"
         case ["time_embedding", linear]:
             return {"linear_1": "time_embed.0", "linear_2": "time_embed.2"}[linear]
+        case ["add_embedding", linear]:
+            return {"linear_1": "label_emb.0.0", "linear_2": "label_emb.0.2"}[linear]
         case ["mid_block", part, index, *inner]:
             return f"middle_block.{1 if part == 'attentions' else 2 * int(index)}.{_inner(inner, NUMBERED)}"
         case ["down_blocks", stage, "downsamplers", _, *inner]:

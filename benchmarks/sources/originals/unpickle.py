@@ -70,6 +70,10 @@ class StoredTensor(StandIn):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
 
 class _RebuildTensor(StandIn):
     def __call__(self, storage: object, offset: int, shape: tuple, stride: tuple, *rest: object) -> StandIn:

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from benchmarks.models import class_ldm, ldm, stable_diffusion
+from benchmarks.models import class_ldm, ldm, stable_diffusion, stable_diffusion_xl
 from benchmarks.models._latent import TINY_FIRST_STAGE
 from benchmarks.runtime import manifest
 from tfmq.network.sampling import SamplingSettings, sample
@@ -51,20 +51,27 @@ def test_prompts_of_a_class_conditional_model_are_its_classes(tmp_path):
         model.conditioning(["circle", "squair"])
 
 
+@pytest.mark.parametrize(
+    ("family", "stock", "options"),
+    [
+        (stable_diffusion, StableDiffusionPipeline, {"safety_checker": None}),
+        (stable_diffusion_xl, StableDiffusionXLPipeline, {"add_watermarker": False}),
+    ],
+)
 @torch.no_grad()
-def test_the_stock_stable_diffusion_pipeline_gives_the_same_images(tmp_path):
-    stable_diffusion.save_tiny(tmp_path, 0)
-    model = stable_diffusion.load(tmp_path, CPU)
+def test_the_stock_pipeline_gives_the_same_images(family, stock, options, tmp_path):
+    family.save_tiny(tmp_path, 0)
+    model = family.load(tmp_path, CPU)
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     settings = SamplingSettings(steps=6, guidance_scale=7.5)
     images = model.decode(
         sample(model.unet, model.scheduler, noise, settings, conditioning=model.conditioning(PROMPTS))
     )
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    pipeline = stock.from_pretrained(tmp_path, **options)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 6, "guidance_scale": 7.5, "height": 32, "width": 32, "output_type": "pt"}
+    call = {"num_inference_steps": 6, "guidance_scale": 7.5, "height": 32, "width": 32, "output_type": "pt"}
     pipeline.vae_scale_factor = 4
-    stock = pipeline(PROMPTS, latents=noise, **options).images
-    difference = (images.float() / 255 - stock).abs()
+    expected = pipeline(PROMPTS, latents=noise, **call).images
+    difference = (images.float() / 255 - expected).abs()
     assert difference.max() <= 0.5 / 255 + 1e-5
-    assert stock.std() > 0.05 and not torch.allclose(stock[0], stock[1], atol=0.1)
+    assert expected.std() > 0.05 and not torch.allclose(expected[0], expected[1], atol=0.1)

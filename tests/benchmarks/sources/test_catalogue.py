@@ -24,6 +24,7 @@ def test_every_checkpoint_and_evaluator_of_the_paper_suite_has_a_source(paper):
         "ffhq-ldm4",
         "imagenet-ldm4",
         "coco-sd-v1-4",
+        "coco-sdxl",
         "clip-vocabulary",
         "clip-merges",
         "cifar10-ddim",

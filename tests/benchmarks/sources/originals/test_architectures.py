@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
 import torch
 
+from benchmarks.sources import catalogue
 from benchmarks.sources.originals.architectures import ARCHITECTURES
 from benchmarks.sources.originals.expected import IGNORED, NETWORKS, expected
 from benchmarks.sources.originals.keys import Source
@@ -57,6 +59,15 @@ def test_the_sources_fill_each_network(architecture):
         given = {name: shape for source in part.sources for name, shape in source.to.items()}
         assert given == {name: tuple(tensor.shape) for name, tensor in part.network.state_dict().items()}
         assert sum(len(source.to) for source in part.sources) == len(given)
+
+
+def test_the_tensors_of_the_xl_file_are_all_of_its_bytes(root):
+    source = catalogue.load(root / "benchmarks/paper/sources.yaml")["coco-sdxl"]
+    shapes = full("sdxl").shapes
+    ignored = 77 + 1  # positions and the scale of logits
+    header = 8 + 402_436
+    assert len(shapes) == 2515 - 2
+    assert source.bytes == header + 2 * (ignored + sum(math.prod(shape) for shape in shapes.values()))
 
 
 @pytest.mark.parametrize("size", ["full", "tiny"])

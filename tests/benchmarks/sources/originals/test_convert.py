@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.loaders import single_file_utils
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from benchmarks.runtime import manifest
 from benchmarks.sources.archive import Mismatch
@@ -24,6 +25,7 @@ from tests.benchmarks.sources.originals import facts, tiny
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -75,8 +77,8 @@ def scale(name, tensors):
     """Of the first stage: the file's where it has one, else the published one."""
     if "scale_factor" in tensors:
         return tensors["scale_factor"].item()
-    known = next(known for known in map(facts.of, facts.MODELS) if known["architecture"] == name)
-    return known["settings"]["full"]["first_stage"]["scaling_factor"]
+    published = {known["architecture"]: known["settings"]["full"] for known in map(facts.of, facts.MODELS)}
+    return 0.13025 if name == "sdxl" else published[name]["first_stage"]["scaling_factor"]
 
 
 def test_scale_and_schedule_are_the_models_own(converted):
@@ -87,7 +89,7 @@ def test_scale_and_schedule_are_the_models_own(converted):
             assert found == pytest.approx(scale(name, tensors), rel=1e-6)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     assert not scheduler.config.clip_sample and not scheduler.config.thresholding
-    if not ARCHITECTURES[name].flat:
+    if "alphas_cumprod" in tensors:
         torch.testing.assert_close(scheduler.alphas_cumprod, tensors["alphas_cumprod"], rtol=0, atol=1e-6)
 
 
@@ -98,6 +100,47 @@ def test_the_stock_pipeline_loads_the_folder(converted):
     if kind.pipeline is not None:
         options = {"safety_checker": None} if kind.pipeline == "StableDiffusionPipeline" else {}
         assert type(DiffusionPipeline.from_pretrained(folder, **options)).__name__ == kind.pipeline
+
+
+def test_the_xl_file_becomes_what_diffusers_makes_of_it(tmp_path):
+    write_folder("sdxl", tmp_path)
+    kind, tensors = ARCHITECTURES["sdxl"].tiny, dict(tiny.state_dict("sdxl"))
+    second = CLIPTextModelWithProjection.from_pretrained(tmp_path / "converted" / "text_encoder_2")
+    expected = {
+        f"unet/{WEIGHTS}": single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), kind.unet),
+        f"vae/{WEIGHTS}": single_file_utils.convert_ldm_vae_checkpoint(dict(tensors), kind.first_stage),
+        "text_encoder/model.safetensors": single_file_utils.convert_ldm_clip_checkpoint(
+            tensors, remove_prefix="conditioner.embedders.0.transformer."
+        ),
+        "text_encoder_2/model.safetensors": single_file_utils.convert_open_clip_checkpoint(
+            second, tensors, "conditioner.embedders.1.model."
+        ),
+    }
+    for path, theirs in expected.items():
+        ours = load_file(tmp_path / "converted" / path)
+        assert {value.dtype for value in ours.values()} == {torch.float16}
+        named = {key.removeprefix("text_model."): value for key, value in theirs.items() if "position_ids" not in key}
+        assert named.keys() == {key.removeprefix("text_model.") for key in ours}
+        for key, value in ours.items():
+            assert torch.equal(value, named[key.removeprefix("text_model.")]), key
+
+
+def test_each_text_tower_has_its_tokenizer(tmp_path):
+    write_folder("sdxl", tmp_path)
+    padding = [CLIPTokenizer.from_pretrained(tmp_path / "converted" / name).pad_token for name in TOKENIZERS]
+    assert padding == ["<|endoftext|>", "!"]
+
+
+def test_a_damaged_or_other_safetensors_file_is_refused_in_one_line(tmp_path):
+    tiny.write_original("sdxl", tmp_path / "a.safetensors")
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(data[:-1000])
+    with pytest.raises(Mismatch, match="it is damaged or truncated"):
+        convert(ARCHITECTURES["sdxl"], tmp_path / "a.safetensors", tmp_path)
+    weights = {key: value.float() for key, value in tiny.state_dict("sdxl").items()}
+    save_file(weights, tmp_path / "a.safetensors")
+    with pytest.raises(Mismatch, match="has numbers of type torch.float32, not torch.float16"):
+        convert(ARCHITECTURES["sdxl"], tmp_path / "a.safetensors", tmp_path)
 
 
 def test_the_same_file_gives_the_same_bytes(tmp_path):
@@ -184,6 +227,8 @@ def test_what_sampling_has_no_use_for_is_ignored(architecture, names, tmp_path):
         ("ldm4-imagenet", "ldm4"),
         ("sd-v1", "ldm4-imagenet"),
         ("ddim-cifar10", "sd-v1"),
+        ("sdxl", "sd-v1"),
+        ("sd-v1", "sdxl"),
     ],
 )
 def test_a_checkpoint_of_another_model_says_which(file, asked, tmp_path):

@@ -36,14 +36,15 @@ TASK = {
     "evaluator": "inception",
 }
 SOURCE = {"urls": ["https://example.org/file"], "page": "https://example.org", "licence": "none"}
-CHURCHES, COCO = "lsun-churches-ldm8", "coco-sd-v1-4"
+BEDROOMS, CHURCHES, COCO, XL = "lsun-bedrooms-ldm4", "lsun-churches-ldm8", "coco-sd-v1-4", "coco-sdxl"
+SUFFIXES = {BEDROOMS: ".zip", CHURCHES: ".zip", XL: ".safetensors"}
 
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """A suite's folder with sources of all tasks, in which nothing is fetched."""
     monkeypatch.chdir(tmp_path)
-    files = {name: f"{name}.zip" if "lsun" in name else f"{name}.ckpt" for name in TASKS}
+    files = {name: f"{name}{SUFFIXES.get(name, '.ckpt')}" for name in TASKS}
     files |= {"clip-vocabulary": "clip-vocab.json", "clip-merges": "clip-merges.txt"}
     sources = {name: SOURCE | {"file": file} for name, file in files.items()}
     for name in TASKS:
@@ -54,13 +55,14 @@ def suite(tmp_path, monkeypatch):
     for name, architecture in TASKS.items():
         tasks[name] = TASK | {"family": ARCHITECTURES[architecture].family, "checkpoint": f"data/{name}"}
     tasks[COCO] |= {"scheduler": "pndm", "prompts": "prompts", "guidance_scale": 7.5}
+    tasks[XL] |= {"scheduler": "euler", "prompts": "prompts", "guidance_scale": 5.0}
     tasks["cifar10-ddim"] |= {"scheduler": "ddim_quad"}
     tasks["toy"] = TASK | {"checkpoint": "data/toy"}
     return params.parse({"name": "suite", "tasks": tasks, "tables": {}, "methods": {}})
 
 
 def fetch(task: str, seed: int = 0) -> Path:
-    path = Path("downloads") / (f"{task}.zip" if "lsun" in task else f"{task}.ckpt")
+    path = Path("downloads") / f"{task}{SUFFIXES.get(task, '.ckpt')}"
     tiny.write_original(TASKS[task], path, seed)
     return path
 
@@ -92,14 +94,17 @@ def test_a_task_gets_the_folder_that_it_is_loaded_from(suite, capsys):
     assert {attention.heads for attention in model.unet.mid_block.attentions} == {size.heads}
 
 
-def test_text_to_image_gets_its_tokenizer(suite):
-    fetch(COCO)
+@pytest.mark.parametrize("task", [COCO, XL])
+def test_text_to_image_gets_its_tokenizers(suite, task):
+    fetch(task)
     tiny.write_tokenizer(Path("downloads/clip-vocab.json"), Path("downloads/clip-merges.txt"))
-    convert.run(suite, COCO)
-    model = _setup.load_model(suite.tasks[COCO], torch.device("cpu"))
+    convert.run(suite, task)
+    model = _setup.load_model(suite.tasks[task], torch.device("cpu"))
     found = model.conditioning(["a cat", "a dog"])
-    text = ARCHITECTURES[TASKS[COCO]].tiny.text_encoder
-    assert found.context.shape == (2, text["max_position_embeddings"], text["hidden_size"])
+    size = ARCHITECTURES[TASKS[task]].tiny
+    towers = [tower for tower in (size.text_encoder, size.second_text_encoder) if tower is not None]
+    tokens, width = towers[0]["max_position_embeddings"], sum(tower["hidden_size"] for tower in towers)
+    assert found.context.shape == (2, tokens, width)
     assert not torch.allclose(found.context[0], found.context[1])
 
 

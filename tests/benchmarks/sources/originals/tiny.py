@@ -1,7 +1,8 @@
 """Checkpoints in the formats of the original projects, with random weights, as small as the oracle's.
 
 They are as published ones are: a Lightning file has callbacks, an optimiser and configuration objects of classes that
-the reader does not have, weights averaged over training where the model has them, and the noise schedule.
+the reader does not have, weights averaged over training where the model has them, and the noise schedule; a safetensors
+file is in float16.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,13 +26,16 @@ from benchmarks.sources.originals.expected import expected
 
 # Of the first stage of `ldm8-churches`.
 SCALE = 0.2137
+NORM = re.compile(r"(norm.*|\.ln_\w+)\.weight$")
 
 
 def write_original(architecture: str, path: Path, seed: int = 0) -> None:
     """Write a checkpoint of an architecture (a name in ARCHITECTURES) to ``path``, as ``model.ckpt`` in a ``.zip``."""
     data = io.BytesIO()
-    weights = state_dict(architecture, seed)
-    if ARCHITECTURES[architecture].flat:
+    weights, kind = state_dict(architecture, seed), ARCHITECTURES[architecture]
+    if kind.dtype == torch.float16:
+        data.write(safetensors.torch.save(weights, {"modelspec.architecture": "stable-diffusion-xl-v1-base"}))
+    elif kind.flat:
         torch.save(weights, data, _use_new_zipfile_serialization=False)
     else:
         save_lightning(weights, data)
@@ -68,7 +74,12 @@ def state_dict(architecture: str, seed: int = 0) -> OrderedDict[str, Tensor]:
         if len(shape) > 1:
             weights[key] = numbers / math.sqrt(math.prod(shape[1:]))
         else:
-            weights[key] = 0.1 * numbers + float("norm" in key and key.endswith("weight"))
+            weights[key] = 0.1 * numbers + float(NORM.search(key) is not None)
+    if kind.dtype == torch.float16:
+        text = kind.tiny.text_encoder["max_position_embeddings"]
+        weights["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(text)[None]
+        weights["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
+        return OrderedDict((key, value.half()) for key, value in weights.items())
     if not kind.flat:
         weights |= schedule(*(kind.scheduler[name] for name in ("beta_start", "beta_end", "num_train_timesteps")))
         weights["model_ema.decay"] = torch.tensor(0.9999)
