@@ -26,6 +26,7 @@ SCHEDULERS = {
     "ddim": ("diffusers", "DDIMScheduler"),
     "ddim_quad": ("benchmarks.models._quad", "QuadDDIMScheduler"),
     "pndm": ("diffusers", "PNDMScheduler"),
+    "euler": ("diffusers", "EulerDiscreteScheduler"),
 }
 
 

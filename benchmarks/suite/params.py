@@ -13,7 +13,9 @@ from benchmarks.suite.record import BACKENDS, FULL_PRECISION, PROTOCOLS, SHARED,
 from tfmq.precision import Precision
 
 TABLES = ("leaderboard", "newer", "ablation", "published", "deployed")
-SCHEDULERS = ("ddim", "ddim_quad", "pndm")
+SCHEDULERS = ("ddim", "ddim_quad", "pndm", "euler")
+# Those that take eta; steps of the others add no noise.
+WITH_ETA = ("ddim", "ddim_quad")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Task:
         family: a file of `benchmarks/models`, which loads the ``checkpoint``.
         checkpoint: folder of the full-precision model.
         resolution: pixels a side of the images.
-        scheduler: ``ddim``; ``ddim_quad``, whose time steps have evenly spaced square roots up to that of 800; or
-            ``pndm``, which evaluates the network once more, twice at the second time step.
+        scheduler: ``ddim``; ``ddim_quad``, whose time steps have evenly spaced square roots up to that of 800;
+            ``pndm``, which evaluates the network once more, twice at the second time step; or ``euler``.
         steps: denoising steps.
         eta: share of the noise that a DDIM step adds, from 0 (deterministic) to 1.
         guidance_scale: of classifier-free guidance; 1 for none.
@@ -89,7 +91,7 @@ class Task:
             raise discover.unknown(f"scheduler of task {self.name}", self.scheduler, SCHEDULERS, "Choose one of them.")
         if self.guidance_scale < 0:
             raise ValueError(f"task {self.name}: guidance_scale is {self.guidance_scale}, but must be at least 0")
-        if self.eta > 0 and self.scheduler == "pndm":
+        if self.eta > 0 and self.scheduler not in WITH_ETA:
             raise ValueError(f"task {self.name}: eta is {self.eta}, but {self.scheduler} adds no noise: give 0")
         if self.prompts is None:
             if self.clip:

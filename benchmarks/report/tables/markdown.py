@@ -12,12 +12,13 @@ from benchmarks.metrics import Metric
 from benchmarks.report.statistic import RANKED_BY
 from benchmarks.report.tables.comparison import QUALITY, Standing
 from benchmarks.suite import discover
+from benchmarks.suite.params import WITH_ETA
 from benchmarks.suite.record import FULL_PRECISION, SHARED, SIMULATED, Cell, Record, Value
 
 NOTHING = "–"
 # Decimals of the ranking statistic.
 STANDING_DIGITS = 4
-SCHEDULERS = {"ddim": "DDIM", "ddim_quad": "DDIM (quadratic)", "pndm": "PNDM"}
+SCHEDULERS = {"ddim": "DDIM", "ddim_quad": "DDIM (quadratic)", "pndm": "PNDM", "euler": "Euler"}
 # Columns of the summary, and all columns of text.
 PLACES = ("First", "Second", "Third")
 LEFT = ("Precision", "Method", *PLACES, "Its own protocol", "Note")
@@ -74,7 +75,7 @@ def caption(records: Sequence[Record]) -> str:
 
 def sampling(task: Mapping[str, object]) -> str:
     """How the images of a task are drawn, from its settings: a sentence."""
-    eta = "" if task["scheduler"] == "pndm" else f" eta {task['eta']:g},"
+    eta = f" eta {task['eta']:g}," if task["scheduler"] in WITH_ETA else ""
     return (
         f"{task['images']} images a cell at {task['resolution']} x {task['resolution']},"
         f" {task['steps']} {SCHEDULERS[task['scheduler']]} steps,{eta} guidance {task['guidance_scale']:g};"

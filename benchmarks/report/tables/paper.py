@@ -58,6 +58,7 @@ COLUMNS = {
     "unet_size_mb": Column("UNet (MiB) ↓", SIZE),
     "latency_s": Column("Latency (s) ↓"),
     "speedup": Column("Speed-up ↑"),
+    "fid_below_previous": Column("FID below that of earlier work ↑"),
     "quantization_speedup_vs_previous": Column("Quantisation speed-up over earlier work ↑"),
 }
 
@@ -141,7 +142,9 @@ def paper(records: Sequence[Record], suite: Suite, numbers: Sequence[Number]) ->
         own = [record for record in records if record.task == task and record.seed == 0]
         for name in names:
             of_name = [found for found in shown if found.task == name]
-            parts.append(f"Reported as `{name}`:\n\n{_table(task, own, suite, of_name, sources)}")
+            parts.append(f"Reported as `{name}`:")
+            if any(found.precision for found in of_name):
+                parts.append(_table(task, own, suite, of_name, sources))
             parts += [_sentence(found, sources[found.source]) for found in of_name if not found.precision]
     return "\n\n".join(parts) + "\n"
 

@@ -59,7 +59,9 @@ def words(suite, request):
     return params.load(Path("params.yaml")).tasks["words"]
 
 
-@pytest.mark.parametrize("words", [("class_ldm", "ddim"), ("stable_diffusion", "pndm")], indirect=True)
+@pytest.mark.parametrize(
+    "words", [("class_ldm", "ddim"), ("stable_diffusion", "pndm"), ("stable_diffusion_xl", "euler")], indirect=True
+)
 def test_a_conditional_task_goes_through_all_stages(words, run):
     evaluations = words.steps + (words.scheduler == "pndm")
     for stage in ("calibrate", "reference"):
@@ -68,7 +70,14 @@ def test_a_conditional_task_goes_through_all_stages(words, run):
     model = _setup.load_model(words, torch.device("cpu"))
     for pool, prompts in zip(pools, (["circle", "square"], ["square", "circle"]), strict=True):
         assert pool["latents"].shape[:2] == (evaluations, 2) and len(pool["timesteps"].unique()) == words.steps
-        torch.testing.assert_close(pool["context"], model.conditioning(prompts).context)
+        conditioning = model.conditioning(prompts)
+        torch.testing.assert_close(pool["context"], conditioning.context)
+        for group in ("inputs", "unconditional_inputs"):
+            given = getattr(conditioning, group)
+            recorded = {name.removeprefix(f"{group}/") for name in pool if name.startswith(f"{group}/")}
+            assert recorded == given.keys()
+            for name, value in given.items():
+                torch.testing.assert_close(pool[f"{group}/{name}"], value)
     assert not torch.equal(pools[0]["latents"][0], pools[1]["latents"][0])
     cost = json.loads((files.calibration("words") / files.COST).read_text())
     assert cost["unet_evaluations"] == 2 * 2 * evaluations  # both halves of guidance

@@ -57,18 +57,22 @@ def test_counts_are_those_of_the_records_and_sizes_those_of_the_files(suite, gen
     assert "(0.5 TFLOP/s); it took" in capsys.readouterr().out
 
 
-@pytest.fixture
-def with_transformer(suite):
-    """The tiny suite with a second task, of a diffusion transformer."""
-    discover.family("dit").save_tiny(Path("data/classes"), 0)
+FAMILIES = {"dit": "ddim", "stable_diffusion_xl": "euler"}
+
+
+@pytest.fixture(params=FAMILIES)
+def with_another(suite, request):
+    """The tiny suite with a second task: of a diffusion transformer, or of a UNet that takes further inputs."""
+    discover.family(request.param).save_tiny(Path("data/classes"), 0)
     document = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-    changes = {"family": "dit", "checkpoint": "data/classes", "prompts": "prompts", "guidance_scale": 3.0}
+    changes = {"family": request.param, "checkpoint": "data/classes", "prompts": "prompts", "guidance_scale": 3.0}
+    changes |= {"scheduler": FAMILIES[request.param], "eta": 0.0}
     document["tasks"]["classes"] = document["tasks"]["toy"] | changes
     document["tables"]["leaderboard"]["tasks"].append("classes")
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
 
 
-def test_a_transformer_is_planned_like_a_unet(with_transformer, capsys):
+def test_other_networks_are_planned_alike(with_another, capsys):
     assert command_line.main(["plan", "--device", "cpu", "--task", "classes"]) == 0
     out = capsys.readouterr().out
     rows = read(out)["classes"]
@@ -80,7 +84,7 @@ def test_a_transformer_is_planned_like_a_unet(with_transformer, capsys):
     assert "s on one thread of a CPU, 1 at once" in out
 
 
-def test_a_transformer_can_be_rehearsed(with_transformer, run):
+def test_other_networks_can_be_rehearsed(with_another, run):
     arguments = ("rehearse", "--task", "classes", "--table", "leaderboard", "--method", "nearest")
     assert run(*arguments, "--set", "images=1", "steps=2") == (0, [])
     found = files.read_json(Path("results/rehearsals/classes-nearest-w4a8.json"))
@@ -134,6 +138,13 @@ def test_a_checkpoint_that_is_not_there_is_planned_from_its_architecture(root, t
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
     assert described.tokens == 77 and described.stored > 4 * 859_520_964
     assert len(plan.timesteps_of(suite.tasks["coco-sd-v1-4"], described)) == 51
+    larger = plan.describe(suite.tasks["coco-sdxl"])
+    unet = plan.build(larger.unet, torch.device("meta"))
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684
+    assert larger.tokens == 77 and larger.stored == pytest.approx(6.938e9, rel=1e-3)
+    timesteps = plan.timesteps_of(suite.tasks["coco-sdxl"], larger)
+    assert len(timesteps) == 50 and timesteps.dtype == torch.int64 and timesteps[:2].tolist() == [981, 961]
+    evaluate(unet, *plan._inputs(unet, larger.tokens, 2))
     churches = plan.describe(suite.tasks["lsun-churches-ldm8"])
     assert churches.unet["attention_heads"] == ARCHITECTURES["ldm8-churches"].full.heads
     modules = plan.build(churches.unet, torch.device("meta")).modules()

@@ -89,9 +89,10 @@ def test_a_precision_may_have_several_calibration_seeds(document):
     assert [cell.seed for cell in suite.cells() if cell.method == "full_precision"] == [0]
 
 
-def test_only_ddim_adds_noise(document):
-    document["tasks"]["emoji-ldm4"] |= {"scheduler": "pndm", "eta": 0.5}
-    with pytest.raises(ValueError, match="eta is 0.5, but pndm adds no noise: give 0"):
+@pytest.mark.parametrize("scheduler", ["pndm", "euler"])
+def test_only_ddim_adds_noise(document, scheduler):
+    document["tasks"]["emoji-ldm4"] |= {"scheduler": scheduler, "eta": 0.5}
+    with pytest.raises(ValueError, match=f"eta is 0.5, but {scheduler} adds no noise: give 0"):
         parse(document)
 
 
