@@ -172,7 +172,7 @@ class Planner:
     rate: Rate
     methods: Sequence[str] = ()
     held: dict[tuple[str, bool], Planned] = field(default_factory=dict)
-    costs: dict[Cell, Planned] = field(default_factory=dict)
+    costs: dict[Cell, tuple[Planned, int]] = field(default_factory=dict)
     drawn: Mapping[Cell, float] = field(default_factory=dict)
 
     def items(self) -> list[Item]:
@@ -273,8 +273,11 @@ class Planner:
             if discover.backend(cell.backend).refusal(structure):
                 return Item(name, note=NOT_APPLICABLE)
         if cell not in self.costs:
-            self.costs[cell] = plan_cost(self.network.unet, precision, recipe, self.pool, protocol, memory=False)
-        planned = self.costs[cell]
+            self.costs[cell] = (
+                plan_cost(self.network.unet, precision, recipe, self.pool, protocol, memory=False),
+                checkpoint_bytes(self.network.unet, precision, recipe, protocol),
+            )
+        planned, stored = self.costs[cell]
         cost = planned.cost
         images = round(self.drawn.get(cell, self.task.images))
         followed = images if cell in self.drawn else min(self.task.batch, images)
@@ -289,7 +292,7 @@ class Planner:
             sampling=sampled,
             optimizer_steps=cost.optimizer_steps,
             images=images,
-            disk=self.image_bytes + checkpoint_bytes(self.network.unet, precision, recipe, protocol),
+            disk=self.image_bytes + stored,
             memory=held.held and max(held.held + self.pool_bytes, self.network.bytes + self.sampling_memory),
             seconds=quantising + drawing,
             drawing=drawing,

@@ -194,7 +194,8 @@ def page(task: str, decision: Decision, rounds: Rounds) -> str:
     parts = [
         f"# {task}, in rounds of {', '.join(f'{count:,}' for count in counts)} images",
         f"Of {len(said)} comparisons: {tally}. The level of {LEVEL:.0%} is spent over the rounds ({rounds.spending}),"
-        f" and corrected for all comparisons (Holm){near}. Intervals hold at all rounds together.",
+        f" and corrected for all comparisons (Holm){near}. Intervals hold at all rounds together. Rows with one"
+        " calibration seed are compared over images alone: another calibration may move what is near.",
     ]
     if decision.standings:
         parts.append("\n".join([_line(HEAD), _line([":--"] * len(HEAD)), *map(_row, decision.standings)]))

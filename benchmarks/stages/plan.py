@@ -116,10 +116,11 @@ def _budget(planner: Planner, steps: Sequence[Item], known: Effects) -> Budget:
     found = expect(suite, task, known, without)
     reported = [cell for cell in cells if (cell.method, cell.precision) in _reported(suite, task, cell.protocol)]
     first = [item for item in steps if item.name in (*BEFORE, FULL_PRECISION)]
-    network = planner.network
+    network, most = planner.network, float(suite.rounds.images[task][-1])
     return Budget(
         verdicts=dataclasses.replace(planner, drawn=found.images).items(),
         expected=found,
+        most=dataclasses.replace(planner, drawn=dict.fromkeys(found.images, most)).items(),
         trajectories=2 * len(network.timesteps) * network.latents(1),
         reported=[*first, *planner.cells(reported)],
         whole=steps,

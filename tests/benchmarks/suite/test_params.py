@@ -190,7 +190,7 @@ def test_a_task_may_have_settings_of_its_own_for_a_method(document):
         ({"images": {"emoji-ldm4": [256, 128]}}, r"is \[256, 128\]: give rising counts of images, each above 1"),
         ({"images": {"emoji-ldm4": [1, 128]}}, "each above 1"),
         ({"images": {"emoji-ldm4": [100, 256]}}, "has 100: give multiples of the task's batch, 32"),
-        ({"images": {"emoji-ldm4": [128, 6400]}}, "ends at 6400: the task has 512 images at most"),
+        ({"images": {"emoji-ldm4": [128, 6400]}}, "ends at 6400, but the task has 512 images at most"),
         ({"images": {"emoji-ldm4": [128]}, "margin": 1.5}, "rounds.margin is 1.5, but must be at least 0 and below 1"),
         (
             {"images": {"emoji-ldm4": [128]}, "spending": "pocok"},
