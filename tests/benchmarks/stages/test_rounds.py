@@ -72,6 +72,15 @@ def test_a_run_that_was_stopped_goes_on(with_rounds, monkeypatch, capsys):
         np.testing.assert_array_equal(found, first[name])
 
 
+def test_a_record_of_other_settings_is_none(with_rounds, capsys):
+    told(capsys, "--draw")
+    document = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    document["methods"]["tfmq"]["iterations"] = 3
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    out = told(capsys)
+    assert "- tfmq/w4a8: 4 images" in out and "- nearest/w4a8" not in out
+
+
 def test_a_task_without_rounds_is_named(suite, run):
     assert run("rounds", "--task", "toy") == (
         1,
