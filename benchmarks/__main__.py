@@ -106,6 +106,18 @@ def parser() -> argparse.ArgumentParser:
         )
         add_shards(command)
     command = stage(
+        "rounds",
+        "Say which claims of a task are decided by the images that its cells have, by a test that may look after each"
+        " round of `rounds` in params.yaml, and which cells go on.",
+    )
+    command.add_argument("--task", required=True, help="a task under `rounds` of params.yaml")
+    command.add_argument(
+        "--draw",
+        action="store_true",
+        help="quantise the cells that are missing, and draw round after round until all claims are decided or no round"
+        " is left; a run that was stopped goes on",
+    )
+    command = stage(
         "latency",
         "Execute a task's network with integers, and time it beside full precision and NNCF's own quantisation; without"
         " a checkpoint the weights are random. Writes results/latency and results/DEPLOYMENT.md.",
@@ -208,6 +220,7 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "reference": _of_task,
     "generate": _of_cells,
     "score": _of_cells,
+    "rounds": lambda options: (params.load(PARAMS), options.task, options.device, options.draw),
     "latency": lambda options: (params.load(PARAMS), options.task, options.without),
     "study": lambda options: (params.load(PARAMS), options.task),
     "temporal": lambda options: (params.load(PARAMS), options.task),

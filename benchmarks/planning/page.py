@@ -6,26 +6,32 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
-from benchmarks.planning.planner import GIB, LEARNED, QUANTIZED, Item, Rate, total
+from benchmarks.planning.planner import GIB, LEARNED, LEARNED_ON_GPU, QUANTIZED, Item, Rate, total
 from benchmarks.report.tables.markdown import NOTHING
 
 UNKNOWN = "?"
 TERA = 10**12
 
 
-def plan(planned: Mapping[str, Sequence[Item]], rates: Mapping[str, Rate]) -> str:
-    """A page of Markdown: what all tasks take in sum, where there are several, and a table of each."""
+def plan(planned: Mapping[str, Sequence[Item]], rates: Mapping[str, Rate], rounds: str = "") -> str:
+    """A page of Markdown: what all tasks take in sum, where there are several, and a table of each.
+
+    ``rounds`` is what it says of verdicts in rounds.
+    """
     parts = [
         "# Plan",
         "Evaluations of the network are counted for one sample each. Hours are those of one device, or of one thread of"
         " a CPU, from the time that one evaluation takes, a multiplication and an addition counted as two operations: a"
-        f" quantised evaluation as {QUANTIZED:g}, a row that is learned on as {LEARNED:g} of full precision. Decoding,"
+        f" quantised evaluation as {QUANTIZED:g}, a row that is learned on as {LEARNED:g} of full precision, and"
+        f" {LEARNED_ON_GPU:g} on a GPU. Rows of cells that begin alike are learned on once, by the first. Decoding,"
         " scoring and learning on time steps alone are not in the hours; data sets are not in the disk; memory is an"
         " estimate.",
     ]
     if len(planned) > 1:
         whole = [total(task, found) for task, found in planned.items()]
         parts.append(_overview([*whole, total("all", [item for found in planned.values() for item in found])]))
+    if rounds:
+        parts.append(rounds)
     for task, found in planned.items():
         parts += [f"## {task}", _table([*found, total("total", found)])]
         if task in rates:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -32,8 +32,10 @@ GIB = 2**30
 FLOAT = 4
 NOT_APPLICABLE = "not applicable"
 # What a quantised evaluation, and a row that is learned on, take in evaluations of full precision: about the medians
-# over the rows of the small suite, on a CPU. On a GPU learning takes less.
-QUANTIZED, LEARNED = 1.1, 6.0
+# over the rows of the small suite, on a CPU. On a GPU learning takes less: by operations alone it is 3. With 4, at 40
+# TFLOP/s, TFMQ-DM and Q-Diffusion together take 8.3 hours on LSUN-Bedrooms at w4a8, where TFMQ-DM's authors report 7.6
+# on an H800 (arXiv 2407.19547).
+QUANTIZED, LEARNED, LEARNED_ON_GPU = 1.1, 6.0, 4.0
 # Numbers that stay on the disk for each full-precision image: features, and feature maps where they are kept.
 KEPT = {
     "inception": 2048 + 2023 + 1008,
@@ -102,7 +104,8 @@ class Rate:
 
     Attributes:
         operations: in floating point that a sample takes, a multiplication and an addition counted as two.
-        assumed: a sample's seconds on another device, which stand in place of the timed ones.
+        assumed: a sample's seconds on another device, a GPU, which stand in place of the timed ones.
+        on_cpu: whether it was timed on a CPU.
     """
 
     device: str
@@ -111,11 +114,17 @@ class Rate:
     memory: float
     operations: int
     assumed: float | None = None
+    on_cpu: bool = True
 
     @property
     def planned(self) -> float:
         """The seconds to plan with."""
         return self.seconds if self.assumed is None else self.assumed
+
+    @property
+    def learned(self) -> float:
+        """What a row that is learned on takes, in evaluations."""
+        return LEARNED if self.on_cpu and self.assumed is None else LEARNED_ON_GPU
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ class Item:
         images: that stay.
         disk, memory: bytes that stay, and that are held at most; None where that is not known.
         seconds: on one device, on a CPU with one thread.
+        drawing: those of the seconds that go into images, and into errors along their trajectories.
         note: why there is nothing, or what is left out.
     """
 
@@ -142,6 +152,7 @@ class Item:
     disk: int | None = 0
     memory: int | None = 0
     seconds: float = 0.0
+    drawing: float = 0.0
     note: str = ""
 
     @property
@@ -152,7 +163,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans the steps of one task of a suite: of all its cells, or those of some methods alone."""
+    """Plans the steps of one task of a suite: of all its cells, or those of some methods alone.
+
+    Attributes:
+        drawn: how many images cells have in place of the task's, where errors are measured along the trajectories of
+            all of them: what `python -m benchmarks rounds` draws.
+    """
 
     suite: Suite
     task: Task
@@ -160,12 +176,19 @@ class Planner:
     rate: Rate
     methods: Sequence[str] = ()
     held: dict[tuple[str, bool], Planned] = field(default_factory=dict)
+    costs: dict[Cell, tuple[Planned, int]] = field(default_factory=dict)
+    drawn: Mapping[Cell, float] = field(default_factory=dict)
 
     def items(self) -> list[Item]:
         """What each step takes, from the calibration pool to the last cell, in the order in which they run."""
         cells = [cell for cell in self.suite.cells() if cell.task == self.task.name and cell.method != FULL_PRECISION]
         chosen = [cell for cell in cells if not self.methods or cell.method in self.methods]
-        return [self.calibrate(), self.reference(), self.full_precision(), *map(self.cell, chosen)]
+        return [self.calibrate(), self.reference(), self.full_precision(), *self.cells(chosen)]
+
+    def cells(self, chosen: Sequence[Cell]) -> list[Item]:
+        """What some cells take, one after the other: of those that begin alike, the first learns for all."""
+        learned: dict[tuple[object, ...], str] = {}
+        return [self.cell(cell, learned) for cell in chosen]
 
     @cached_property
     def pool(self) -> CalibrationSet:
@@ -222,19 +245,26 @@ class Planner:
 
     def full_precision(self) -> Item:
         """The cell that the others are compared with, its trajectory, and what evaluators see of it."""
-        evaluations = self.passes * self.task.images
+        full = Cell(self.task.name, FULL_PRECISION, "w32a32")
+        images = round(self.drawn.get(full, self.task.images))
+        evaluations = self.passes * images
         step = self.network.latents(min(self.task.batch, self.task.images))
         return Item(
             FULL_PRECISION,
             sampling=evaluations,
-            images=self.task.images,
+            images=images,
             disk=self.image_bytes + 2 * len(self.network.timesteps) * step + self._kept(self.task.images),
             memory=self.sampling_memory,
             seconds=self.rate.planned * evaluations,
+            drawing=self.rate.planned * evaluations,
         )
 
-    def cell(self, cell: Cell) -> Item:
-        """A quantised cell: quantising, its images, and the errors of its predictions on one batch's trajectory."""
+    def cell(self, cell: Cell, learned: dict[tuple[object, ...], str] | None = None) -> Item:
+        """A quantised cell: quantising, its images, and the errors of its predictions on one batch's trajectory.
+
+        Its seconds are without what is in ``learned``, the beginnings of recipes that cells before it have learned;
+        its own are added.
+        """
         name = cell.name.removeprefix(f"{self.task.name}/")
         method, precision = discover.method(cell.method), Precision.parse(cell.precision)
         protocol = method.protocol(cell.protocol)
@@ -246,21 +276,58 @@ class Planner:
             structure = quantized_structure(self.network.unet, precision, recipe, protocol)
             if discover.backend(cell.backend).refusal(structure):
                 return Item(name, note=NOT_APPLICABLE)
-        cost = plan_cost(self.network.unet, precision, recipe, self.pool, protocol, memory=False).cost
-        sampled = self.passes * (self.task.images + min(self.task.batch, self.task.images))
-        timed = cost.unet_evaluations + QUANTIZED * sampled + LEARNED * cost.learned_rows
+        if cell not in self.costs:
+            self.costs[cell] = (
+                plan_cost(self.network.unet, precision, recipe, self.pool, protocol, memory=False),
+                checkpoint_bytes(self.network.unet, precision, recipe, protocol),
+            )
+        planned, stored = self.costs[cell]
+        cost = planned.cost
+        images = round(self.drawn.get(cell, self.task.images))
+        followed = images if cell in self.drawn else min(self.task.batch, images)
+        sampled = self.passes * (images + followed)
+        own, teacher = self._learned(cell, recipe, planned, {} if learned is None else learned)
+        drawing = self.rate.planned * QUANTIZED * sampled
+        quantising = self.rate.planned * (cost.unet_evaluations + self.rate.learned * own)
         held = self._held(cell, recipe, precision, protocol)
         return Item(
             name,
             quantising=cost.unet_evaluations,
             sampling=sampled,
             optimizer_steps=cost.optimizer_steps,
-            images=self.task.images,
-            disk=self.image_bytes + checkpoint_bytes(self.network.unet, precision, recipe, protocol),
+            images=images,
+            disk=self.image_bytes + stored,
             memory=held.held and max(held.held + self.pool_bytes, self.network.bytes + self.sampling_memory),
-            seconds=self.rate.planned * timed,
-            note=f"while it learns, {held.on_disk / GIB:,.0f} GiB more wait on the disk" if held.on_disk else "",
+            seconds=quantising + drawing,
+            drawing=drawing,
+            note=", ".join(
+                ([f"while it learns, {held.on_disk / GIB:,.0f} GiB more wait on the disk"] if held.on_disk else [])
+                + ([f"learns what {teacher} has learned"] if teacher else [])
+            ),
         )
+
+    def _learned(
+        self, cell: Cell, recipe: Recipe, planned: Planned, learned: dict[tuple[object, ...], str]
+    ) -> tuple[int, str]:
+        """The rows that a cell learns on itself, and the cell that has learned the rest, if any.
+
+        Passes before the first that sees activations give the same at all widths of these, so they are learned once
+        (see `tfmq.session`).
+        """
+        rows, teacher = 0, ""
+        seen = False
+        for index, (step, (_, cost)) in enumerate(zip(recipe, planned.costs, strict=True)):
+            seen = seen or step.sees_activations
+            bits = cell.precision if seen else Precision.parse(cell.precision).weight_bits
+            beginning = (cell.protocol, cell.seed, bits, repr(recipe[: index + 1]))
+            if not cost.learned_rows:
+                continue
+            if beginning in learned:
+                teacher = learned[beginning]
+            else:
+                learned[beginning] = cell.name.removeprefix(f"{self.task.name}/")
+                rows += cost.learned_rows
+        return rows, teacher
 
     def _held(self, cell: Cell, recipe: Recipe, precision: Precision, protocol: Protocol) -> Planned:
         """What quantising a cell holds, from one of the cells of its row with like activations: bits matter little."""
@@ -287,7 +354,7 @@ def quantized_structure(unet: Network, precision: Precision, recipe: Recipe, pro
 
 def total(name: str, found: Sequence[Item]) -> Item:
     """The sum of some items, with the memory of the largest."""
-    summed = ("calibration", "quantising", "sampling", "reference", "optimizer_steps", "images", "seconds")
+    summed = ("calibration", "quantising", "sampling", "reference", "optimizer_steps", "images", "seconds", "drawing")
     return Item(
         name,
         **{field: sum(getattr(item, field) for item in found) for field in summed},

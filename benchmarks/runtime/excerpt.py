@@ -46,18 +46,27 @@ def path_of(cell: Cell) -> Path:
 
 def write(cell: Cell, excerpt: Excerpt) -> None:
     """Write the excerpt of a cell; equal excerpts are equal files."""
+    write_to(path_of(cell), excerpt)
+
+
+def write_to(path: Path, excerpt: Excerpt) -> None:
+    """Write an excerpt to a file; equal excerpts are equal files."""
     arrays = {VALUE + name: values for name, values in excerpt.values.items()}
     arrays |= {"scored": np.array(excerpt.scored), "images": excerpt.images}
     if excerpt.temporal_error is not None and excerpt.timesteps is not None:
         arrays |= {"temporal_error": excerpt.temporal_error, "timesteps": excerpt.timesteps}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    files.write_bytes(path_of(cell), buffer.getvalue())
+    files.write_bytes(path, buffer.getvalue())
 
 
 def read(cell: Cell) -> Excerpt:
     """The excerpt of a cell. Raises ValueError if it is missing or damaged, saying what to run."""
-    path = path_of(cell)
+    return read_from(path_of(cell))
+
+
+def read_from(path: Path) -> Excerpt:
+    """What `write_to` wrote. Raises ValueError if it is missing or damaged, saying what to run."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: run `dvc repro`, which makes it")
     try:

@@ -5,6 +5,7 @@ Neither checkpoints nor downloads have to be there: what is not is planned from 
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib
 import json
@@ -18,8 +19,14 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import baselines
+from benchmarks.metrics import metrics
+from benchmarks.planning import rounds_page
+from benchmarks.planning.expected import Effects, effects, expect
 from benchmarks.planning.page import TERA, plan
-from benchmarks.planning.planner import Item, KnownNetwork, Planner, Rate
+from benchmarks.planning.planner import NOT_APPLICABLE, Item, KnownNetwork, Planner, Rate
+from benchmarks.planning.rounds_page import Budget
+from benchmarks.runtime import excerpt, files
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workspace import MIB, peak_memory, restart_peak
 from benchmarks.sources import catalogue
@@ -30,12 +37,16 @@ from benchmarks.stages import convert, fetch, prompts, weights
 from benchmarks.stages._setup import SCHEDULERS, task_of
 from benchmarks.suite import discover, params
 from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.record import FULL_PRECISION, Record
+from tfmq.closure import ROOT
 from tfmq.network.attention_heads import set_attention_heads
 from tfmq.network.backbone import Network, backbone_of, evaluate
 from tfmq.network.conditioning import Inputs
 from tfmq.numerics.steps import exact_steps
 
 COMMON = "downloads besides checkpoints"
+BEFORE = "calibrate", "reference"
+REPORTED = Path(baselines.__file__).with_name("reported.csv")
 CONFIG = "config.json"
 SCHEDULER, TEXT = "scheduler/scheduler_config.json", "text_encoder/config.json"
 
@@ -74,6 +85,8 @@ def run(
     planned: dict[str, list[Item]] = {COMMON: _downloads(shared)} if shared else {}
     rates: dict[str, Rate] = {}
     timed: dict[str, Rate] = {}
+    known = {} if suite.rounds is None else _effects()
+    budgets: dict[str, Budget] = {}
     for task in chosen:
         described = describe(task)
         network = KnownNetwork(
@@ -87,8 +100,53 @@ def run(
             timed[key] = dataclasses.replace(rate, assumed=other)
         rates[task.name] = timed[key]
         found = [*_downloads([task.name]), Item("checkpoint", disk=described.stored)]
-        planned[task.name] = [*found, *Planner(suite, task, network, rates[task.name], methods).items()]
-    return plan(planned, rates)
+        planner = Planner(suite, task, network, rates[task.name], methods)
+        steps = planner.items()
+        planned[task.name] = [*found, *steps]
+        if suite.rounds is not None and task.name in suite.rounds.images and not methods:
+            budgets[task.name] = _budget(planner, steps, known)
+    told = rounds_page.part(budgets, suite.rounds, list(known)) if budgets else ""
+    return plan(planned, rates, told)
+
+
+def _budget(planner: Planner, steps: Sequence[Item], known: Effects) -> Budget:
+    """What verdicts and FIDs of a task take; ``steps`` are those with all images of all cells."""
+    suite, task = planner.suite, planner.task.name
+    cells = [cell for cell in suite.cells() if cell.task == task and cell.method != FULL_PRECISION]
+    refused = {item.name for item in steps if item.note == NOT_APPLICABLE}
+    without = [cell for cell in cells if cell.name.removeprefix(f"{task}/") in refused]
+    found = expect(suite, task, known, without)
+    reported = [cell for cell in cells if (cell.method, cell.precision) in _reported(suite, task, cell.protocol)]
+    first = [item for item in steps if item.name in (*BEFORE, FULL_PRECISION)]
+    network, most = planner.network, float(suite.rounds.images[task][-1])
+    return Budget(
+        verdicts=dataclasses.replace(planner, drawn=found.images).items(),
+        expected=found,
+        most=dataclasses.replace(planner, drawn=dict.fromkeys(found.images, most)).items(),
+        trajectories=2 * len(network.timesteps) * network.latents(1),
+        reported=[*first, *planner.cells(reported)],
+        whole=steps,
+    )
+
+
+def _reported(suite: Suite, task: str, protocol: str) -> set[tuple[str, str]]:
+    """Methods and precisions whose FID a paper reports; papers quantise the layers of their own protocol."""
+    if suite.reported is None or protocol != "published":
+        return set()
+    lines = csv.DictReader(REPORTED.read_text(encoding="utf-8").splitlines())
+    names = suite.reported.tasks.get(task, ())
+    return {(line["method"], line["precision"]) for line in lines if line["task"] in names and line["metric"] == "fid"}
+
+
+def _effects() -> Effects:
+    """The effects of all claims in the results of the small suite; none where these are not there."""
+    records, values = [], {}
+    for path in sorted((ROOT / files.RECORDS).rglob("*.json")):
+        record = Record.load(path)
+        if record.status == "measured" and path.with_suffix(".npz").is_file():
+            records.append(record)
+            values[record.cell] = excerpt.read_from(path.with_suffix(".npz")).values
+    return effects(records, values, metrics())
 
 
 def describe(task: Task) -> Described:
@@ -166,7 +224,7 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
         ) from None
     held = max(peak_memory(device) - before, 0) * MIB
     name = torch.cuda.get_device_name(device) if on_gpu else "one thread of a CPU"
-    return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops())
+    return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops(), on_cpu=not on_gpu)
 
 
 def _inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Inputs]:

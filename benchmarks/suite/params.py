@@ -16,6 +16,7 @@ TABLES = ("leaderboard", "newer", "ablation", "published", "deployed")
 SCHEDULERS = ("ddim", "ddim_quad", "pndm", "euler")
 # Those that take eta; steps of the others add no noise.
 WITH_ETA = ("ddim", "ddim_quad")
+SPENDINGS = ("pocock", "obrien_fleming")
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,35 @@ class Temporal:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """How many images verdicts take: `python -m benchmarks rounds`.
+
+    A cell of a task is drawn in rounds. It ends after the one in which every claim that it has a part in is decided.
+
+    Attributes:
+        images: by task, how many images a cell has after each round; what the last one leaves open stays open.
+        margin: two rows whose errors are shown to differ by less than this share are as good as equal, and decided;
+            with 0, only a difference decides.
+        spending: how the level is spent over the rounds, as `benchmarks.report.sequential` has it.
+    """
+
+    images: dict[str, tuple[int, ...]]
+    margin: float = 0.0
+    spending: str = "pocock"
+
+    def __post_init__(self) -> None:
+        for task, counts in self.images.items():
+            if not counts or not all(a < b for a, b in zip((1, *counts), counts, strict=False)):
+                raise ValueError(f"rounds.images.{task} is {list(counts)}: give rising counts of images, each above 1")
+        if not 0 <= self.margin < 1:
+            raise ValueError(
+                f"rounds.margin is {self.margin}, but must be at least 0 and below 1, such as 0.05 for 5 %"
+            )
+        if self.spending not in SPENDINGS:
+            raise discover.unknown("rounds.spending", self.spending, SPENDINGS, "Choose one of them.")
+
+
+@dataclass(frozen=True)
 class Suite:
     """All cells of a benchmark: those of its tables and one full-precision cell a task.
 
@@ -295,6 +325,7 @@ class Suite:
         deployment: what of it is executed, and timed.
         study: how error falls with the time that quantising takes.
         temporal: what quantisation does to the signal of the time step.
+        rounds: how many images verdicts take; without it, each cell is drawn at once.
     """
 
     name: str
@@ -306,6 +337,7 @@ class Suite:
     deployment: Deployment | None = None
     study: Study | None = None
     temporal: Temporal | None = None
+    rounds: Rounds | None = None
 
     def __post_init__(self) -> None:
         if FULL_PRECISION in self.methods:
@@ -326,6 +358,10 @@ class Suite:
         for task in self.temporal.tasks if self.temporal else ():
             if task not in self.tasks:
                 raise discover.unknown("task in temporal", task, self.tasks, "Tasks stand above.")
+        for task, counts in self.rounds.images.items() if self.rounds else ():
+            if task not in self.tasks:
+                raise discover.unknown("task in rounds.images", task, self.tasks, "Tasks stand above.")
+            _check_rounds(self.tasks[task], counts)
         for task, bounds in self.gates.items():
             if task not in self.tasks:
                 raise discover.unknown("task in gates", task, self.tasks, "Gates are of the tasks above them.")
@@ -395,6 +431,20 @@ class Suite:
             for task, method, precision in product(found.tasks, methods, found.precisions)
             for seed in found.seeds_of(precision)
         ]
+
+
+def _check_rounds(task: Task, counts: tuple[int, ...]) -> None:
+    """Raise ValueError for rounds that a task's images do not fall into."""
+    if counts[-1] > task.images:
+        raise ValueError(
+            f"rounds.images.{task.name} ends at {counts[-1]}, but the task has {task.images} images at most"
+        )
+    for count in counts:
+        if count % task.batch and count != task.images:
+            raise ValueError(
+                f"rounds.images.{task.name} has {count}: give multiples of the task's batch, {task.batch}, so that a"
+                " later round leaves the images of an earlier one as they are"
+            )
 
 
 def parse(document: object) -> Suite:

@@ -96,6 +96,33 @@ def test_steps_are_counted_as_by_hand():
     assert prev.seconds == pytest.approx(0.5 * (32 + planner.QUANTIZED * 50 + planner.LEARNED * 9 * 4))
 
 
+def test_what_cells_learn_alike_is_learned_once():
+    """Roundings are those of all widths of activations, but of each calibration seed and width of weights."""
+    found = items(precisions=["w4a8", "w4a32", "w8a8"], seeds=2)
+    learning = 0.5 * planner.LEARNED * 9 * 4
+    for name in ("prev/w4a8", "prev/w4a8-s1", "prev/w8a8"):
+        assert found[name].seconds == pytest.approx(0.5 * 32 + found[name].drawing + learning) and not found[name].note
+    for name in ("prev/w4a32", "prev/w4a32-s1"):
+        assert found[name].seconds == pytest.approx(0.5 * found[name].quantising + found[name].drawing)
+        assert found[name].note == f"learns what {name.replace('a32', 'a8')} has learned"
+        assert found[name].optimizer_steps == found["prev/w4a8"].optimizer_steps, "as its record will have it"
+
+
+def test_learning_takes_less_on_a_gpu():
+    assert RATE.learned == planner.LEARNED
+    assert replace(RATE, on_cpu=False).learned == replace(RATE, assumed=0.1).learned == planner.LEARNED_ON_GPU
+
+
+def test_rounds_draw_what_they_need_and_follow_all_of_it():
+    planned = planned_for()
+    full, nearest, prev = planned.suite.cells()
+    drawn = replace(planned, drawn={full: 6.0, nearest: 3.0, prev: 6.0})
+    found = {item.name: item for item in drawn.items()}
+    assert (found["full_precision"].sampling, found["full_precision"].images) == (5 * 6, 6)
+    assert (found["nearest/w4a8"].sampling, found["prev/w4a8"].sampling) == (5 * 2 * 3, 5 * 2 * 6)
+    assert found["prev/w4a8"].quantising == {item.name: item for item in planned.items()}["prev/w4a8"].quantising
+
+
 def test_guidance_doubles_and_pndm_visits_a_step_twice():
     planned = planned_for("text")
     found = {item.name: item for item in planned.items()}
@@ -143,7 +170,7 @@ def test_what_is_kept_of_an_image_is_what_the_evaluator_puts_out():
 
 
 def test_hours_of_another_device_follow_from_its_rate():
-    timed, other = planned_for(), planned_for()
+    timed, other = (replace(planned_for(), rate=replace(RATE, on_cpu=False)) for _ in range(2))
     other = replace(other, rate=replace(RATE, assumed=RATE.seconds / 4))
     for ours, theirs in zip(timed.items(), other.items(), strict=True):
         assert ours.seconds == 4 * theirs.seconds and ours.memory == theirs.memory

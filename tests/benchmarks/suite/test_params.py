@@ -181,3 +181,31 @@ def test_a_task_may_have_settings_of_its_own_for_a_method(document):
     document["tasks"]["emoji-ldm8"]["methods"] = {"tfqm": {"batch": 8}}
     with pytest.raises(ValueError, match="unknown method in tasks.emoji-ldm8.methods 'tfqm': did you mean 'tfmq'"):
         parse(document)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "message"),
+    [
+        ({"images": {"emoji-ldm8": [128]}}, "unknown task in rounds.images 'emoji-ldm8': did you mean 'emoji-ldm4'"),
+        ({"images": {"emoji-ldm4": []}}, r"rounds.images.emoji-ldm4 is \[\]: give rising counts"),
+        ({"images": {"emoji-ldm4": [256, 128]}}, r"is \[256, 128\]: give rising counts of images, each above 1"),
+        ({"images": {"emoji-ldm4": [1, 128]}}, "each above 1"),
+        ({"images": {"emoji-ldm4": [100, 256]}}, "has 100: give multiples of the task's batch, 32"),
+        ({"images": {"emoji-ldm4": [128, 6400]}}, "ends at 6400, but the task has 512 images at most"),
+        ({"images": {"emoji-ldm4": [128]}, "margin": 1.5}, "rounds.margin is 1.5, but must be at least 0 and below 1"),
+        (
+            {"images": {"emoji-ldm4": [128]}, "spending": "pocok"},
+            "unknown rounds.spending 'pocok': did you mean 'pocock'",
+        ),
+    ],
+)
+def test_rounds_are_checked(document, rounds, message):
+    assert parse(document).rounds is None
+    with pytest.raises(ValueError, match=message):
+        parse(document | {"rounds": rounds})
+
+
+def test_the_last_round_may_be_all_images(document):
+    document["tasks"]["emoji-ldm4"]["images"] = 500
+    chosen = parse(document | {"rounds": {"images": {"emoji-ldm4": [64, 500]}, "margin": 0.05}}).rounds
+    assert chosen.images == {"emoji-ldm4": (64, 500)} and chosen.spending == "pocock"

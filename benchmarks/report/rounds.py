@@ -1,0 +1,230 @@
+"""Which verdicts are decided after so many images, and which cells have to be drawn on. Nothing here touches files.
+
+A claim compares two rows, and is looked at after each round that both have. It is decided when it is *confirmed* or
+*contradicted* by its sequential probability, or when the rows are shown to be *equal*, nearer to one another than a
+margin (two one-sided tests; Schuirmann, 1987, Journal of Pharmacokinetics and Biopharmaceutics 15). All comparisons of
+a task are one family, those not measured yet among them: the chance of any false difference is at most 5 %, whenever
+one looks, and so is that of calling any rows equal that are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr, stdtr, stdtrit
+
+from benchmarks.metrics import Metric
+from benchmarks.report.findings import CLAIMS, CONFIRMED, CONTRADICTED, NOTHING, OPEN, Claim, verdict
+from benchmarks.report.inference import LEVEL, Estimate, adjusted
+from benchmarks.report.judge import Judge
+from benchmarks.report.sequential import critical_values, sequential_p
+from benchmarks.report.statistic import RANKED_BY, Values
+from benchmarks.report.tables import label
+from benchmarks.suite.params import Rounds, Suite
+from benchmarks.suite.record import FULL_PRECISION, Cell, Record
+
+EQUAL = "equal"
+NOT_APPLICABLE = "not applicable"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A claim at a precision, as far as its rows are drawn.
+
+    Attributes:
+        cells: of both rows.
+        looks: the difference after each round that both have, in logarithms; a ratio of errors is `exp` of it.
+        p: sequential probability of that difference, corrected for all comparisons (Holm).
+        verdict: `confirmed`, `contradicted`, `equal` or `open`.
+        interval: of the difference, which holds at all looks and for all comparisons that are open; None without looks.
+    """
+
+    claim: Claim
+    precision: str
+    cells: tuple[Cell, ...]
+    looks: tuple[Estimate, ...]
+    p: float
+    verdict: str
+    interval: tuple[float, float] | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Of the error that should be smaller to the other, after the last round."""
+        return float(np.exp(self.looks[-1].mean)) if self.looks else None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is known of a task.
+
+    Attributes:
+        standings: of every claim that the suite has both rows of.
+        images: of each cell that has any.
+        next: cells that are drawn on, full precision among them, and how many images each has after that.
+    """
+
+    standings: tuple[Standing, ...]
+    images: dict[Cell, int]
+    next: dict[Cell, int]
+
+
+def asked(suite: Suite, task: str, claims: Sequence[Claim] = CLAIMS) -> list[tuple[Claim, str, tuple[Cell, ...]]]:
+    """The claims of a task that images decide, at each precision at which the suite has both rows, with their cells."""
+    rows: dict[tuple[str, str], list[Cell]] = {}
+    for cell in suite.cells():
+        if cell.task == task and cell.method != FULL_PRECISION:
+            rows.setdefault((cell.row, cell.precision), []).append(cell)
+    precisions = dict.fromkeys(precision for _, precision in rows)
+    return [
+        (claim, precision, (*rows[claim.better, precision], *rows[claim.worse, precision]))
+        for claim in claims
+        if claim.metric == RANKED_BY.name
+        for precision in precisions
+        if (claim.better, precision) in rows and (claim.worse, precision) in rows
+    ]
+
+
+def decide(
+    suite: Suite,
+    task: str,
+    records: Sequence[Record],
+    values: Mapping[Cell, Values],
+    metrics: Mapping[str, Metric],
+    claims: Sequence[Claim] = CLAIMS,
+) -> Decision:
+    """Judge all claims of a task of ``suite.rounds`` by the images that its cells have.
+
+    ``values`` are those of each cell's images by metric, and ``records`` say which cells are not applicable. A cell
+    that is in no claim has one round.
+    """
+    rounds = suite.rounds
+    counts = rounds.images[task]
+    refused = {record.cell for record in records if record.status == NOT_APPLICABLE}
+    family = [each for each in asked(suite, task, claims) if not refused & set(each[2])]
+    measured = [record for record in records if record.task == task and record.cell in values]
+    # Only images that have all the errors count: in a cell of `generate`, the first batch alone has one of them.
+    scores = {record.cell: RANKED_BY.of_images(values[record.cell], metrics) for record in measured}
+    images = {cell: len(found) for cell, found in scores.items() if found is not None}
+    judges = [
+        Judge(
+            [record for record in measured if images.get(record.cell, 0) >= count],
+            {cell: {name: found[:count] for name, found in values[cell].items()} for cell in images},
+            metrics,
+        )
+        for count in counts
+    ]
+    looks = [_looks(judges, claim, precision) for claim, precision, _ in family]
+    standings = _standings(family, looks, rounds, counts)
+    following = {
+        cell: counts[0]
+        for cell in suite.cells()
+        if cell.task == task and cell.method != FULL_PRECISION and cell not in refused and cell not in images
+    }
+    for standing in standings:
+        if standing.verdict == OPEN and len(standing.looks) < len(counts):
+            wanted = counts[len(standing.looks)]
+            for cell in standing.cells:
+                if images.get(cell, 0) < wanted and (cell in images or wanted == counts[0]):
+                    following[cell] = max(following.get(cell, 0), wanted)
+    if following:
+        full = next(cell for cell in suite.cells() if cell.task == task and cell.method == FULL_PRECISION)
+        following = {full: max(following.values())} | following
+    return Decision(standings, images, following)
+
+
+def _looks(judges: Sequence[Judge], claim: Claim, precision: str) -> tuple[Estimate, ...]:
+    found = []
+    for judge in judges:
+        compared = judge.compare(claim.metric, claim.better, claim.worse, precision)
+        if compared is None or compared.estimate is None:
+            break
+        found.append(compared.estimate)
+    return tuple(found)
+
+
+def _standings(
+    family: Sequence[tuple[Claim, str, tuple[Cell, ...]]],
+    looks: Sequence[tuple[Estimate, ...]],
+    rounds: Rounds,
+    counts: Sequence[int],
+) -> tuple[Standing, ...]:
+    fractions = [count / counts[-1] for count in counts]
+    differ = adjusted([sequential_p([look.p for look in each], fractions, rounds.spending) for each in looks])
+    # A one-sided test has half of the probability of both sides.
+    near = [
+        sequential_p([2 * p_near(look, rounds.margin) for look in each], fractions, rounds.spending) for each in looks
+    ]
+    equal = adjusted([p / 2 if p < 1 else 1.0 for p in near])
+    left = max(sum(p >= LEVEL for p in differ), 1)
+    standings = []
+    for (claim, precision, cells), each, p, same in zip(family, looks, differ, equal, strict=True):
+        said = verdict(each[-1], p, "lower") if each else OPEN
+        if said == OPEN and each and same < LEVEL:
+            said = EQUAL
+        interval = _interval(each, LEVEL / left, fractions, rounds.spending) if each else None
+        standings.append(Standing(claim, precision, cells, each, p, said, interval))
+    return tuple(standings)
+
+
+def p_near(found: Estimate, margin: float) -> float:
+    """One-sided probability of a ratio so near to 1 where the truth is off by a share of ``margin`` or more."""
+    room = np.log1p(margin) - abs(found.mean)
+    if room <= 0:
+        return 0.5
+    return float(stdtr(found.degrees, -room / found.error)) if found.error else 0.0
+
+
+def _interval(
+    looks: Sequence[Estimate], level: float, fractions: Sequence[float], spending: str
+) -> tuple[float, float]:
+    last = looks[-1]
+    tail = float(ndtr(-critical_values(fractions[: len(looks)], level, spending)[-1]))
+    reach = -float(stdtrit(last.degrees, max(tail, 1e-300))) * last.error if last.error else 0.0
+    return last.mean - reach, last.mean + reach
+
+
+def page(task: str, decision: Decision, rounds: Rounds) -> str:
+    """Markdown: a line for each claim, and what is drawn next."""
+    counts = rounds.images[task]
+    said = [standing.verdict for standing in decision.standings]
+    tally = ", ".join(f"{said.count(name)} {name}" for name in (CONFIRMED, CONTRADICTED, EQUAL, OPEN))
+    near = f"; nearer than {rounds.margin:.0%} is equal" if rounds.margin else ""
+    parts = [
+        f"# {task}, in rounds of {', '.join(f'{count:,}' for count in counts)} images",
+        f"Of {len(said)} comparisons: {tally}. The level of {LEVEL:.0%} is spent over the rounds ({rounds.spending}),"
+        f" and corrected for all comparisons (Holm){near}. Intervals hold at all rounds together. Rows with one"
+        " calibration seed are compared over images alone: another calibration may move what is near.",
+    ]
+    if decision.standings:
+        parts.append("\n".join([_line(HEAD), _line([":--"] * len(HEAD)), *map(_row, decision.standings)]))
+    if decision.next:
+        cells = [f"- {cell.name.split('/', 1)[1]}: {images:,} images" for cell, images in decision.next.items()]
+        parts.append("Next, by `--draw`:\n\n" + "\n".join(cells))
+    else:
+        parts.append("No cell goes on.")
+    return "\n\n".join(parts)
+
+
+HEAD = ("Claim", "Precision", "Should be better", "Than", "Ratio", "Images", "p", "Verdict")
+
+
+def _row(standing: Standing) -> str:
+    claim, images = standing.claim, standing.looks[-1].images if standing.looks else 0
+    ratio = NOTHING
+    if standing.looks and standing.interval is not None:
+        low, high = (float(np.exp(end)) for end in standing.interval)
+        ratio = f"{standing.ratio:.3g} [{low:.3g}, {high:.3g}]"
+    p = "< 0.001" if standing.p < 0.001 else f"{standing.p:.2g}"
+    rows = [_label(row) for row in (claim.better, claim.worse)]
+    return _line([claim.text, standing.precision, *rows, ratio, f"{images:,}", p, standing.verdict])
+
+
+def _label(row: str) -> str:
+    method, *differences = row.split("-")
+    return label(method) + (f" ({', '.join(differences)})" if differences else "")
+
+
+def _line(fields: Sequence[str]) -> str:
+    return f"| {' | '.join(fields)} |"
