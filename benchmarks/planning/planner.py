@@ -99,6 +99,7 @@ class Rate:
     Attributes:
         operations: in floating point that a sample takes, a multiplication and an addition counted as two.
         assumed: a sample's seconds on another device, which stand in place of the timed ones.
+        quantized, learned: what a quantised evaluation, and a row that is learned on, take in evaluations.
     """
 
     device: str
@@ -107,6 +108,8 @@ class Rate:
     memory: float
     operations: int
     assumed: float | None = None
+    quantized: float = QUANTIZED
+    learned: float = LEARNED
 
     @property
     def planned(self) -> float:
@@ -244,7 +247,7 @@ class Planner:
                 return Item(name, note=NOT_APPLICABLE)
         cost = plan_cost(self.network.unet, precision, recipe, self.pool, protocol, memory=False).cost
         sampled = self.passes * (self.task.images + min(self.task.batch, self.task.images))
-        timed = cost.unet_evaluations + QUANTIZED * sampled + LEARNED * cost.learned_rows
+        timed = cost.unet_evaluations + self.rate.quantized * sampled + self.rate.learned * cost.learned_rows
         held = self._held(cell, recipe, precision, protocol)
         return Item(
             name,

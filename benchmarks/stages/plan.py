@@ -18,6 +18,7 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.planning import devices
 from benchmarks.planning.page import TERA, plan
 from benchmarks.planning.planner import FLOAT, Item, KnownNetwork, Planner, Rate
 from benchmarks.runtime.devices import device_of
@@ -54,13 +55,16 @@ def run(
     device_name: str,
     teraflops: float | None = None,
     methods: Sequence[str] = (),
+    like: str | None = None,
 ) -> str:
     """A table for each of ``tasks``, or for all, with the cells of ``methods`` or all; nothing is written.
 
-    Hours are those of the present device, or of one that does ``teraflops`` 10^12 floating-point operations a second.
-    Raises ValueError for unknown names, and for a task whose checkpoint is not there and of no known architecture.
+    Hours are those of the present device, of one that does ``teraflops`` 10^12 floating-point operations a second, or
+    of the one that was measured under the name ``like``. Raises ValueError for unknown names, and for a task whose
+    checkpoint is not there and of no known architecture.
     """
     params.check_methods(suite)
+    measured = None if like is None else devices.load(like)
     for method in methods:
         if method not in suite.methods:
             raise discover.unknown("method", method, suite.methods, "Methods stand in params.yaml.")
@@ -83,6 +87,9 @@ def run(
             rate = _time(described, device, rows)
             other = None if teraflops is None else rate.operations / teraflops / TERA
             timed[key] = dataclasses.replace(rate, assumed=other)
+            known = measured or devices.of(rate.device)
+            if known is not None and teraflops is None:
+                timed[key] = devices.rate_on(rate, str(described.unet["_class_name"]), known)
         rates[task.name] = timed[key]
         found = [*_downloads([task.name]), Item("checkpoint", disk=described.stored)]
         planned[task.name] = [*found, *Planner(suite, task, network, rates[task.name], methods).items()]
@@ -143,9 +150,9 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
     """
     with FlopCounterMode(display=False) as counter:
         shapes = build(described.unet, torch.device("meta"))
-        evaluate(shapes, *_inputs(shapes, described.tokens, 1))
+        evaluate(shapes, *random_inputs(shapes, described.tokens, 1))
     unet = build(described.unet, device)
-    inputs = _inputs(unet, described.tokens, rows)
+    inputs = random_inputs(unet, described.tokens, rows)
     on_gpu = device.type == "cuda"
     try:
         if on_gpu:
@@ -167,7 +174,7 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
     return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops())
 
 
-def _inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def random_inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Random latents, a time step and a random conditioning."""
     size, device = unet.config.sample_size, unet.device
     latents = torch.randn(rows, unet.config.in_channels, size, size, device=device)
