@@ -109,6 +109,18 @@ def bench_smoke(session: nox.Session) -> None:
     session.log(f"smoke run took {time.monotonic() - started:.0f} s")
 
 
+@nox.session(name="gpu-check")
+def gpu_check(session: nox.Session) -> None:
+    """Find out on one GPU, in eight minutes, what no CPU can tell; writes results/devices/NAME.json.
+
+    What runs, whether executed integers are exact, how fast each arithmetic is, and what learning takes, on networks of
+    full size with random weights. Nothing is downloaded. Where the environment is there already,
+    `python -m benchmarks.upkeep.gpu_check` does the same. Without a GPU it says so: exit code 2.
+    """
+    install(session)
+    call(session, "benchmarks.upkeep.gpu_check", session.posargs)
+
+
 @nox.session(name="results-fresh")
 def results_fresh(session: nox.Session) -> None:
     """Fail if committed results are older than the code or settings that make them, or were edited by hand."""

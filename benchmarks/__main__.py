@@ -65,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
         help="give hours of a device that does so many 10^12 floating-point operations a second on these networks,"
         " in place of this device's",
     )
+    command.add_argument(
+        "--like",
+        metavar="NAME",
+        help="give hours of a device that was measured: results/devices/NAME.json, as gpu-check writes it",
+    )
     command = stage(
         "rehearse",
         "Quantise a task's network with random weights, to see what it takes and covers; writes results/REHEARSALS.md.",
@@ -214,7 +219,14 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "prompts": lambda options: (),
     "weights": lambda options: (options.source,),
     "convert": lambda options: (params.load(PARAMS), options.task),
-    "plan": lambda options: (params.load(PARAMS), options.task, options.device, options.teraflops, options.method),
+    "plan": lambda options: (
+        params.load(PARAMS),
+        options.task,
+        options.device,
+        options.teraflops,
+        options.method,
+        options.like,
+    ),
     "rehearse": _of_rehearsal,
     "calibrate": _of_task,
     "reference": _of_task,

@@ -75,12 +75,15 @@ def _frame(found: Sequence[Item], columns: Mapping[str, Callable[[Item], str]]) 
 def _rate(rate: Rate) -> str:
     operations = rate.operations / TERA
     timed = f"{rate.seconds:.3g} s on {rate.device}, {rate.rows} at once ({operations / rate.seconds:.3g} TFLOP/s)"
-    if rate.assumed is None:
-        return f"An evaluation of {operations:.3g} TFLOP took {timed}."
-    return (
-        f"An evaluation of {operations:.3g} TFLOP is taken to last {rate.assumed:.3g} s"
-        f" ({operations / rate.assumed:.3g} TFLOP/s); it took {timed}."
-    )
+    text = f"An evaluation of {operations:.3g} TFLOP took {timed}."
+    if rate.assumed is not None:
+        text = (
+            f"An evaluation of {operations:.3g} TFLOP is taken to last {rate.assumed:.3g} s"
+            f" ({operations / rate.assumed:.3g} TFLOP/s); it took {timed}."
+        )
+    if rate.quantized == QUANTIZED and rate.learning is None:
+        return text
+    return f"{text} A quantised one counts as {rate.quantized:.3g}, a row that is learned on as {rate.learned:.3g}."
 
 
 def _count(value: int) -> str:

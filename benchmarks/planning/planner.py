@@ -106,6 +106,8 @@ class Rate:
         operations: in floating point that a sample takes, a multiplication and an addition counted as two.
         assumed: a sample's seconds on another device, a GPU, which stand in place of the timed ones.
         on_cpu: whether it was timed on a CPU.
+        quantized: what a quantised evaluation takes, in evaluations.
+        learning: what a row that is learned on takes, in evaluations; None where it was not measured.
     """
 
     device: str
@@ -115,6 +117,8 @@ class Rate:
     operations: int
     assumed: float | None = None
     on_cpu: bool = True
+    quantized: float = QUANTIZED
+    learning: float | None = None
 
     @property
     def planned(self) -> float:
@@ -124,6 +128,8 @@ class Rate:
     @property
     def learned(self) -> float:
         """What a row that is learned on takes, in evaluations."""
+        if self.learning is not None:
+            return self.learning
         return LEARNED if self.on_cpu and self.assumed is None else LEARNED_ON_GPU
 
 
@@ -287,7 +293,7 @@ class Planner:
         followed = images if cell in self.drawn else min(self.task.batch, images)
         sampled = self.passes * (images + followed)
         own, teacher = self._learned(cell, recipe, planned, {} if learned is None else learned)
-        drawing = self.rate.planned * QUANTIZED * sampled
+        drawing = self.rate.planned * self.rate.quantized * sampled
         quantising = self.rate.planned * (cost.unet_evaluations + self.rate.learned * own)
         held = self._held(cell, recipe, precision, protocol)
         return Item(

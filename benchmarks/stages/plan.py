@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
 from benchmarks.metrics import metrics
-from benchmarks.planning import rounds_page
+from benchmarks.planning import devices, rounds_page
 from benchmarks.planning.expected import Effects, effects, expect
 from benchmarks.planning.page import TERA, plan
 from benchmarks.planning.planner import NOT_APPLICABLE, Item, KnownNetwork, Planner, Rate
@@ -67,13 +67,16 @@ def run(
     device_name: str,
     teraflops: float | None = None,
     methods: Sequence[str] = (),
+    like: str | None = None,
 ) -> str:
     """A table for each of ``tasks``, or for all, with the cells of ``methods`` or all; nothing is written.
 
-    Hours are those of the present device, or of one that does ``teraflops`` 10^12 floating-point operations a second.
-    Raises ValueError for unknown names, and for a task whose checkpoint is not there and of no known architecture.
+    Hours are those of the present device, of one that does ``teraflops`` 10^12 floating-point operations a second, or
+    of the one that was measured under the name ``like``. Raises ValueError for unknown names, and for a task whose
+    checkpoint is not there and of no known architecture.
     """
     params.check_methods(suite)
+    measured = None if like is None else devices.load(like)
     for method in methods:
         if method not in suite.methods:
             raise discover.unknown("method", method, suite.methods, "Methods stand in params.yaml.")
@@ -98,6 +101,9 @@ def run(
             rate = _time(described, device, rows)
             other = None if teraflops is None else rate.operations / teraflops / TERA
             timed[key] = dataclasses.replace(rate, assumed=other)
+            like = measured or devices.of(rate.device)
+            if like is not None and teraflops is None:
+                timed[key] = devices.rate_on(rate, str(described.unet["_class_name"]), like)
         rates[task.name] = timed[key]
         found = [*_downloads([task.name]), Item("checkpoint", disk=described.stored)]
         planner = Planner(suite, task, network, rates[task.name], methods)
@@ -203,9 +209,9 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
     """
     with FlopCounterMode(display=False) as counter:
         shapes = build(described.unet, torch.device("meta"))
-        evaluate(shapes, *_inputs(shapes, described.tokens, 1))
+        evaluate(shapes, *random_inputs(shapes, described.tokens, 1))
     unet = build(described.unet, device)
-    inputs = _inputs(unet, described.tokens, rows)
+    inputs = random_inputs(unet, described.tokens, rows)
     on_gpu = device.type == "cuda"
     try:
         if on_gpu:
@@ -227,7 +233,9 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
     return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops(), on_cpu=not on_gpu)
 
 
-def _inputs(unet: Network, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Inputs]:
+def random_inputs(
+    unet: Network, tokens: int, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Inputs]:
     """Random latents, a time step, a random conditioning and further inputs."""
     size, device = unet.config.sample_size, unet.device
     latents = torch.randn(rows, unet.config.in_channels, size, size, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,17 @@ from torch.nn import functional as F
 
 from tfmq.modules.channel_scales import DIVIDED, divides_channels
 from tfmq.modules.fake_quantize import FakeQuantize, SplitFakeQuantize, StepTracker
-from tfmq.modules.integer_products import InputGrid, Packed, Window, exact_parts, input_grids, int_mm
+from tfmq.modules.integer_products import (
+    INT32,
+    InputGrid,
+    Packed,
+    Window,
+    exact_parts,
+    input_grids,
+    int_conv,
+    int_mm,
+    part_sizes,
+)
 from tfmq.modules.layers import QuantizedConv2d, QuantizedLayer
 from tfmq.precision import FULL
 
@@ -59,10 +69,11 @@ class IntegerWeight(nn.Module):
         ones = torch.ones_like(self.codes[:1, :, 0, 0] if pools else self.codes[:1])
         self.ones = Packed(ones, None if pools else window)
         self.one = torch.ones(1)
+        self._sizes: dict[int, list[int]] = {}  # of the parts that `in_floats` sums, by magnitude of the input
 
     def forward(self, codes: Tensor, grid: InputGrid) -> Tensor:
         """s_x s_w[c] sum (q_x - z_x) (q_w - z_w[c]) + b[c] for uint8 codes, (N, C, H, W) or (N, C)."""
-        return self._on_cpu(codes, grid) if codes.device.type == "cpu" else self.in_floats(codes, grid)
+        return self._on_cpu(codes, grid) if codes.device.type == "cpu" else self.elsewhere(codes, grid)
 
     def _on_cpu(self, codes: Tensor, grid: InputGrid) -> Tensor:
         if self.window is not None:
@@ -88,32 +99,56 @@ class IntegerWeight(nn.Module):
             sums = F.avg_pool2d(by_image, window.size, window.stride, window.padding, divisor_override=1)
         return sums.view(-1, 1)
 
-    def in_floats(self, codes: Tensor, grid: InputGrid) -> Tensor:
-        """The same on any device: centred codes in floating point, whose sums are exact; linear layers in int8."""
-        if self.window is None and _takes_int_mm(codes, self.codes):
-            sums = int_mm(codes, grid.zero_point, self.codes)
-            if self.offset is not None:
-                of_input = codes.sum(1, dtype=torch.int32) - grid.zero_point * codes.shape[1]
-                sums = sums + of_input[:, None] * self.offset
-            y = sums * (grid.scale * self.scale)
-            return y if self.bias is None else y + self.bias
-        shape = (-1, *[1] * (self.codes.dim() - 2))
-        weight = self.codes.float()
+    def centred(self) -> Tensor:
+        """q - z, int32 of the shape of the codes."""
+        centred = self.codes.to(torch.int32)
+        return centred if self.offset is None else centred.add_(self.offset.view(-1, *[1] * (centred.dim() - 1)))
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest |q - z|: read from the device once, as the others here are."""
+        return int(self.centred().abs().max())
+
+    @cached_property
+    def magnitudes(self) -> Tensor:
+        """What the |q - z| of a window add up to, int64 (O, C), on the CPU."""
+        return self.centred().abs().unsqueeze(-1).flatten(2).sum(2).cpu()
+
+    @cached_property
+    def reach(self) -> int:
+        """The largest sum of |q - z| of an output channel."""
+        return int(self.magnitudes.sum(1).max())
+
+    def elsewhere(self, codes: Tensor, grid: InputGrid) -> Tensor:
+        """The same on any device."""
+        pads = self.window is not None and any(self.window.padding)
+        if self.reach * grid.largest >= INT32 or (pads and not 0 <= grid.zero_point <= 255):
+            return self.in_floats(codes, grid)
+        weight, outputs = self.codes, len(self.codes)
         if self.offset is not None:
-            weight += self.offset.view(-1, *[1] * (self.codes.dim() - 1))
-        centred = codes.float().sub_(grid.zero_point)
-        y = exact_parts(centred, weight, self.window, grid.largest) * (grid.scale * self.scale).view(shape)
+            weight = torch.cat([weight, torch.ones_like(weight[:1])])  # one output channel more: the sum of the input
+        product = int_mm if self.window is None else partial(int_conv, window=self.window)
+        sums = product(codes, grid.zero_point, weight)
+        shape = (-1, *[1] * (codes.dim() - 2))
+        if self.offset is not None:
+            sums = sums[:, :outputs] + sums[:, outputs:] * self.offset.view(shape)
+        y = sums * (grid.scale * self.scale).view(shape)
+        return y if self.bias is None else y.add_(self.bias.view(shape))
+
+    def in_floats(self, codes: Tensor, grid: InputGrid) -> Tensor:
+        """The same for any size and zero point: centred codes in floating point, whose sums are exact."""
+        if grid.largest not in self._sizes:
+            self._sizes[grid.largest] = part_sizes(self.magnitudes, grid.largest)
+        sizes, largest = self._sizes[grid.largest], max(grid.largest, self.largest)
+        sums = exact_parts(codes.float().sub_(grid.zero_point), self.centred().float(), self.window, sizes, largest)
+        shape = (-1, *[1] * (self.codes.dim() - 2))
+        y = sums * (grid.scale * self.scale).view(shape)
         return y if self.bias is None else y + self.bias.view(shape)
 
 
 def _rows(y: Tensor) -> Tensor:
     """(N, C, H, W) in channels-last order, or (N, C), as a matrix (N H W, C) of the same memory."""
     return y.permute(0, 2, 3, 1).flatten(0, 2) if y.dim() == 4 else y
-
-
-def _takes_int_mm(codes: Tensor, weight: Tensor) -> bool:
-    """Whether CUDA's 8-bit matrix product takes these sizes."""
-    return len(codes) > 16 and weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0
 
 
 class IntegerLayer(nn.Module):

@@ -17,6 +17,8 @@ from tfmq.modules.layers import QuantizedLayer
 
 # Scores that are worked on at a time: as many as stay in the cache of a core.
 CACHED_SCORES = 2**18
+# On other devices: 1 GiB.
+MOST_SCORES = 2**28
 # So many times as many probabilities' codes are multiplied by the values together.
 TOGETHER = 4
 # Where fewer keys are multiplied, 8-bit kernels cost more in calls than they gain.
@@ -206,7 +208,8 @@ def in_floats(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     if of_probabilities.zero_point:
         most_codes = key.shape[1] * of_probabilities.largest
     factor = of_query.scale * of_key.scale * scale * PER_NATURAL
-    at_once = max(1, CACHED_SCORES // (tokens * key.shape[1])) if query.device.type == "cpu" else len(by_head[0])
+    together = CACHED_SCORES if query.device.type == "cpu" else MOST_SCORES
+    at_once = max(1, together // (tokens * key.shape[1]))
     output = query.new_empty(len(by_head[0]), tokens, channels)
     for start in range(0, len(output), at_once):
         some = slice(start, start + at_once)

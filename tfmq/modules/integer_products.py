@@ -5,8 +5,13 @@ With codes q_x, q_w and zero points z_x, z_w a quantised layer is
     y = s_x s_w[c] sum (q_x - z_x) (q_w - z_w[c]) + b[c],
 
 an integer sum with one float factor. A sum of integers has no order, so that it depends neither on the batch, nor on
-threads, nor on the kernel. On a CPU the sums are those of oneDNN's 8-bit operators; elsewhere they are taken in
-floating point, in parts that are small enough to be exact.
+threads, nor on the kernel. On a CPU the sums are those of oneDNN's 8-bit operators, elsewhere of `torch._int_mm`, which
+adds in 32 bits. What neither takes is summed in floating point, in parts that are small enough to be exact:
+
+- TF32 has 11 significant bits, and so holds every integer up to 2^11. Centred codes are at most 255, products of two
+  below 2^16, and float32, in which they are added, holds every integer up to 2^24.
+- A sum is exact in whatever order it is taken if its terms' magnitudes add up to at most 2^24. The largest codes allow
+  258 terms, 2^24 / 255^2; what a weight really allows follows from the sums of its magnitudes (`part_sizes`).
 """
 
 from __future__ import annotations
@@ -24,9 +29,11 @@ from tfmq.modules.fake_quantize import FakeQuantize
 
 EXACT = 2**24  # float32 holds every integer up to here,
 TF32_EXACT = 2**11  # and TF32 up to here
+INT32 = 2**31
 UNITS = 1.5 * 2**23  # beside it, floats are the integers
 IN_UNITS = torch.tensor(UNITS)
 CACHED = 2**16  # floats that stay in the cache of a core
+WINDOWS = 2**28  # bytes of the windows of a convolution that are written at a time
 PACKINGS = 4  # shapes of the input that a weight is kept packed for
 
 
@@ -56,13 +63,18 @@ class InputGrid:
         """The scale as a tensor: a number would be made one in each operation, for longer than small ones take."""
         return torch.tensor(self.scale)
 
+    def step_for(self, x: Tensor) -> Tensor:
+        """The scale to divide ``x`` by, where it is: CUDA multiplies by the inverse of one that is on the CPU."""
+        return self.step if x.device.type == "cpu" else x.new_full((), self.scale)
+
     def codes(self, x: Tensor, silu: bool = False, out: Tensor | None = None) -> Tensor:
         """The codes of ``x`` as uint8, in the order of its memory: clamp(round(x / scale) + zero_point).
 
         With ``silu`` those of its SiLU, for which ``x`` is overwritten.
         """
         if x.device.type != "cpu" or x.numel() <= CACHED:
-            return self.codes_(F.silu(x, inplace=True).div_(self.step) if silu else torch.div(x, self.step), out=out)
+            step = self.step_for(x)
+            return self.codes_(F.silu(x, inplace=True).div_(step) if silu else torch.div(x, step), out=out)
         # So many at a time that what lies between stays in the cache of a core.
         x, order = in_memory(x)
         codes = torch.empty(x.shape, dtype=torch.uint8)
@@ -95,7 +107,7 @@ class InputGrid:
 
     def centred(self, x: Tensor) -> Tensor:
         """code - zero point of ``x``, as float32."""
-        return self.centred_(torch.div(x, self.step))
+        return self.centred_(torch.div(x, self.step_for(x)))
 
     def centred_(self, scaled: Tensor) -> Tensor:
         """code - zero point of ``x / scale``, in place."""
@@ -217,20 +229,36 @@ def cpu_is_exact() -> bool:
     return bool((convolved == 9 * term).all() and (multiplied == term).all())
 
 
-def exact_parts(centred: Tensor, weight: Tensor, window: Window | None, largest: int) -> Tensor:
-    """sum centred weight in floating point, over parts of the channels whose sums stay below 2^24: so each is exact.
+def part_sizes(magnitudes: Tensor, largest: int) -> list[int]:
+    """How many input channels at a time can be summed so that terms' magnitudes add up to at most 2^24.
 
-    Operands of at most 2,048 are exact in TF32 too, which is then let in on CUDA.
+    One channel is the least: with codes of a byte, that is exact for windows of up to 258 pixels.
 
     Args:
-        centred: float32 (N, C, H, W) or (N, C), integers of at most ``largest``.
-        weight: float32 (O, C, k, k) or (O, C), integers.
+        magnitudes: int64 (O, C), what the magnitudes of a weight add up to over the window.
+        largest: magnitude of the input.
     """
-    channels = weight.abs().flatten(2).sum(2) if window is not None else weight.abs()
-    most = float(channels.sum(1).max()) * largest
-    size = weight.shape[1] if most < EXACT else max(1, int(weight.shape[1] * EXACT / most))
-    with tensor_cores(centred, max(largest, float(weight.abs().max()))):
-        parts = zip(centred.split(size, 1), weight.split(size, 1), strict=True)
+    reached = (magnitudes * largest).cumsum(1)
+    sizes, start = [], 0
+    while start < reached.shape[1]:
+        before = reached[:, start - 1] if start else reached.new_zeros(len(reached))
+        most = (reached[:, start:] - before[:, None]).amax(0)
+        sizes.append(max(1, int((most <= EXACT).sum())))
+        start += sizes[-1]
+    return sizes
+
+
+def exact_parts(centred: Tensor, weight: Tensor, window: Window | None, sizes: list[int], largest: int) -> Tensor:
+    """sum centred weight in floating point, over parts of the channels whose sums are exact; TF32 is let in on CUDA.
+
+    Args:
+        centred: float32 (N, C, H, W) or (N, C), integers.
+        weight: float32 (O, C, k, k) or (O, C), integers.
+        sizes: of the parts, by `part_sizes`.
+        largest: magnitude in either.
+    """
+    with tensor_cores(centred, largest):
+        parts = zip(centred.split(sizes, 1), weight.split(sizes, 1), strict=True)
         first, *others = (_product(piece, part, window) for piece, part in parts)
     for other in others:
         first += other
@@ -273,6 +301,46 @@ def tensor_cores(operand: Tensor, largest: float) -> Iterator[None]:
 
 def int_mm(codes: Tensor, zero_point: int, weight: Tensor) -> Tensor:
     """sum (codes - zero_point) weight by ``torch._int_mm``: uint8 (N, C) and int8 (O, C) -> int32 (N, O)."""
-    shifted = codes.to(torch.int16).sub_(128).to(torch.int8)
-    sums = torch._int_mm(shifted, weight.t())
-    return sums.add_((128 - zero_point) * weight.sum(1, dtype=torch.int32))
+    return _int_mm(_signed(codes), zero_point, weight)
+
+
+def _signed(codes: Tensor) -> Tensor:
+    """code - 128 as int8: another first bit."""
+    return codes.bitwise_xor(128).view(torch.int8)
+
+
+def _int_mm(shifted: Tensor, zero_point: int, weight: Tensor) -> Tensor:
+    """`int_mm` of codes - 128.
+
+    CUDA takes more than 16 rows, and numbers of channels that are multiples of 8: others are filled up with zeros.
+    """
+    rows, channels, outputs = len(shifted), -shifted.shape[1] % 8, -len(weight) % 8
+    if channels or rows <= 16:
+        shifted = F.pad(shifted, (0, channels, 0, max(0, 17 - rows)))
+    if channels or outputs:
+        weight = F.pad(weight, (0, channels, 0, outputs))
+    sums = torch._int_mm(shifted, weight.t()).add_((128 - zero_point) * weight.sum(1, dtype=torch.int32))
+    return sums[:rows, : sums.shape[1] - outputs]
+
+
+def int_conv(codes: Tensor, zero_point: int, weight: Tensor, window: Window) -> Tensor:
+    """`int_mm` over the windows of images: uint8 (N, C, H, W) and int8 (O, C, k, k) -> int32 (N, O, H', W').
+
+    The zero point is a code, which pads. Windows are written out, those of some images at a time.
+    """
+    (down, across), (tall, wide) = window.padding, window.size
+    pixels = _signed(codes.permute(0, 2, 3, 1))
+    if down or across:
+        pixels = F.pad(pixels, (0, 0, across, across, down, down), value=zero_point - 128)
+    pixels = pixels.contiguous()
+    images, height, width, channels = pixels.shape
+    of_image, of_row, of_pixel, _ = pixels.stride()
+    height = (height - window.dilation[0] * (tall - 1) - 1) // window.stride[0] + 1
+    width = (width - window.dilation[1] * (wide - 1) - 1) // window.stride[1] + 1
+    steps = of_image, of_row * window.stride[0], of_pixel * window.stride[1]
+    within = of_row * window.dilation[0], of_pixel * window.dilation[1], 1
+    windows = pixels.as_strided((images, height, width, tall, wide, channels), (*steps, *within))
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    at_once = max(1, WINDOWS // (height * width * matrix.shape[1]))
+    parts = [_int_mm(some.reshape(-1, matrix.shape[1]), zero_point, matrix) for some in windows.split(at_once)]
+    return torch.cat(parts).view(images, height, width, len(weight)).permute(0, 3, 1, 2)

@@ -10,7 +10,6 @@ straight-through gradients (arXiv 1308.3432).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,7 @@ from tfmq.network.calibration import CalibrationSet, Draw, Spaced
 from tfmq.network.rows import CalibrationRows
 from tfmq.network.sampling import guides
 from tfmq.passes import Cost, Memory, Pass
-from tfmq.passes.reconstruction import ADAM_TENSORS, random_batches
+from tfmq.passes.reconstruction import ADAM_TENSORS, Losses, random_batches
 from tfmq.plan import activation_quantizers, quantized_layers
 from tfmq.precision import FULL
 from tfmq.session import Session
@@ -283,7 +282,7 @@ def tune(
     if guidance is not None:
         pairs, batch = len(rows) // 2, max(1, config.batch // 2)
         targets = guide(targets, guidance)
-    tuned, trace = Tuned(network, config), []
+    tuned, losses = Tuned(network, config), Losses(advice="lower the learning rates")
     optimizer = tuned.optimizer()
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iterations)
     batches = random_batches(pairs, batch, config.iterations, generator)
@@ -294,15 +293,14 @@ def tune(
             found = evaluate(network, part.latents, part.timesteps.to(network.device), part.context, part.inputs)
             found = found if guidance is None else guide(found, guidance)
             loss = relative_error(found, targets[index], config.norm)
-            trace.append(loss.item())
-            if not math.isfinite(trace[-1]):
-                raise ValueError(f"the loss is {trace[-1]} at iteration {len(trace) - 1}: lower the learning rates")
+            losses.add(loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             for weight in tuned.weights:
                 weight.clamp()
+    trace = losses.read()
     tuned.finish()
     return trace
 

@@ -75,6 +75,10 @@ class StepSizeConfig:
 
 
 Loss = Callable[[Tensor], Tensor]
+# Losses that a GPU computes before the host, which waits for what it reads, looks at them.
+READ_TOGETHER = 50
+# What the loss of a reconstruction is called; NaN or infinity would round every weight to one side.
+RECONSTRUCTION = "the reconstruction loss", "lower the learning rate, or check the batch size"
 # What Adam keeps of each parameter: running means of its gradient and of the square.
 ADAM_TENSORS = 2
 
@@ -84,12 +88,33 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, norm: float) -> Tens
     return (prediction - target).abs().pow(norm).sum(1).mean()
 
 
-def finite(loss: Tensor) -> float:
-    """The loss as a number. Raises ValueError for NaN or infinity, which would round every weight to one side."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise ValueError("the reconstruction loss is NaN or infinite: lower the learning rate, or check the batch size")
-    return value
+class Losses:
+    """The losses of a loop, as numbers, checked: each at once on a CPU, some at a time on a GPU.
+
+    Args:
+        what: they are called.
+        advice: what to do where one is NaN or infinite.
+    """
+
+    def __init__(self, what: str = "the loss", advice: str = "lower the learning rate") -> None:
+        self.what, self.advice = what, advice
+        self.values: list[float] = []
+        self._unread: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Take the next one in. Raises ValueError if it, or one that was not read yet, is NaN or infinite."""
+        self._unread.append(loss.detach())
+        if loss.device.type == "cpu" or len(self._unread) == READ_TOGETHER:
+            self.read()
+
+    def read(self) -> list[float]:
+        """All losses so far. Raises ValueError as `add` does."""
+        for value in torch.stack(self._unread).tolist() if self._unread else ():
+            if not math.isfinite(value):
+                raise ValueError(f"{self.what} is {value} at iteration {len(self.values)}: {self.advice}")
+            self.values.append(value)
+        self._unread.clear()
+        return self.values
 
 
 def loss_against(targets: Tensor, predict: Callable[[Tensor], Tensor], norm: float) -> Loss:
@@ -119,11 +144,11 @@ def learn_rounding(
     """Learn the rounding of ``layers`` on ``loss(row indices)``, then fold them; returns the loss at each iteration."""
     roundings = [layer.learn_rounding() for layer in layers]
     optimizer = torch.optim.Adam([rounding.alpha for rounding in roundings], lr=config.learning_rate, fused=True)
-    trace = []
+    losses = Losses(*RECONSTRUCTION)
     with torch.enable_grad():
         for iteration, rows in enumerate(batches, 1):
             value = loss(rows)
-            trace.append(finite(value))
+            losses.add(value)
             optimizer.zero_grad()
             value.backward()
             beta = annealed_beta(iteration, config.iterations, config.warmup)
@@ -131,6 +156,7 @@ def learn_rounding(
                 for rounding in roundings:
                     rounding.add_penalty_gradient(config.regularizer_weight, beta)
             optimizer.step()
+    trace = losses.read()
     for layer in layers:
         layer.fold()
     return trace
@@ -148,15 +174,16 @@ def learn_step_sizes(
         quantizer.scale = quantizer.scale.clone().requires_grad_()
     optimizer = torch.optim.Adam([quantizer.scale for quantizer in quantizers], lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iterations, eta_min=0.0)
-    trace = []
+    losses = Losses(*RECONSTRUCTION)
     with torch.enable_grad():
         for rows in batches:
             value = loss(rows)
-            trace.append(finite(value))
+            losses.add(value)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
             schedule.step()
+    trace = losses.read()
     for quantizer, start in zip(quantizers, starts, strict=True):
         learned = quantizer.scale.detach()
         quantizer.scale = torch.where(learned > 0, learned, start)

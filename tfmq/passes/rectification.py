@@ -7,7 +7,6 @@ predicts something else with it, so that all its parameters are tuned, in full p
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +23,7 @@ from tfmq.network.rows import CalibrationRows
 from tfmq.network.sampling import guides
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.noise_distillation import guide, is_both_halves, predictions, relative_error
-from tfmq.passes.reconstruction import ADAM_TENSORS, random_batches
+from tfmq.passes.reconstruction import ADAM_TENSORS, Losses, random_batches
 from tfmq.plan import QuantizationPlan, quantized_layers
 from tfmq.session import Session
 from tfmq.settings import check_counts, check_positive
@@ -147,22 +146,20 @@ def tune(
     network.requires_grad_(True)
     optimizer = torch.optim.Adam(network.parameters(), config.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iterations)
-    batches, trace = random_batches(pairs, batch, config.iterations, generator), []
+    batches, losses = random_batches(pairs, batch, config.iterations, generator), Losses()
     with torch.enable_grad():
         for index in tqdm(batches, desc=config.name, total=config.iterations, disable=None):
             part = rows[index if guidance is None else torch.cat([index, index + pairs])]
             found = evaluate(network, part.latents, part.timesteps.to(network.device), part.context, part.inputs)
             found = found if guidance is None else guide(found, guidance)
             loss = relative_error(found, targets[index], norm=1.0)
-            trace.append(loss.item())
-            if not math.isfinite(trace[-1]):
-                raise ValueError(f"the loss is {trace[-1]} at iteration {len(trace) - 1}: lower the learning rate")
+            losses.add(loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     network.requires_grad_(False)
-    return trace
+    return losses.read()
 
 
 def tuning_bytes(shapes: Shapes, rows: CalibrationRows, config: Rectification) -> int:

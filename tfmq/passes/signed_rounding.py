@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tfmq.modules.layers import QuantizedLayer
 from tfmq.numerics.signed_rounding import AutoRound
 from tfmq.passes.block_reconstruction import BlockwiseRounding
-from tfmq.passes.reconstruction import Loss, finite, iteration_bytes, random_batches
+from tfmq.passes.reconstruction import RECONSTRUCTION, Loss, Losses, iteration_bytes, random_batches
 from tfmq.session import Session
 from tfmq.settings import check_counts, check_positive
 
@@ -92,13 +92,14 @@ def learn_signed_roundings(
     roundings = [start_rounding(layer) for layer in layers]
     parameters = [part for rounding in roundings for part in rounding.learned]
     best, smallest = [part.detach().clone() for part in parameters], math.inf
-    trace: list[float] = []
+    losses = Losses(*RECONSTRUCTION)
     with torch.enable_grad():
         for iteration, rows in enumerate(batches):
             value = loss(rows)
-            trace.append(finite(value))
-            if trace[-1] < smallest:
-                smallest = trace[-1]
+            losses.add(value)
+            latest = losses.read()[-1]
+            if latest < smallest:
+                smallest = latest
                 for kept, part in zip(best, parameters, strict=True):
                     kept.copy_(part.detach())
             for part in parameters:
@@ -111,7 +112,7 @@ def learn_signed_roundings(
             part.copy_(kept)
         for layer, rounding in zip(layers, roundings, strict=True):
             fold(layer, rounding.codes().to(torch.uint8), *rounding.ranges())
-    return trace
+    return losses.read()
 
 
 def start_rounding(layer: QuantizedLayer) -> AutoRound:

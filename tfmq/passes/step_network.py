@@ -24,7 +24,7 @@ from tfmq.modules.fake_quantize import FakeQuantize
 from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.rows import CalibrationRows
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize
-from tfmq.passes.reconstruction import ADAM_TENSORS
+from tfmq.passes.reconstruction import ADAM_TENSORS, Losses
 from tfmq.plan import QuantizationPlan, activation_quantizers
 from tfmq.settings import check_counts, check_numbers, check_positive
 
@@ -207,17 +207,17 @@ def fit_networks(
         networks.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(config.iterations, 1), eta_min=0.0)
-    trace = []
+    losses = Losses()
     with torch.enable_grad():
         for _ in tqdm(range(config.iterations), desc="step networks", disable=None):
             rows = torch.randint(len(step), (config.batch,), generator=generator)
             loss = _loss(networks, groups, encodings, step, rows)
-            trace.append(loss.item())
+            losses.add(loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return trace
+    return losses.read()
 
 
 def fitting_bytes(

@@ -26,7 +26,7 @@ from tfmq.numerics.affine import SMALLEST_SCALE, Grid, fake_quantize, quantize
 from tfmq.numerics.observer import search
 from tfmq.passes import Cost, Memory, Pass
 from tfmq.passes.predicted_step_sizes import PredictedStepSizes
-from tfmq.passes.reconstruction import ADAM_TENSORS
+from tfmq.passes.reconstruction import ADAM_TENSORS, Losses
 from tfmq.passes.step_network import StepNetworks, set_tables
 from tfmq.plan import QuantizationPlan, activation_quantizers, quantized_layers
 from tfmq.session import Session
@@ -177,21 +177,20 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: _rate(iteration, config))
     device = network.device
     encodings = encode(network.step_tracker.steps.to(device))
-    trace = []
+    losses = Losses("the training loss")
     with torch.enable_grad():
-        for iteration in tqdm(range(config.iterations), desc="training", disable=None):
+        for _ in tqdm(range(config.iterations), desc="training", disable=None):
             rows, target = noised(pool, config.batch, generator)
             rows, target = rows.to(device), target.to(device)
             set_tables(quantizers, networks(encodings))
             predicted = evaluate(network, rows.latents, rows.timesteps.to(device), rows.context, rows.inputs)
             loss = F.mse_loss(predicted, target)
-            trace.append(loss.item())
-            if not math.isfinite(trace[-1]):
-                raise ValueError(f"the training loss is {trace[-1]} at iteration {iteration}: lower the learning rate")
+            losses.add(loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+    trace = losses.read()
     optimizer.zero_grad()
     network.requires_grad_(False)
     for path, layer in layers.items():

@@ -14,7 +14,7 @@ from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.integer import IntegerLayer, IntegerWeight
 from tfmq.modules.integer_attention import IntegerAttention, in_bytes, in_floats
-from tfmq.modules.integer_products import InputGrid, Packed, Window, cpu_is_exact, exact_bmm, exact_parts
+from tfmq.modules.integer_products import InputGrid, Packed, Window, cpu_is_exact, exact_bmm, exact_parts, part_sizes
 from tfmq.modules.layers import quantized_layer
 
 pytestmark = pytest.mark.skipif(not cpu_is_exact(), reason="the 8-bit kernels of this processor are not exact")
@@ -167,24 +167,41 @@ def test_codes_are_those_of_simulation_at_ties_too():
         assert torch.equal(InputGrid(scale, point, 255).codes(x).float(), expected)
 
 
-def test_other_devices_compute_the_same_sums():
-    """What runs on CUDA, on the CPU: products of centred codes in floats, and 8-bit matrix products."""
+@pytest.mark.parametrize(("bits", "point"), [(8, 117.0), (4, 0.0), (8, 300.0)])
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, "linear"])
+def test_other_devices_compute_the_same_sums(name, bits, point, monkeypatch):
+    """What runs on CUDA, on the CPU: 8-bit matrix products, and products of centred codes in floats."""
+    monkeypatch.setattr("tfmq.modules.integer_products.WINDOWS", 20_000)  # one or two images at a time
     torch.manual_seed(0)
-    for module, x in ((nn.Conv2d(24, 16, 3, padding=1), random(3, 24, 8, 8)), (nn.Linear(24, 16), random(40, 24))):
-        for bits, point in ((8, 117.0), (4, 300.0)):
-            layer, tracker = layer_of(module, bits, points=(point,))
-            executed = IntegerLayer(layer, tracker)
-            grid, weight = executed.grid, executed.weights[0]
-            assert_close(weight.in_floats(grid.codes(x), grid), closed_form(layer, x))
-            assert_close(weight.in_floats(grid.codes(x[:3]), grid), closed_form(layer, x[:3]))
+    module = nn.Linear(21, 19) if name == "linear" else nn.Conv2d(21, 19, **CONVOLUTIONS[name])
+    x = random(40, 21) if name == "linear" else random(3, 21, 9, 7)
+    layer, tracker = layer_of(module, bits, points=(point,))
+    executed = IntegerLayer(layer, tracker)
+    grid, weight = executed.grid, executed.weights[0]
+    for given in (x, x[:1]):
+        for function in (weight.elsewhere, weight.in_floats):
+            assert_close(function(grid.codes(given), grid), closed_form(layer, given))
+
+
+def test_weights_far_from_zero_on_other_devices():
+    torch.manual_seed(0)
+    for module, x in ((nn.Conv2d(24, 20, 3, padding=1), random(3, 24, 8, 8)), (nn.Linear(24, 20), random(9, 24))):
+        layer, tracker = layer_of(module)
+        layer.weight_zero_point[::2], layer.weight_zero_point[1::4] = -300.0, 700.0
+        executed = IntegerLayer(layer, tracker)
+        assert_close(executed.weights[0].elsewhere(executed.grid.codes(x), executed.grid), closed_form(layer, x))
 
 
 def test_sums_that_could_pass_what_floats_hold_are_taken_in_parts():
-    codes = torch.full((1, 3000), 255.0)
-    weight = torch.full((1, 3000), 127.0)
-    weight[0, 0] = 126.0
-    expected = 255 * 127 * 3000 - 255
-    assert exact_parts(codes, weight, None, 255).item() == pytest.approx(expected, rel=2**-22)
+    codes, weight = torch.full((1, 3000), 255.0), torch.full((1, 3000), 127.0)
+    sizes = part_sizes(weight.long(), 255)
+    assert set(sizes[:-1]) == {2**24 // (255 * 127)} and sum(sizes) == 3000
+    assert exact_parts(codes, weight, None, sizes, 255).item() == pytest.approx(255 * 127 * 3000, rel=2**-22)
+    # Where large weights stand together, parts are small there: no sum of a part passes 2^24.
+    weight = torch.cat([torch.ones(2, 2000), torch.full((2, 1000), 255.0)], 1)
+    weight[1] = weight[0].flip(0)
+    sizes = part_sizes(weight.long(), 255)
+    assert all((part.sum(1) * 255).max() <= 2**24 for part in weight.split(sizes, 1))
     odd = torch.ones(1, 1, 3000)
     assert exact_bmm(255 * odd, 127 * odd.transpose(1, 2), 255, 255 * 127 * 3000.0).item() == pytest.approx(
         255 * 127 * 3000, rel=2**-22

@@ -1,0 +1,111 @@
+"""The GPU check on tiny networks of the CPU, and what planning makes of what it finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks.planning import devices
+from benchmarks.planning.devices import DONE, FAILED, LATE, Device, Part, load, rate_on
+from benchmarks.planning.planner import Rate
+from benchmarks.upkeep import gpu_check, gpu_parts
+from benchmarks.upkeep.gpu_check import PARTS, check, run_apart, run_part
+from tfmq.modules.integer_products import cpu_is_exact
+
+CPU = torch.device("cpu")
+RATE = Rate("a CPU", rows=1, seconds=9.0, memory=1.0, operations=3 * 10**12)
+SPEEDS = [
+    ("UNet2DModel", "float32", 30.0, 40.0),
+    ("UNet2DModel", "simulated", 10.0, 13.3),
+    ("UNet2DConditionModel", "float32", 5.0, 20.0),
+]
+
+
+def device(learned=5.0) -> Device:
+    names = ("network", "arithmetic", "samples_per_second", "teraflops")
+    speeds = [dict(zip(names, each, strict=True)) | {"rows": 50} for each in SPEEDS]
+    parts = (
+        Part("speed", DONE, 1.0, "", {"speeds": speeds}),
+        Part("learning", DONE if learned else FAILED, 1.0, "", {"evaluations_a_learned_row": learned}),
+    )
+    return Device("card", "NVIDIA Card", False, {}, parts)
+
+
+@pytest.mark.skipif(not cpu_is_exact(), reason="the 8-bit kernels of this processor are not exact")
+def test_all_parts_run_on_tiny_networks_and_find_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "ROUNDS", 1)
+    found = check(CPU, True, list(PARTS), tmp_path, run_part)
+    assert [(part.name, part.status, part.error) for part in found.parts] == [(name, DONE, "") for name in PARTS]
+    written = json.loads((tmp_path / "cpu-tiny.json").read_text())
+    assert written["device"] == "cpu" and [part["name"] for part in written["parts"]] == list(PARTS)
+    agreement = found.found("agreement")
+    network = agreement["networks"]["toy"]
+    assert agreement["largest_exact_tf32_sum"] == 2**24, "float32 on a CPU"
+    assert network["layers"] > 20 and 0 < network["layer_most_off"] < gpu_parts.MOST_OFF
+    assert network["int8_not_exact"] == network["tf32_not_exact"] == []
+    assert network["executed_from_simulated"] < network["simulated_from_full_precision"]
+    assert [each.arithmetic for each in found.speeds] == ["float32", "TF32", "simulated", "executed"]
+    assert all(each.samples_per_second > 0 and each.share_of_peak is None for each in found.speeds)
+    learning = found.found("learning")
+    assert learning["seconds"]["block reconstruction"] > 0 and found.learned > 0
+    assert learning["planned_memory_mib"] > 0
+    assert len(found.found("smoke")["cells"]) == 4 and all("measured" in each for each in found.found("smoke")["cells"])
+    assert found.found("shards")["compared"] == ["checkpoint", "toy/full_precision/w32a32", "toy/tfmq/w4a8"]
+    with pytest.raises(ValueError, match="tiny networks, whose speed says nothing"):
+        load("cpu-tiny", tmp_path)
+
+
+def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    def broken(given):
+        raise ExceptionGroup("all", [RuntimeError("CUDA error: no kernel image")])
+
+    monkeypatch.setitem(PARTS, "agreement", (broken, 60))
+    monkeypatch.setitem(PARTS, "speed", (lambda given: {"wrong": ["layer 3 is off"]}, 60))
+    monkeypatch.setitem(PARTS, "learning", (lambda given: {"value": 1}, 60))
+    found = check(CPU, True, ["agreement", "speed", "learning"], tmp_path, run_part)
+    assert [(part.status, part.error) for part in found.parts] == [
+        (FAILED, "RuntimeError: CUDA error: no kernel image"),
+        (FAILED, "layer 3 is off"),
+        (DONE, ""),
+    ]
+
+
+def test_a_part_in_its_own_process_is_ended_after_its_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_apart("speed", CPU, True, 0.05).status == LATE
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho 'Segmentation fault' >&2\nexit 139\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(script))
+    found = run_apart("speed", CPU, True, 60.0)
+    assert (found.status, found.error) == (FAILED, "the process ended with code 139: Segmentation fault")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(capsys):
+    assert gpu_check.main([]) == gpu_check.NO_GPU
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_what_was_measured_takes_the_place_of_what_is_assumed():
+    found = rate_on(RATE, "UNet2DModel", device())
+    assert found.planned == pytest.approx(3 / 40)
+    assert (found.quantized, found.learned) == (pytest.approx(3.0), 5.0)
+    assert rate_on(RATE, "DiTTransformer2DModel", device()).planned == pytest.approx(3 / 20), "the slowest is meant"
+    assert rate_on(RATE, "UNet2DModel", device(learned=None)).learned == RATE.learned
+    same = rate_on(dataclasses.replace(RATE, device="NVIDIA Card"), "UNet2DModel", device())
+    assert same.planned == RATE.seconds and same.learned == 5.0, "the same device was timed"
+    with pytest.raises(ValueError, match="no speed was measured of NVIDIA Card"):
+        rate_on(RATE, "UNet2DModel", dataclasses.replace(device(), parts=()))
+
+
+def test_a_device_is_found_by_its_file_and_by_what_it_calls_itself(tmp_path):
+    with pytest.raises(ValueError, match="unknown device 'card'"):
+        load("card", tmp_path)
+    assert devices.of("NVIDIA Card", tmp_path) is None
+    device().save(tmp_path)
+    assert load("card", tmp_path) == devices.of("NVIDIA Card", tmp_path) == device()
+    assert devices.of("another", tmp_path) is None
