@@ -101,9 +101,9 @@ def run(
             rate = _time(described, device, rows)
             other = None if teraflops is None else rate.operations / teraflops / TERA
             timed[key] = dataclasses.replace(rate, assumed=other)
-            like = measured or devices.of(rate.device)
-            if like is not None and teraflops is None:
-                timed[key] = devices.rate_on(rate, str(described.unet["_class_name"]), like)
+            checked = measured or devices.of(rate.device)
+            if checked is not None and teraflops is None:
+                timed[key] = devices.rate_on(rate, str(described.unet["_class_name"]), checked)
         rates[task.name] = timed[key]
         found = [*_downloads([task.name]), Item("checkpoint", disk=described.stored)]
         planner = Planner(suite, task, network, rates[task.name], methods)
