@@ -8,11 +8,12 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import yaml
 
-from benchmarks.suite import params
+from benchmarks.suite import discover, params
 from benchmarks.suite.record import FULL_PRECISION
 from benchmarks.upkeep import DEVICE_VARIABLE, INTERRUPTED, STOPPED
 
@@ -42,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
 
     def add_shards(command: argparse.ArgumentParser) -> None:
         command.add_argument(
-            "--shards", type=_count, help="processes that share the work (default: one a core, or one a GPU)"
+            "--shards",
+            type=_count,
+            help="processes that share the work (default: one a core, or one a GPU); on a cluster, all of it does",
         )
 
     command = stage(
@@ -94,14 +97,16 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (
         (
             "generate",
-            "Quantise the models of a row of a table, one a precision, and sample their images; a killed run continues"
+            "Quantise the models of rows of a table, one a precision, and sample their images; a killed run continues"
             " when started again.",
         ),
-        ("score", "Score the images of a row of a table and write its records."),
+        ("score", "Score the images of rows of a table and write their records."),
     ):
         command = stage(name, text)
-        command.add_argument("--task", required=True, help="a task of params.yaml")
-        command.add_argument("--method", required=True, help=f"a method of the table, or {FULL_PRECISION}")
+        command.add_argument("--task", nargs="+", help="tasks of params.yaml (default: all of the table)")
+        command.add_argument(
+            "--method", nargs="+", help=f"methods of the table (default: all), or {FULL_PRECISION} alone"
+        )
         command.add_argument("--table", help=f"a table of params.yaml; {FULL_PRECISION} needs none")
         command.add_argument(
             "--precision", nargs="+", default=[], help="such as w4a8 (default: all precisions of the table)"
@@ -193,9 +198,18 @@ def _of_cells(options: argparse.Namespace) -> tuple:
     from benchmarks.stages import _setup
 
     suite = params.load(PARAMS)
-    if options.method != FULL_PRECISION and not options.table:
+    if options.method != [FULL_PRECISION] and not options.table:
         raise ValueError(f"--table is missing: give one of {', '.join(suite.tables)}")
-    cells = _setup.cells_of(suite, options.table, options.task, options.method, options.precision, options.seed)
+    if options.table and options.table not in suite.tables:
+        raise discover.unknown("table", options.table, suite.tables, "Tables stand in params.yaml.")
+    table = suite.tables[options.table] if options.table else None
+    tasks = options.task or (suite.tasks if table is None else table.tasks)
+    methods = options.method or table.methods
+    cells = [
+        cell
+        for task, method in product(dict.fromkeys(tasks), dict.fromkeys(methods))
+        for cell in _setup.cells_of(suite, options.table, task, method, options.precision, options.seed)
+    ]
     return suite, cells, options.device, _shards(options)
 
 

@@ -20,6 +20,14 @@ def describe(device: torch.device | str = "cpu") -> dict[str, object]:
 
     ``commit`` is None outside a git repository; ``modified`` says whether code or settings differed from that commit.
     """
+    return machine(device) | {
+        "commit": _git("rev-parse", "HEAD") or None,
+        "modified": bool(_git("status", "--porcelain", "--", *CODE)),
+    }
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, object]:
+    """What `describe` says besides the commit."""
     cuda = torch.device(device).type == "cuda"
     return {
         "python": platform.python_version(),
@@ -29,8 +37,6 @@ def describe(device: torch.device | str = "cpu") -> dict[str, object]:
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
-        "commit": _git("rev-parse", "HEAD") or None,
-        "modified": bool(_git("status", "--porcelain", "--", *CODE)),
     }
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -82,10 +83,15 @@ def record_file(cell: Cell) -> Path:
     return RECORDS / f"{cell.name}.json"
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other process takes, on this machine or another one."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file through a temporary name beside it, synced to disk before it takes its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -161,8 +167,7 @@ def read_json(path: Path) -> dict:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that takes its final name when all is written, replacing an earlier one; else it vanishes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.runtime import files
 from tfmq.workspace import FolderWorkspace
 
 MIB = 2**20
@@ -37,9 +38,11 @@ class MeasuredWorkspace(FolderWorkspace):
         return tensors
 
     def put(self, address: str, tensors: dict[str, Tensor]) -> None:
-        """See `FolderWorkspace`."""
+        """See `FolderWorkspace`; processes of several machines may learn the same at a time."""
         peak = torch.tensor(peak_memory(self.device), dtype=torch.float64)
-        super().put(address, tensors | {PEAK: peak})
+        # Each with memory of its own, which safetensors asks for.
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        files.write_tensors(self._path(address), own | {PEAK: peak})
 
 
 def restart_peak(device: torch.device) -> None:

@@ -21,6 +21,7 @@ BYSTANDERS = tuple(
     for name in (
         "__main__.py",
         "runtime/devices.py",
+        "runtime/engine.py",
         "runtime/environment.py",
         "runtime/excerpt.py",
         "runtime/files.py",

@@ -392,6 +392,15 @@ def test_rows_need_a_table_and_devices_have_names(suite, run):
         device_of("gpu")
 
 
+def test_rows_of_a_table_are_made_together(suite, run):
+    table = ("--table", "published", "--shards", "1")
+    for stage_name in ("generate", "score"):
+        assert run(stage_name, *table) == (0, [])
+    rows = [f"{method}-published" for method in ("nearest", "tfmq")]
+    assert sorted(path.parent.name for path in Path("results/records/toy").glob("*/w4a8.json")) == rows
+    assert "unknown task 'toi': did you mean 'toy'?" in run("generate", "--task", "toy", "toi", *table)[1][0]
+
+
 def test_settings_that_a_method_does_not_have_are_found_by_the_first_stage(suite, run):
     document = yaml.safe_load(Path("params.yaml").read_text())
     document["methods"]["tfmq"]["iteration"] = 3
