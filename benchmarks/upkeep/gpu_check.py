@@ -46,6 +46,7 @@ LAST_SECONDS = 15
 def run_part(name: str, device: torch.device, tiny: bool, seconds: float) -> Part:
     """Run a part in the current folder, in this process; whatever it raises is in what it returns."""
     do = PARTS[name][0]
+    torch.set_num_threads(1)
     start = time.monotonic()
     try:
         found = do(gpu_parts.setup(device, tiny, seconds - LAST_SECONDS))
@@ -120,7 +121,6 @@ def main(arguments: list[str] | None = None) -> int:
         return NO_GPU
     device = device_of(options.device)
     if options.part:
-        torch.set_num_threads(1)
         part = run_part(options.part, device, options.tiny, options.seconds)
         files.write_json(Path(f"{options.part}.json"), asdict(part))
         return 0

@@ -99,7 +99,7 @@ def write_suite(folder: Path) -> None:
     write_table([Emoji(i, f"emoji {i}", "Objects", "google", "train") for i in range(5)], emoji / "emoji.csv")
     weights = folder / "data" / "efficientnet-lite0" / "model.safetensors"
     weights.parent.mkdir()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = create_model("tf_efficientnet_lite0", pretrained=False)
     save_file({weight_name(name): tensor for name, tensor in network.state_dict().items()}, weights)
@@ -107,7 +107,8 @@ def write_suite(folder: Path) -> None:
     methods = [name for name in discover.names(discover.METHODS) if name != FULL_PRECISION]
     task: dict[str, object] = {"version": 1, "family": "ldm", "checkpoint": f"data/{TOY}", "dataset": "emoji"}
     task |= {"data": "data/emoji", "resolution": 32, "scheduler": "ddim", "steps": 4, "eta": 0.5, "guidance_scale": 1.0}
-    task |= {"images": 6, "batch": 2, "calibration_images": 4, "reference_images": 4, "evaluator": "efficientnet_lite0"}
+    task |= {"images": 6, "batch": 2, "calibration_images": 4, "reference_images": 4, "data_images": 5}
+    task["evaluator"] = "efficientnet_lite0"
     table = {"protocol": "shared", "tasks": [TOY], "precisions": [PRECISION], "methods": methods}
     suite = {"name": "check", "tasks": {TOY: task}, "tables": {"leaderboard": table}}
     files.write_json(folder / "params.yaml", smoke.cut(suite | {"methods": {name: {} for name in methods}}))
