@@ -33,7 +33,7 @@ FLOAT = 4
 NOT_APPLICABLE = "not applicable"
 # What a quantised evaluation, and a row that is learned on, take in evaluations of full precision: about the medians
 # over the rows of the small suite, on a CPU. On a GPU learning takes less: by operations alone it is 3. With 4, at 40
-# TFLOP/s, TFMQ-DM and Q-Diffusion together take 8.3 hours on LSUN-Bedrooms at w4a8, where TFMQ-DM's authors report 7.6
+# TFLOP/s, TFMQ-DM and Q-Diffusion together take 8.2 hours on LSUN-Bedrooms at w4a8, where TFMQ-DM's authors report 7.6
 # on an H800 (arXiv 2407.19547).
 QUANTIZED, LEARNED, LEARNED_ON_GPU = 1.1, 6.0, 4.0
 # Numbers that stay on the disk for each full-precision image: features, and feature maps where they are kept.

@@ -106,9 +106,10 @@ class Planned:
 
 
 def read_plan(page: str, suite: Suite) -> list[Planned]:
-    """The units of each task of a suite, from what `python -m benchmarks plan` wrote."""
+    """The units of a suite's tasks, from what `python -m benchmarks plan` wrote; tasks that it lacks are left out."""
     sections = {section.partition("\n")[0].strip(): section for section in page.split("\n## ")}
-    return [_planned(task, _table(sections[task.name])) for task in suite.tasks.values()]
+    planned = [task for task in suite.tasks.values() if task.name in sections]
+    return [_planned(task, _table(sections[task.name])) for task in planned]
 
 
 def _table(section: str) -> pd.DataFrame:
