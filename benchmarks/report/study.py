@@ -49,7 +49,8 @@ def write(folder: Path, page: Path) -> str:
             parts.append(
                 f"## {found['task']}, {precision}\n\n"
                 f"![Noise error of each method against CPU seconds and optimiser steps]({folder.name}/{name})\n\n"
-                f"{found['images']} images; {found['environment']['cpu']}, one thread.\n\n{_table(rows)}\n"
+                f"{found['images']} images; {found['environment']['cpu']}, one thread, by the code of"
+                f" {found['environment']['commit'][:7]}.\n\n{_table(rows)}\n"
             )
     text = "\n".join(parts)
     files.write_text(page, text)

@@ -18,7 +18,7 @@ def _point(method: str, seconds: float, error: float, steps: int, **changes: obj
 def _page(folder: Path, *points: dict[str, object]) -> str:
     written = folder / "study"
     written.mkdir()
-    document = {"task": "toy", "images": 4, "environment": {"cpu": "a processor"}, "points": points}
+    document = {"task": "toy", "images": 4, "environment": {"cpu": "a processor", "commit": 40 * "a"}, "points": points}
     (written / "toy.json").write_text(json.dumps(document))
     return study.write(written, folder / "STUDY.md")
 
