@@ -64,6 +64,7 @@ class Claim:
 
 
 TFMQ, POSTER, JOURNAL = "TFMQ-DM", "TFMQ-DM, poster", "Temporal Feature Matters"
+TCAQ = "TCAQ-DM"
 ASKED = "asked here"
 TFMQ_EXECUTED = "tfmq-deployable-executed"
 CLAIMS = (
@@ -105,6 +106,13 @@ CLAIMS = (
     Claim("Groups and dynamic ranges beat TFMQ-DM", ASKED, "groupwise", "tfmq"),
     Claim("A low-rank branch improves on groups and dynamic ranges", "SVDQuant", "svdquant", "groupwise"),
     Claim("A low-rank branch beats TFMQ-DM", ASKED, "svdquant", "tfmq"),
+    Claim("Its three parts together beat Q-Diffusion", TCAQ, "tcaq_dm", "qdiffusion"),
+    Claim("Channel factors alone improve the base", TCAQ, "tcaq_tcr", "prev"),
+    Claim("Adaptive probabilities alone improve the base", TCAQ, "tcaq_daq", "prev"),
+    Claim("Learning on the quantised model's own trajectories improves the base", TCAQ, "tcaq_par", "prev"),
+    Claim("Widths of activations that follow the latents' speed improve TFMQ-DM", ASKED, "dyqvla", "tfmq"),
+    Claim("4-bit blocks with ReLU beat groups and dynamic ranges", ASKED, "sqdm", "groupwise"),
+    Claim("Learning by signed gradients beats learning by AdaRound", ASKED, "autoround", "prev"),
     Claim("Its own choice of layers flatters TFMQ-DM", ASKED, "tfmq-published", "tfmq"),
     Claim("Its own choice of layers flatters Q-Diffusion", ASKED, "qdiffusion-published", "qdiffusion"),
     Claim("Its own choice of layers flatters PTQD", ASKED, "ptqd-published", "ptqd"),

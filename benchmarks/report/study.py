@@ -25,8 +25,8 @@ setting. *CPU seconds* are those of the whole quantisation: ranges, learning, ac
 predicted noise to full precision along full precision's trajectory, relative, a mean over time steps and images with
 its 95 % interval over images; *deviation* the relative distance of the final latents, *steps* those of the optimiser,
 *evaluations* those of the whole network that are no part of such a step. Images are of noise that no cell and no
-calibration uses. Seconds compare within one task, whose points one run has measured, beside other work of the machine. Where there are several calibration seeds, a figure shows each, paler, and
-their means; a table has the means.
+calibration uses. Where there are several calibration seeds, a figure shows each, paler, and their means; a table has
+the means. Seconds compare within one task, whose points one run has measured, beside other work of the machine.
 """
 CHEAPEST = """## What TFMQ-DM's error takes
 
