@@ -116,7 +116,7 @@ def test_operations_are_those_of_the_layers_by_hand(kind):
     for module in unet.modules():
         module.register_forward_hook(count)
     with torch.no_grad():
-        evaluate(unet, *plan._inputs(unet, tokens, 1))
+        evaluate(unet, *plan.random_inputs(unet, tokens, 1))
     described = plan.Described({**unet.config, "_class_name": type(unet).__name__}, {}, tokens, 0)
     assert plan._time(described, torch.device("cpu"), 2).operations == sum(counted)
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_is_not_there_is_planned_from_its_architecture(root, t
     assert larger.tokens == 77 and larger.stored == pytest.approx(6.938e9, rel=1e-3)
     timesteps = plan.timesteps_of(suite.tasks["coco-sdxl"], larger)
     assert len(timesteps) == 50 and timesteps.dtype == torch.int64 and timesteps[:2].tolist() == [981, 961]
-    evaluate(unet, *plan._inputs(unet, larger.tokens, 2))
+    evaluate(unet, *plan.random_inputs(unet, larger.tokens, 2))
     churches = plan.describe(suite.tasks["lsun-churches-ldm8"])
     assert churches.unet["attention_heads"] == ARCHITECTURES["ldm8-churches"].full.heads
     modules = plan.build(churches.unet, torch.device("meta")).modules()

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.planning import devices
 from benchmarks.planning.devices import DONE, FAILED, LATE, Device, Part, load, rate_on
-from benchmarks.planning.planner import Rate
+from benchmarks.planning.planner import LEARNED_ON_GPU, Rate
 from benchmarks.upkeep import gpu_check, gpu_parts
 from benchmarks.upkeep.gpu_check import PARTS, check, run_apart, run_part
 from tfmq.modules.integer_products import cpu_is_exact
@@ -95,7 +95,7 @@ def test_what_was_measured_takes_the_place_of_what_is_assumed():
     assert found.planned == pytest.approx(3 / 40)
     assert (found.quantized, found.learned) == (pytest.approx(3.0), 5.0)
     assert rate_on(RATE, "DiTTransformer2DModel", device()).planned == pytest.approx(3 / 20), "the slowest is meant"
-    assert rate_on(RATE, "UNet2DModel", device(learned=None)).learned == RATE.learned
+    assert rate_on(RATE, "UNet2DModel", device(learned=None)).learned == LEARNED_ON_GPU
     same = rate_on(dataclasses.replace(RATE, device="NVIDIA Card"), "UNet2DModel", device())
     assert same.planned == RATE.seconds and same.learned == 5.0, "the same device was timed"
     with pytest.raises(ValueError, match="no speed was measured of NVIDIA Card"):

@@ -57,7 +57,9 @@ def architecture(family: str) -> Architecture:
         tiny=Size(
             unet=size["diffusers_unet"],
             first_stage=size.get("diffusers_first_stage"),
-            text_encoder=size.get("clip_text_config"),
+            text_encoder={"_class_name": "CLIPTextModel", **size["clip_text_config"]}
+            if "clip_text_config" in size
+            else None,
             classes=size["class_embedding"]["n_classes"] - 1 if "class_embedding" in size else 0,
             heads=checkpoints.heads(family),
         ),
