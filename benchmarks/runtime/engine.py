@@ -262,8 +262,7 @@ def _worker() -> type:
                 )
             Path(answer).touch()
             os.chdir(folder)
-            if root not in sys.path:
-                sys.path.insert(0, root)
+            sys.path.insert(0, root)  # before what is installed there, which may have modules of the same names
             from benchmarks.runtime import engine
 
             return engine.begin(device, about)
