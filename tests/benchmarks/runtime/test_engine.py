@@ -135,7 +135,7 @@ def test_a_second_run_does_what_failed_and_leaves_nothing(drill, folder, on_ray,
 
     (folder / "room").touch()
     monkeypatch.chdir(folder)
-    assert default_shards(CPU) == 2
+    assert default_shards(CPU) in (2, 3), "one a CPU; that of the lost node counts until the cluster misses it"
     assert run_units([("full", folder)], do, 1, CPU) == []
     assert len((folder / "full").read_text().splitlines()) == 2
     assert list((folder / files.RESUME).iterdir()) == []
