@@ -84,8 +84,8 @@ def test_a_part_in_its_own_process_is_ended_after_its_time(tmp_path, monkeypatch
     assert (found.status, found.error) == (FAILED, "the process ended with code 139: Segmentation fault")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line(capsys):
+def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == gpu_check.NO_GPU
     assert len(capsys.readouterr().out.splitlines()) == 1
 
