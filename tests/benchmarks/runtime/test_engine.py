@@ -45,7 +45,6 @@ main(sys.argv[1:])
 def cluster() -> Iterator[Cluster]:
     """Two nodes with one CPU each; this process works on the first."""
     import ray
-
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
