@@ -58,6 +58,11 @@ class Engine(ABC):
         """Names its folder."""
         return f"{type(self).__name__.lower()}-{self.precision}"
 
+    @property
+    def objection(self) -> str:
+        """Why this machine cannot execute any network so, or an empty text."""
+        return ""
+
     @abstractmethod
     def make(self, workload: Workload, folder: Path) -> None:
         """Write to ``folder`` what ``load`` needs. Raises ValueError for what the engine cannot execute."""

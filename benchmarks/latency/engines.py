@@ -58,6 +58,17 @@ class TorchIntegers(Engine):
     precision: str
     label = "PyTorch, integers"
 
+    @property
+    def objection(self) -> str:
+        """See `Engine`."""
+        from tfmq.execution import check_processor
+
+        try:
+            check_processor(torch.device("cpu"))
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def make(self, workload: Workload, folder: Path) -> None:
         """See `Engine`."""
         save_quantized(workload.quantized[self.precision], folder / "quantized.safetensors", {})

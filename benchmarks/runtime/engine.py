@@ -239,7 +239,7 @@ def _described(device: torch.device) -> dict[str, str]:
     """What units have to have in common, on whichever node they run."""
     about = environment.machine(device)
     versions = {name: str(version) for name, version in about["versions"].items()}
-    processor = about["gpu"] if device.type == "cuda" else about["cpu"]
+    processor = about["gpu"] if device.type == "cuda" else f"{about['cpu']} ({about['instructions']})"
     code = files.source_hash(*(environment.ROOT / name for name in CODE))[:12]
     return {"Python": str(about["python"]), **versions, "the processor": str(processor), "code": code}
 

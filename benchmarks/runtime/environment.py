@@ -12,6 +12,7 @@ import torch
 PACKAGES = ("torch", "torchvision", "diffusers", "numpy", "safetensors", "pillow", "torch-fidelity")
 # The repository, wherever the process works: a suite's folder, or a scratch folder.
 ROOT = Path(__file__).parents[2]
+CPUINFO = Path("/proc/cpuinfo")
 CODE = ("tfmq", "baselines", "benchmarks", "params.yaml", "dvc.yaml")
 
 
@@ -34,6 +35,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, object]:
         "versions": {package: _version(package) for package in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
@@ -48,10 +50,14 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """The processor's name and generation: a virtual machine may have a name that many generations share."""
+    lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in found:
+        return found["model name"]
+    return f"{found['model name']}, family {found['cpu family']} model {found.get('model', '?')}"
 
 
 def _git(*arguments: str) -> str:

@@ -43,7 +43,7 @@ def run(suite: Suite, task_name: str, leave_out: Sequence[str] = ()) -> str:
     """Measure one task; writes ``results/latency`` and returns the page of all that was measured.
 
     ``leave_out`` are names of engines. Raises ValueError for unknown names, a suite that says nothing of deployment,
-    and an engine that fails.
+    and an engine that fails or that this machine does not have.
     """
     task, wanted = task_of(suite, task_name), suite.deployment
     if wanted is None or task.name not in wanted.tasks:
@@ -55,6 +55,9 @@ def run(suite: Suite, task_name: str, leave_out: Sequence[str] = ()) -> str:
         if name not in chosen:
             raise discover.unknown("engine", name, chosen, "Those of benchmarks/latency/engines.py are meant.")
         del chosen[name]
+    missing = {name: engine.objection for name, engine in chosen.items() if engine.objection}
+    if missing:
+        raise ValueError(f"{next(iter(missing.values()))}. To measure the others: --without {' '.join(missing)}")
     random = not Path(task.checkpoint).exists()
     files.WORK.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix=".latency-", dir=files.WORK) as name:

@@ -13,8 +13,8 @@ from typing import Literal
 
 from benchmarks.suite.record import Record, Value
 
-# What has to be the same for bits to be.
-PLACE = ("system", "cpu", "gpu", "cuda", "python", "versions")
+# What has to be the same for bits to be. Records from before `instructions` was one of them count as of another place.
+PLACE = ("system", "cpu", "instructions", "gpu", "cuda", "python", "versions")
 # Elsewhere a metric may differ by so many half widths of its committed interval, or by so much of its value where that
 # is more. What was seen on emoji-ldm4 at w4a8, as the largest difference of any metric in half widths, from records of
 # torch 2.15, one thread and batches of 64:

@@ -4,7 +4,8 @@
 folder, `targets` prints the DVC stages to run: one row of each table, and so what comes before it. `rest` runs others
 in one process, since a row's own would take longer to start than to run: each method on one task, the next one on the
 next task. It also executes and times a network, and runs the study and the analysis of temporal features. `check`
-fails unless their records and the tables are there. `nox -s bench-smoke` uses all four.
+fails unless their records and the tables are there. `nox -s bench-smoke` uses all four. What this machine cannot
+execute in integers is left out, which `targets` and `rest` say.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import copy
 import dataclasses
 import os
 import sys
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import yaml
 
+from benchmarks.runtime.devices import device_of
 from benchmarks.suite import discover, params
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record
 
@@ -81,18 +84,35 @@ def _fewer(settings: dict[str, object]) -> dict[str, object]:
     return {key: min(value, ITERATIONS) if key.endswith("iterations") else value for key, value in settings.items()}
 
 
-def chosen(suite: params.Suite) -> list[Cell]:
-    """The cells to run: full precision of each task and, of each table, every method once, on its tasks in turn."""
+def left_out(suite: params.Suite, device: str) -> dict[str, str]:
+    """Why this machine cannot sample the cells of some tables, by table: it does not have their backend."""
+    found = {}
+    for name, table in suite.tables.items():
+        try:
+            discover.backend(table.backend).check(device_of(device))
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def chosen(suite: params.Suite, without: Container[str] = ()) -> list[Cell]:
+    """The cells to run: full precision of each task and, of each table, every method once, on its tasks in turn.
+
+    ``without`` are tables that are left out.
+    """
     cells = [cell for cell in suite.cells() if cell.method == FULL_PRECISION]
     for name, table in suite.tables.items():
+        if name in without:
+            continue
         turns = {method: table.tasks[index % len(table.tasks)] for index, method in enumerate(table.methods)}
         cells += [cell for cell in suite.measured(name) if cell.task == turns[cell.method]]
     return cells
 
 
-def targets(suite: params.Suite) -> list[str]:
+def targets(suite: params.Suite, without: Container[str] = ()) -> list[str]:
     """Names of the DVC stages to run before `rest`: one row of each table. DVC adds all that these need."""
-    return [f"score_{name}@{table.tasks[0]}-{table.methods[0]}" for name, table in suite.tables.items()]
+    tables = {name: table for name, table in suite.tables.items() if name not in without}
+    return [f"score_{name}@{table.tasks[0]}-{table.methods[0]}" for name, table in tables.items()]
 
 
 def run_rest(suite: params.Suite, device: str) -> None:
@@ -100,12 +120,12 @@ def run_rest(suite: params.Suite, device: str) -> None:
 
     Raises an ExceptionGroup of what fails.
     """
+    from benchmarks.latency.engines import engines
     from benchmarks.runtime import files, workers
-    from benchmarks.runtime.devices import device_of
     from benchmarks.stages import calibrate, generate, latency, reference, score, study, temporal
 
     shards = workers.default_shards(device_of(device))
-    rest = [cell for cell in chosen(suite) if not files.record_file(cell).is_file()]
+    rest = [cell for cell in chosen(suite, left_out(suite, device)) if not files.record_file(cell).is_file()]
     full = [cell for cell in rest if cell.method == FULL_PRECISION]
     for stage in (calibrate, reference):
         for cell in full:
@@ -114,20 +134,23 @@ def run_rest(suite: params.Suite, device: str) -> None:
         for stage in (generate, score):
             stage.run(suite, cells, device, shards)
     if suite.deployment is not None:
-        latency.run(suite, suite.deployment.tasks[0])
+        every = engines(list(suite.deployment.precisions))
+        missing = {engine.name: engine.objection for engine in every if engine.objection}
+        _say(missing)
+        latency.run(suite, suite.deployment.tasks[0], list(missing))
     if suite.study is not None:
         study.run(suite, suite.study.tasks[0])
     if suite.temporal is not None:
         temporal.run(suite, suite.temporal.tasks[0])
 
 
-def problems(root: Path) -> list[str]:
+def problems(root: Path, device: str = "cpu") -> list[str]:
     """What is missing or wrong, a line each, after a run of the suite in ``root``: records, pages, failed cells."""
     suite = params.load(root / "params.yaml")
     extra = {DEPLOYMENT_PAGE: suite.deployment, STUDY_PAGE: suite.study, TEMPORAL_PAGE: suite.temporal}
     pages = [*PAGES, *(page for page, asked in extra.items() if asked is not None)]
     found = [f"{path} is missing" for path in pages if not (root / path).is_file()]
-    for cell in chosen(suite):
+    for cell in chosen(suite, left_out(suite, device)):
         path = root / "results" / "records" / f"{cell.name}.json"
         if not path.is_file():
             found.append(f"{path.relative_to(root)} is missing")
@@ -140,19 +163,29 @@ def problems(root: Path) -> list[str]:
     return found
 
 
+def _say(missing: Mapping[str, str]) -> None:
+    """Name on stderr what is left out, and why."""
+    for name, reason in missing.items():
+        print(f"left out: {name}, since {reason}", file=sys.stderr)
+
+
 def main() -> None:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.upkeep.smoke", description=__doc__)
     parser.add_argument("action", choices=("params", "targets", "rest", "check"), help="see above")
     action = parser.parse_args().action
+    device = os.environ.get("TFMQ_BENCH_DEVICE", "auto")
     if action == "params":
         print(yaml.safe_dump(cut(yaml.safe_load(sys.stdin)), sort_keys=False), end="")
     elif action == "targets":
-        print("\n".join(targets(params.load(Path("params.yaml")))))
+        suite = params.load(Path("params.yaml"))
+        without = left_out(suite, device)
+        _say({f"table {name}": reason for name, reason in without.items()})
+        print("\n".join(targets(suite, without)))
     elif action == "rest":
-        run_rest(params.load(Path("params.yaml")), os.environ.get("TFMQ_BENCH_DEVICE", "auto"))
+        run_rest(params.load(Path("params.yaml")), device)
     else:
-        found = problems(Path())
+        found = problems(Path(), device)
         print("\n".join(found) or "all records and tables are there")
         sys.exit(1 if found else 0)
 

@@ -126,13 +126,18 @@ def compile_model(folder: str | Path, threads: int | None = None) -> openvino.Co
     return core.compile_model(model, "CPU", settings)
 
 
-def warn_without_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
-    """Warn on a processor without 8-bit products that do not overflow: kernels there are slower, and may saturate."""
+def lacks_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor's sums of 8-bit products may saturate; False where nothing tells."""
     if not cpuinfo.is_file():
-        return
+        return False
     text = cpuinfo.read_text(encoding="utf-8")
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    if flags and not any(name in flags.split() for name in VNNI):
+    return bool(flags) and not any(name in flags.split() for name in VNNI)
+
+
+def warn_without_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
+    """Warn on a processor without 8-bit products that do not overflow: kernels there are slower, and may saturate."""
+    if lacks_vnni(cpuinfo):
         warnings.warn(
             "this processor has no VNNI instructions: 8-bit kernels are slow here, and sums of their products may "
             "saturate, so that results are not those of the simulation",

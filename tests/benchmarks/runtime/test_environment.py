@@ -15,6 +15,7 @@ def test_an_environment_is_plain_and_names_versions():
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert found["threads"] == torch.get_num_threads()
     assert found["cpu"]
+    assert found["instructions"] == torch.backends.cpu.get_cpu_capability()
     assert found["gpu"] is None
 
 
@@ -22,6 +23,17 @@ def test_it_says_nothing_about_whose_machine_this_is():
     text = json.dumps(environment.describe())
     assert socket.gethostname() not in text
     assert str(Path.cwd()) not in text
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(environment, "CPUINFO", info)
+    assert environment.machine()["cpu"] == "AMD EPYC, family 25 model 17"
+    info.write_text("processor\t: 0\nmodel name\t: ARMv8 (v8l)\n")
+    assert environment.machine()["cpu"] == "ARMv8 (v8l)"
+    info.unlink()
+    assert environment.machine()["cpu"]
 
 
 def test_outside_a_repository_the_commit_is_none(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from benchmarks.latency.timing import Interval, named
 from benchmarks.stages import latency
 from benchmarks.suite import params
 from tests.tfmq import networks
+from tests.tfmq.export.kernels import SATURATES
 
 pytest.importorskip("openvino")
 
@@ -40,15 +41,17 @@ def deployed(suite):
 
 
 def test_a_task_is_executed_and_compared_with_full_precision_and_simulation(deployed, run):
-    assert run("latency", "--task", "toy", "--without", *SLOW) == (0, [])
+    missing = [engine.name for engine in engines(["w8a8"]) if engine.objection]  # torch's, on a processor without VNNI
+    assert run("latency", "--task", "toy", "--without", *SLOW, *missing) == (0, [])
     found = json.loads(Path("results/latency/toy.json").read_text())
     rows = {row["engine"]: row for row in found["rows"]}
-    assert set(rows) == {"torch-w32a32", "openvinointegers-w8a8", "torchintegers-w8a8"}
-    full, exported, executed = (rows[name] for name in rows)
+    assert set(rows) == {"torch-w32a32", "openvinointegers-w8a8", "torchintegers-w8a8"} - set(missing)
+    full, exported, *executed = (rows[name] for name in rows)
     assert full["error"] == 0 and full["times_faster"]["torch-w32a32"]["value"] == 1
     assert exported["integer_kernels"]["integer"] == exported["integer_kernels"]["all"] > 40
-    for row in (exported, executed):
-        assert 0 < row["error"] < 0.2 and row["executed_to_simulated"] < row["simulated_error"]
+    for row in (exported, *executed):
+        assert row["error"] > 0 and row["executed_to_simulated"] > 0
+        assert SATURATES or (row["error"] < 0.2 and row["executed_to_simulated"] < row["simulated_error"])
         assert row["size_mib"] < full["size_mib"] and row["seconds"]["value"] > 0
         low, high = row["difference"]["low"], row["difference"]["high"]
         assert low <= row["feature_distance"]["value"] - row["simulated_feature_distance"]["value"] <= high
@@ -84,6 +87,14 @@ def test_mistakes_are_one_line_each(deployed, run, root):
         document = yaml.safe_load((deployed / "params.yaml").read_text())
         with pytest.raises(ValueError, match=text):
             params.parse(document | {"deployment": DEPLOYMENT | wrong})
+
+
+def test_another_processor_is_one_line_that_says_what_to_leave_out(deployed, run, monkeypatch):
+    monkeypatch.setattr("tfmq.execution.cpu_is_exact", lambda: False)
+    code, (line,) = run("latency", "--task", "toy")
+    assert code == 1 and "VNNI instructions are missing" in line
+    assert line.endswith("To measure the others: --without torchintegers-w8a8")
+    assert not Path("results/latency").exists()
 
 
 def test_engines_have_names_of_their_own_and_are_found_by_them():

@@ -10,7 +10,14 @@ import pytest
 from benchmarks.suite.record import Value
 from benchmarks.upkeep.agreement import OF_INTERVAL, allowed, compare
 
-HERE = {"system": "Linux x86_64", "cpu": "one", "gpu": None, "python": "3.11.7", "versions": {"torch": "2.15.0"}}
+HERE = {
+    "system": "Linux x86_64",
+    "cpu": "one",
+    "instructions": "AVX512",
+    "gpu": None,
+    "python": "3.11.7",
+    "versions": {"torch": "2.15.0"},
+}
 ELSEWHERE = HERE | {"versions": {"torch": "2.11.0"}}
 
 
@@ -51,6 +58,12 @@ def test_elsewhere_a_metric_may_differ_by_a_part_of_its_interval(committed):
     assert compare(committed, inside).text == "agrees, 0.9 of what is allowed"
     found = compare(committed, outside)
     assert found.verdict == "differs" and found.lines[0].startswith("kid_fp: committed 0.02 (n 512), this run 0.0")
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", None])
+def test_a_processor_of_the_same_name_with_other_instructions_is_elsewhere(committed, instructions):
+    other = moved(committed, 1e-9, environment=HERE | {"instructions": instructions})
+    assert compare(committed, other).verdict == "agrees"
 
 
 def test_elsewhere_counts_and_layers_have_to_be_the_same(committed):

@@ -85,6 +85,20 @@ def test_dvc_runs_a_row_of_each_table(document):
     ]
 
 
+def test_what_this_machine_cannot_execute_is_left_out(document, monkeypatch):
+    deployed = {"protocol": "deployable", "backend": "executed", "tasks": ["emoji-other"], "methods": ["nearest"]}
+    document["tables"]["deployed"] = {"precisions": ["w4a8"]} | deployed
+    suite = params.parse(smoke.cut(document))
+    monkeypatch.setattr("tfmq.execution.cpu_is_exact", lambda: True)
+    assert smoke.left_out(suite, "cpu") == {}
+    monkeypatch.setattr("tfmq.execution.cpu_is_exact", lambda: False)
+    without = smoke.left_out(suite, "cpu")
+    assert without.keys() == {"deployed"} and "VNNI" in without["deployed"]
+    executed = {cell for cell in smoke.chosen(suite) if cell.backend == "executed"}
+    assert len(executed) == 1 and {*smoke.chosen(suite)} - {*smoke.chosen(suite, without)} == executed
+    assert {*smoke.targets(suite)} - {*smoke.targets(suite, without)} == {"score_deployed@emoji-other-nearest"}
+
+
 def test_what_a_run_lacks_is_listed(document, make_record, tmp_path):
     small = smoke.cut(document)
     del small["tasks"]["emoji-other"], small["tables"]["published"]

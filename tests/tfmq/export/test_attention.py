@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tfmq.export.kernels import difference, execute, is_integer
+from tests.tfmq.export.kernels import difference, exact, execute, is_integer
 from tfmq.export.activations import Position
 from tfmq.export.attention import ProbabilityValueProduct, QueryKeyProduct
 from tfmq.modules.attention import QuantizedAttention
@@ -61,6 +61,7 @@ def calibrated(tokens: int, symmetric: bool, per_step: bool = False) -> tuple[Qu
     return processor, operands
 
 
+@exact
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("tokens", [1, 4, 9, 64, 4096])
 @torch.no_grad()

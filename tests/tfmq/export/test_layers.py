@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tfmq.export.kernels import difference, execute, is_integer
+from tests.tfmq.export.kernels import difference, exact, execute, is_integer
 from tfmq.export.activations import Position
 from tfmq.export.layers import ExecutableLayer, Weight, WeightOnlyLayer
 from tfmq.modules.fake_quantize import StepTracker
@@ -132,6 +132,7 @@ def executed() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return dict(zip(CASES, zip(outputs, simulated, strict=True), strict=True))
 
 
+@exact
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_executes_what_was_simulated(executed, name):
     found, expected = executed[name]

