@@ -185,7 +185,11 @@ def _recipe(suite: Suite, task: Task, point: Point) -> Recipe:
 
 
 def _address(task: Task, wanted: Study, point: Point, recipe: Recipe) -> str:
-    """The hash of all that decides a point: it is measured anew where code or settings have changed."""
+    """The hash of all that decides a point: it is measured anew where code or settings have changed.
+
+    On another processor too, since seconds are to be compared.
+    """
+    machine = environment.machine()
     code = code_hash(*sorted({Path(inspect.getfile(type(step))) for step in recipe}))
     described = [
         repr(task),
@@ -195,5 +199,6 @@ def _address(task: Task, wanted: Study, point: Point, recipe: Recipe) -> str:
         point.seed,
         [repr(step) for step in recipe],
         code,
+        [machine["cpu"], machine["instructions"]],
     ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
