@@ -41,7 +41,8 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, in two processes; arguments after -- go to pytest."""
     install(session)
-    session.run(PYTHON, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
+    shared = ["-n", "2", "--dist", "loadgroup"]
+    session.run(PYTHON, "-m", "pytest", *shared, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session
