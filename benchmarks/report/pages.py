@@ -43,10 +43,9 @@ def methods(suite: Suite, reported: pd.DataFrame) -> str:
         parts.append(f"## {method.label}\n\n{shown}\n\n{discover.text(discover.METHODS, name)}")
         used = read(method.config, suite.methods[name], f"methods.{name}")
         parts.append(f"Settings here: {_differences(method.config(), used)}.")
-        for task in suite.tasks.values():
-            if name in task.methods:
-                on_task = read(method.config, suite.settings(task.name, name), f"tasks.{task.name}.methods.{name}")
-                parts.append(f"On {task.name}: {_differences(used, on_task)}.")
+        for task in suite.overrides.get(name, {}):
+            on_task = read(method.config, suite.settings(task, name), f"overrides.{name}.{task}")
+            parts.append(f"On {task}: {_differences(used, on_task)}.")
         numbers = reported[(reported["method"] == name) & reported["metric"].isin(QUALITY)]
         if len(numbers):
             parts.append(f"Reported:\n\n{_reported(numbers)}")

@@ -62,7 +62,7 @@ class Bench:
         self.suite, self.task, self.device = suite, task, device
         self.checkpoint = manifest.verify(Path(task.checkpoint))
         self.evaluator = evaluator_of(task, device)
-        described = {name: value for name, value in asdict(task).items() if name not in ("images", "methods")}
+        described = {name: value for name, value in asdict(task).items() if name != "images"}
         prompts = "" if task.prompts is None else files.sha256(prompt_file(task, PURPOSE))
         code = code_hash(Path(__file__), discover.file(discover.FAMILIES, task.family))
         versions = torch.__version__, diffusers.__version__

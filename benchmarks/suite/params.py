@@ -48,7 +48,6 @@ class Task:
         second_evaluator: gives one more distance to the data.
         prompts: folder with ``calibration.txt`` and ``evaluation.txt``, a prompt a line; None without conditioning.
         clip: folders of the CLIPs that score how well images match their prompts.
-        methods: settings that a method has on this task alone.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Task:
     second_evaluator: str | None = None
     prompts: str | None = None
     clip: tuple[str, ...] = ()
-    methods: dict[str, dict[str, object]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         counts = ("images", "batch", "calibration_images", "data_images")
@@ -319,6 +317,7 @@ class Suite:
 
     Attributes:
         methods: by name, the settings that differ from a method's defaults.
+        overrides: those that a method has on one task alone, ``{method: {task: {iterations: 200}}}``.
         gates: bounds of metrics of a task's full-precision row, ``{task: {fd_data: [low, high]}}``. Where it is
             outside, all cells of the task are shown as unverified.
         reported: which numbers of papers stand beside the suite's.
@@ -332,6 +331,7 @@ class Suite:
     tasks: dict[str, Task]
     tables: dict[str, Table]
     methods: dict[str, dict[str, object]]
+    overrides: dict[str, dict[str, dict[str, object]]] = field(default_factory=dict)
     gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     reported: Reported | None = None
     deployment: Deployment | None = None
@@ -378,11 +378,12 @@ class Suite:
                 if method not in self.methods:
                     advice = f"Add `{method}: {{}}` under methods, or the settings that differ from its defaults."
                     raise discover.unknown(f"method in tables.{name}", method, self.methods, advice)
-        for own in self.tasks.values():
-            for method in own.methods:
-                if method not in self.methods:
-                    where = f"method in tasks.{own.name}.methods"
-                    raise discover.unknown(where, method, self.methods, "Methods stand below.")
+        for method, by_task in self.overrides.items():
+            if method not in self.methods:
+                raise discover.unknown("method in overrides", method, self.methods, "Methods stand above.")
+            for task in by_task:
+                if task not in self.tasks:
+                    raise discover.unknown(f"task in overrides.{method}", task, self.tasks, "Tasks stand above.")
         cells = self.cells()
         if len(set(cells)) < len(cells):
             twice = next(cell for cell in cells if cells.count(cell) > 1)
@@ -399,7 +400,7 @@ class Suite:
 
     def settings(self, task: str, method: str) -> dict[str, object]:
         """The settings of a method on a task that differ from its defaults."""
-        return self.methods.get(method, {}) | self.tasks[task].methods.get(method, {})
+        return self.methods.get(method, {}) | self.overrides.get(method, {}).get(task, {})
 
     def cells(self) -> list[Cell]:
         """Every cell: the full-precision ones, then table by table."""
@@ -478,11 +479,11 @@ def load(path: Path) -> Suite:
 
 def check_methods(suite: Suite) -> None:
     """Raise ValueError for settings that a method does not have, naming the nearest one. Imports every method."""
-    for name, overrides in suite.methods.items():
-        read(discover.method(name).config, overrides, f"methods.{name}")
-    for task in suite.tasks.values():
-        for name, overrides in task.methods.items():
-            read(discover.method(name).config, overrides, f"tasks.{task.name}.methods.{name}")
+    for name, settings in suite.methods.items():
+        read(discover.method(name).config, settings, f"methods.{name}")
+    for name, by_task in suite.overrides.items():
+        for task, settings in by_task.items():
+            read(discover.method(name).config, settings, f"overrides.{name}.{task}")
     for label, curve in suite.study.curves.items() if suite.study else ():
         for varied in curve.points or ({},):
             read(discover.method(curve.method).config, curve.settings | varied, f"study.curves.{label}")

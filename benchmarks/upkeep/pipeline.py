@@ -192,7 +192,7 @@ class Pipeline:
                     discover.file(discover.METHODS, method),
                     discover.file(discover.BACKENDS, found.backend),
                 ),
-                params=[f"methods.{method}", *self._of_table(table), "tasks.${item}"],
+                params=[*self._of_method(method), *self._of_table(table), "tasks.${item}"],
                 outs={f"work/cells/${{item}}/{self._row(table, method)}": self._kept},
                 over=("foreach", f"${{tables.{table}.tasks}}"),
             )
@@ -203,6 +203,10 @@ class Pipeline:
         """The name of a row's folders."""
         found = self.suite.tables[table]
         return Cell("", method, "", protocol=found.protocol, backend=found.backend).row
+
+    def _of_method(self, method: str) -> list[str]:
+        """The settings of a method."""
+        return [f"methods.{method}", *[f"overrides.{method}"] * (method in self.suite.overrides)]
 
     def _of_table(self, table: str) -> list[str]:
         """The settings of a table that decide what its cells are; a backend stands there if it is not the usual one."""
@@ -265,7 +269,10 @@ class Pipeline:
             "python -m benchmarks tables",
             deps=["results/records", *beside],
             code=code,
-            params=sorted({"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}),
+            params=sorted(
+                {"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}
+                | ({"overrides"} if self.suite.overrides else set())
+            ),
             outs={f"results/{name}": "{cache: false}" for name in sorted(pages)},
         )
 

@@ -67,7 +67,8 @@ def cut(document: dict[str, object]) -> dict[str, object]:
         for key, limit in TASK_LIMITS.items():
             if task.get(key) != 0:
                 task[key] = min(task.get(key) or limit, limit)
-        for settings in task.get("methods", {}).values():
+    for by_task in small.get("overrides", {}).values():
+        for settings in by_task.values():
             settings |= _fewer(settings)
     small["methods"] = {name: _short(name, settings) for name, settings in small["methods"].items()}
     return small

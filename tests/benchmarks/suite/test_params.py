@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from benchmarks.suite import discover
-from benchmarks.suite.params import load, parse
+from benchmarks.suite.params import check_methods, load, parse
 
 PLUGINS = {
     discover.METHODS: ("full_precision", "nearest", "prev", "tfmq"),
@@ -173,14 +173,21 @@ def test_gates_are_bounds_of_known_tasks(document):
 
 
 def test_a_task_may_have_settings_of_its_own_for_a_method(document):
-    document["tasks"]["emoji-ldm8"] = document["tasks"]["emoji-ldm4"] | {"methods": {"tfmq": {"batch": 8}}}
+    document["tasks"]["emoji-ldm8"] = document["tasks"]["emoji-ldm4"]
+    document["overrides"] = {"tfmq": {"emoji-ldm8": {"batch": 8}}}
     suite = parse(document)
     assert suite.settings("emoji-ldm4", "tfmq") == {"iterations": 1000}
     assert suite.settings("emoji-ldm8", "tfmq") == {"iterations": 1000, "batch": 8}
     assert suite.settings("emoji-ldm8", "full_precision") == {}
-    document["tasks"]["emoji-ldm8"]["methods"] = {"tfqm": {"batch": 8}}
-    with pytest.raises(ValueError, match="unknown method in tasks.emoji-ldm8.methods 'tfqm': did you mean 'tfmq'"):
+    document["overrides"] = {"tfqm": {"emoji-ldm8": {"batch": 8}}}
+    with pytest.raises(ValueError, match="unknown method in overrides 'tfqm': did you mean 'tfmq'"):
         parse(document)
+    document["overrides"] = {"tfmq": {"emoji-ldm9": {"batch": 8}}}
+    with pytest.raises(ValueError, match="unknown task in overrides.tfmq 'emoji-ldm9': did you mean"):
+        parse(document)
+    document["overrides"] = {"tfmq": {"emoji-ldm8": {"bach": 8}}}
+    with pytest.raises(ValueError, match=r"overrides\.tfmq\.emoji-ldm8.*'bach': did you mean 'batch'"):
+        check_methods(parse(document))
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def test_every_task_and_row_runs_once(document):
 
 
 def test_all_iterations_are_few(document):
-    document["tasks"]["emoji-other"]["methods"] = {"tfmq": {"iterations": 100, "batch": 8}}
+    document["overrides"] = {"tfmq": {"emoji-other": {"iterations": 100, "batch": 8}}}
     cut = smoke.cut(document)
-    assert cut["tasks"]["emoji-other"]["methods"] == {"tfmq": {"iterations": smoke.ITERATIONS, "batch": 8}}
+    assert cut["overrides"] == {"tfmq": {"emoji-other": {"iterations": smoke.ITERATIONS, "batch": 8}}}
     for name, settings in cut["methods"].items():
         config = discover.method(name).config(**settings)
         iterations = {key: value for key, value in vars(config).items() if key.endswith("iterations")}
