@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tfmq.network.backbone import Network
+from tfmq.numerics.finite import all_finite
 from tfmq.plan import activation_quantizers, quantized_layers
 from tfmq.state import check_quantized, check_storable
 
@@ -66,7 +67,7 @@ def checked_tensors(network: Network) -> dict[str, Tensor]:
         )
     tensors = packed_tensors(network)
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ValueError(f"{name} holds NaN or infinity: quantise again from a checkpoint that is not damaged")
     return tensors
 

@@ -13,6 +13,7 @@ from tfmq.network.backbone import Backbone, Network, backbone_of, check_further_
 from tfmq.network.calibration import CalibrationSet
 from tfmq.network.number_types import cast_back, in_float32, number_type, pool_in_float32
 from tfmq.network.rows import CalibrationRows
+from tfmq.numerics.finite import all_finite
 from tfmq.passes import Recipe
 from tfmq.plan import SHARED, Protocol, amended_plan, check_unquantized, insert_quantizers, quantized_layers
 from tfmq.precision import FULL, Precision
@@ -97,7 +98,7 @@ def check_arguments(network: Network, precision: Precision, workspace: Workspace
     number_type(network)
     check_unchanged(network)
     for name, parameter in network.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, fetch or convert it again")
 
 

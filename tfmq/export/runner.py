@@ -14,6 +14,7 @@ from torch import Tensor
 from tfmq.export.description import Description
 from tfmq.export.kernels import check_integer, executed_kernels
 from tfmq.export.openvino import CORRECTION, compile_model, load_openvino
+from tfmq.numerics.finite import all_finite
 from tfmq.numerics.steps import exact_steps
 from tfmq.passes.correction import NoiseCorrection, attach_correction
 
@@ -95,7 +96,7 @@ class ExportedNetwork:
             raise ValueError("give the condition once: as encoder_hidden_states or as class_labels")
         described = self.description
         step = _single(timestep)
-        if not torch.isfinite(sample).all():
+        if not all_finite(sample):
             raise ValueError(f"sample holds NaN or infinity at time step {step}, which would become codes unseen")
         inputs = [_checked("sample", sample, described.latents).float(), self._index(step)]
         if described.condition is None and found:
@@ -107,7 +108,7 @@ class ExportedNetwork:
             inputs.append(context.float() if len(described.condition) > 1 else context.long())
         results = self._request.infer([tensor.detach().contiguous().numpy() for tensor in inputs])
         output = torch.from_numpy(results[0].copy()).to(sample.dtype)
-        if not torch.isfinite(output).all():
+        if not all_finite(output):
             raise ValueError(f"the exported network put out NaN or infinity at time step {step}")
         return UNet2DOutput(sample=output) if return_dict else (output,)
 

@@ -127,7 +127,8 @@ class QuantizedAttention(nn.Module):
             part = (query[inside], key[inside], value[inside], None if mask is None else mask[inside])
             if observer is not None:
                 probabilities = attn.get_attention_scores(part[0], part[1], part[3])
-                extremes += probabilities.unflatten(0, (-1, attn.heads)).flatten(1).aminmax(dim=1)
+                by_image = probabilities.unflatten(0, (-1, attn.heads)).flatten(1)
+                extremes += [by_image.amin(1), by_image.amax(1)]
                 parts.append(torch.bmm(probabilities, part[2]))
             elif torch.is_grad_enabled():
                 parts.append(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tfmq.modules.number_types import KeepsTypes
 from tfmq.numerics.affine import Grid, fake_quantize
+from tfmq.numerics.finite import all_finite
 from tfmq.numerics.observer import RangeObserver, SearchObserver, ThresholdObserver
 from tfmq.numerics.steps import exact_steps, step_value
 
@@ -237,7 +238,7 @@ class FakeQuantize(KeepsTypes):
 
     def _record(self, observer: RangeObserver, x: Tensor) -> None:
         index = self.tracker.index
-        if not torch.isfinite(x).all():
+        if not all_finite(x):
             raise ValueError(f"the activation at {self.path} holds NaN or infinity{self.tracker.where()}")
         if len(observer.low) == 1:
             observer.update(x)

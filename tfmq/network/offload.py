@@ -15,6 +15,7 @@ from torch import Tensor
 from tfmq.network.backbone import Backbone, Block, Network
 from tfmq.network.conditioning import with_channels
 from tfmq.network.rows import CalibrationRows
+from tfmq.numerics.finite import all_finite
 from tfmq.plan import announce_step
 from tfmq.workspace import Allocate
 
@@ -114,7 +115,7 @@ class BlockStream:
         for start in range(0, len(self.rows), self.batch):
             rows = slice(start, start + self.batch)
             part = self.evaluate(self.network, block, inputs, rows)
-            if not part.is_meta and not torch.isfinite(part).all():
+            if not part.is_meta and not all_finite(part):
                 raise ValueError(f"{block.path} puts out NaN or infinity on the calibration set")
             if start == 0:
                 outputs = self.place.empty(len(self.rows), part)

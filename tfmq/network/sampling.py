@@ -17,6 +17,7 @@ from tfmq.network.backbone import Network, check_inputs, evaluate
 from tfmq.network.conditioning import Conditioning, Inputs
 from tfmq.network.schedulers import adds_noise, check_scheduler, is_ddim
 from tfmq.numerics.draws import GivenNoise
+from tfmq.numerics.finite import all_finite
 from tfmq.numerics.steps import step_value
 from tfmq.settings import check_counts, check_numbers
 
@@ -202,7 +203,7 @@ def sample(
     for index, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         predicted, residuals = _predict(network, scaled, timestep, conditioning, settings.guidance_scale)
-        if not torch.isfinite(predicted).all():
+        if not all_finite(predicted):
             layer = _first_nonfinite_layer(network, scaled, timestep, conditioning)
             at = step_value(timestep)
             raise ValueError(f"sampling: {layer} put out NaN or infinity at step {index} (time step {at})")
@@ -240,7 +241,7 @@ def _first_nonfinite_layer(
 
     def watch(path: str) -> Callable:
         def hook(module: torch.nn.Module, args: tuple, output: object) -> None:
-            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+            if isinstance(output, Tensor) and not all_finite(output):
                 found.append(path)
 
         return hook

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tfmq.numerics.affine import SMALLEST_SCALE, Grid, affine_from_range, dequantize, quantize
+from tfmq.numerics.finite import extremes
 
 SEARCH_CANDIDATES = 80
 SEARCH_NORM = 2.4
@@ -89,7 +90,7 @@ class Side(Enum):
 
     @classmethod
     def of(cls, x: Tensor) -> Side:
-        low, high = torch.aminmax(x)
+        low, high = extremes(x)
         if low >= 0:
             return cls.POSITIVE
         return cls.NEGATIVE if high <= 0 else cls.BOTH
@@ -161,7 +162,7 @@ class RangeObserver:
 
     def update(self, x: Tensor, step: int = 0) -> None:
         """Take in one batch of finite values, all of one time step."""
-        low, high = (end.detach().cpu() for end in torch.aminmax(x))
+        low, high = (end.detach().cpu() for end in extremes(x))
         if torch.isnan(self.low[step]):
             self.low[step], self.high[step] = low, high
         elif self.momentum is None:
@@ -231,7 +232,7 @@ def _histogram(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().reshape(-1).float()
     if len(x) <= HISTOGRAM_BINS:
         return x[None], torch.ones_like(x)[None]
-    low, high = (end.item() for end in torch.aminmax(x))
+    low, high = (end.item() for end in extremes(x))
     counts = torch.histc(x, HISTOGRAM_BINS, low, high)
     width = (high - low) / HISTOGRAM_BINS
     values = low + width * (torch.arange(HISTOGRAM_BINS, dtype=torch.float32, device=x.device) + 0.5)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes
 from tfmq.modules.fake_quantize import ActivationRange
-from tfmq.network.backbone import Network, evaluate
+from tfmq.network.backbone import evaluate
 from tfmq.network.calibration import CalibrationSet, Draw, Spaced
 from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
@@ -89,21 +86,4 @@ class ActivationRanges(Pass[CalibrationRows]):
         """See `Pass`."""
         if not shapes.calibrates or shapes.calibrated:
             return Memory()
-        with checked_inputs(shapes.network):
-            return Memory(shapes.evaluated(rows, self.batch))
-
-
-@contextmanager
-def checked_inputs(network: Network) -> Iterator[None]:
-    """Let each activation quantiser of a network on the meta device look for NaN, as observers do."""
-    quantizers = activation_quantizers(network).values()
-    handles = [quantizer.register_forward_pre_hook(_look_for_nan) for quantizer in quantizers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _look_for_nan(quantizer: nn.Module, args: tuple[Tensor]) -> None:
-    torch.isfinite(args[0]).all()
+        return Memory(shapes.evaluated(rows, self.batch))

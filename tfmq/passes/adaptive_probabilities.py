@@ -13,7 +13,6 @@ from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.calibration import CalibrationSet, Draw, Spaced
 from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
-from tfmq.passes.activation_ranges import checked_inputs
 from tfmq.plan import QuantizationPlan, activation_quantizers
 from tfmq.session import Session
 from tfmq.settings import check_counts, check_numbers
@@ -85,8 +84,7 @@ class AdaptiveProbabilities(Pass[CalibrationRows]):
         """See `Pass`."""
         if not self._any(shapes):
             return Memory()
-        with checked_inputs(shapes.network):
-            return Memory(shapes.evaluated(rows, self.batch))
+        return Memory(shapes.evaluated(rows, self.batch))
 
     def _any(self, shapes: Shapes) -> bool:
         return any(attention.adaptive for attention in shapes.plan.attentions.values())
