@@ -62,7 +62,9 @@ class Bench:
         self.suite, self.task, self.device = suite, task, device
         self.checkpoint = manifest.verify(Path(task.checkpoint))
         self.evaluator = evaluator_of(task, device)
-        described = {name: value for name, value in asdict(task).items() if name not in ("images", "methods")}
+        # Rounds are drawn in float32, whatever `tf32` says.
+        others = ("images", "methods", "tf32")
+        described = {name: value for name, value in asdict(task).items() if name not in others}
         prompts = "" if task.prompts is None else files.sha256(prompt_file(task, PURPOSE))
         code = code_hash(Path(__file__), discover.file(discover.FAMILIES, task.family))
         versions = torch.__version__, diffusers.__version__
@@ -198,7 +200,7 @@ class Bench:
         for spent in quantized.passes:
             seconds[spent.name] = seconds.get(spent.name, 0.0) + spent.seconds
         record = _record(
-            dataclasses.replace(self.task, images=count),
+            dataclasses.replace(self.task, images=count, tf32=False),
             cell,
             settings=work.settings,
             evaluator=self.evaluator.identity,
@@ -234,7 +236,7 @@ def _record(
     evaluator: str | None = None,
     **fields: object,
 ) -> Record:
-    described = {"task": asdict(task), "method": dict(settings or {}), "evaluator": evaluator}
+    described = {"task": task.described(), "method": dict(settings or {}), "evaluator": evaluator}
     blank = {"status": "measured", "reason": "", "metrics": {}, "cost": None, "inputs": {}, "environment": {}}
     return Record(
         task=task.name,

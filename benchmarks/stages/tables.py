@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +130,7 @@ def _read(suite: Suite, cell: Cell) -> Record:
         seed=cell.seed,
         protocol=cell.protocol,
         backend=cell.backend,
-        settings={"task": asdict(task), "method": {}},
+        settings={"task": task.described(), "method": {}},
         status="failed",
         reason=reason,
         metrics={},
