@@ -24,7 +24,6 @@ from benchmarks.report.statistic import RANKED_BY
 from benchmarks.runtime import environment, excerpt, files, manifest
 from benchmarks.runtime.files import QUANTIZED
 from benchmarks.runtime.workspace import MIB, peak_memory
-from benchmarks.stages import reference
 from benchmarks.stages._data_features import evaluator_of
 from benchmarks.stages._drawn import full_record_file, record_file
 from benchmarks.stages._setup import (
@@ -91,17 +90,16 @@ class Bench:
                 parts.append(files.read_tensors(path))
         self._write(work, count, _together(parts))
 
-    def draw_all(self, cell: Cell) -> None:
+    def draw_all(self, cell: Cell, references: References) -> None:
         """Write the record of a cell with all images of its task, and what its evaluator's features say of them.
 
         Batches that a round has drawn are taken from there; the others are drawn, and not followed along full
-        precision's trajectory. Raises ValueError where what images are compared with is missing.
+        precision's trajectory.
         """
         path, objection = full_record_file(cell), _objection(cell)
         if objection:
             files.write_text(path, _refused(self.task, cell, objection).to_json())
             return
-        references = reference.read(self.task, self.evaluator)
         work, parts = self._work(cell), []
         with self._at_work(work) as network:
             drawn = batches(self.task.images, self.task.batch)

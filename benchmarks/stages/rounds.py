@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from benchmarks.metrics import metrics
 from benchmarks.report import rounds as report
 from benchmarks.runtime.devices import device_of
-from benchmarks.stages import _drawn
+from benchmarks.stages import _drawn, reference
 from benchmarks.stages._rounds import Bench
 from benchmarks.stages._setup import task_of
 from benchmarks.suite import discover
@@ -42,13 +42,14 @@ def run(suite: Suite, task_name: str, device_name: str, draw: bool = False, full
     if draw or chosen:
         bench = Bench(suite, task, device_of(device_name))
         torch.set_num_threads(1)
+        references = reference.read(task, bench.evaluator) if chosen else None
         while draw and decision.next:
             for cell, images in tqdm(decision.next.items(), desc=task.name, unit="cell"):
                 if cell.method != FULL_PRECISION:
                     bench.draw(cell, images)
             decision = _decide(suite, task.name)
         for cell in chosen:
-            bench.draw_all(cell)
+            bench.draw_all(cell, references)
     text = report.page(task.name, decision, suite.rounds)
     if not chosen:
         return text
