@@ -127,6 +127,15 @@ def parser() -> argparse.ArgumentParser:
         help="quantise the cells that are missing, and draw round after round until all claims are decided or no round"
         " is left; a run that was stopped goes on",
     )
+    command.add_argument(
+        "--full",
+        nargs="+",
+        default=[],
+        metavar="CELL",
+        help="draw all images of these cells, such as tfmq-published/w4a8 or full_precision/w32a32, going on from those"
+        " of their rounds: what papers' FIDs are computed from. `dvc repro` does it for all cells. Takes what"
+        " `reference` makes; writes results/full, which `tables` shows beside the papers' numbers",
+    )
     command = stage(
         "latency",
         "Execute a task's network with integers, and time it beside full precision and NNCF's own quantisation; without"
@@ -246,7 +255,7 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
     "reference": _of_task,
     "generate": _of_cells,
     "score": _of_cells,
-    "rounds": lambda options: (params.load(PARAMS), options.task, options.device, options.draw),
+    "rounds": lambda options: (params.load(PARAMS), options.task, options.device, options.draw, options.full),
     "latency": lambda options: (params.load(PARAMS), options.task, options.without),
     "study": lambda options: (params.load(PARAMS), options.task),
     "temporal": lambda options: (params.load(PARAMS), options.task),

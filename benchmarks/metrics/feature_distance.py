@@ -7,14 +7,16 @@ from benchmarks.metrics import Evidence, Metric
 from benchmarks.metrics._interval import mean_of
 
 
+def distances(pooled: Tensor, paired: Tensor) -> Tensor:
+    """1 - cosine (N,) of pooled features (N, D) and those that they are paired with."""
+    return (1 - functional.cosine_similarity(pooled.double(), paired.double(), dim=1)).clamp(min=0)
+
+
 def per_image(evidence: Evidence) -> Tensor | None:
     """1 - cosine of paired pooled features; None for full precision."""
     if evidence.paired_features is None:
         return None
-    similarity = functional.cosine_similarity(
-        evidence.features.pooled.double(), evidence.paired_features.pooled.double(), dim=1
-    )
-    return (1 - similarity).clamp(min=0)
+    return distances(evidence.features.pooled, evidence.paired_features.pooled)
 
 
 METRIC = Metric(

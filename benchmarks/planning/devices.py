@@ -141,4 +141,7 @@ def rate_on(rate: Rate, network: str, device: Device) -> Rate:
         changes["quantized"] = measured.samples_per_second / simulated.samples_per_second
     if device.learned is not None:
         changes["learning"] = device.learned
+    fast = device.speed(measured.network, TF32)
+    if fast is not None:
+        changes["tf32"] = measured.samples_per_second / fast.samples_per_second
     return dataclasses.replace(rate, **changes)

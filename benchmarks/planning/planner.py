@@ -108,6 +108,7 @@ class Rate:
         on_cpu: whether it was timed on a CPU.
         quantized: what a quantised evaluation takes, in evaluations.
         learning: what a row that is learned on takes, in evaluations; None where it was not measured.
+        tf32: what an evaluation in TF32 takes, in evaluations; 1 where it was not measured.
     """
 
     device: str
@@ -119,6 +120,12 @@ class Rate:
     on_cpu: bool = True
     quantized: float = QUANTIZED
     learning: float | None = None
+    tf32: float = 1.0
+
+    @property
+    def of_gpu(self) -> bool:
+        """Whether it is planned for a GPU."""
+        return not self.on_cpu or self.assumed is not None
 
     @property
     def planned(self) -> float:
@@ -130,7 +137,7 @@ class Rate:
         """What a row that is learned on takes, in evaluations."""
         if self.learning is not None:
             return self.learning
-        return LEARNED if self.on_cpu and self.assumed is None else LEARNED_ON_GPU
+        return LEARNED_ON_GPU if self.of_gpu else LEARNED
 
 
 @dataclass(frozen=True)
@@ -250,10 +257,16 @@ class Planner:
         )
 
     def full_precision(self) -> Item:
-        """The cell that the others are compared with, its trajectory, and what evaluators see of it."""
+        """The cell that the others are compared with, its trajectory, and what evaluators see of it.
+
+        In TF32 where its task lets a GPU draw it so: its first batches are then drawn in float32 too.
+        """
         full = Cell(self.task.name, FULL_PRECISION, "w32a32")
         images = round(self.drawn.get(full, self.task.images))
-        evaluations = self.passes * images
+        in_tf32 = self.task.tf32 and self.rate.of_gpu and full not in self.drawn
+        checked = min(self.task.checked_batches * self.task.batch, images) if in_tf32 else 0
+        evaluations = self.passes * (images + checked)
+        seconds = self.rate.planned * self.passes * (images * (self.rate.tf32 if in_tf32 else 1) + checked)
         step = self.network.latents(min(self.task.batch, self.task.images))
         return Item(
             FULL_PRECISION,
@@ -261,8 +274,9 @@ class Planner:
             images=images,
             disk=self.image_bytes + 2 * len(self.network.timesteps) * step + self._kept(self.task.images),
             memory=self.sampling_memory,
-            seconds=self.rate.planned * evaluations,
-            drawing=self.rate.planned * evaluations,
+            seconds=seconds,
+            drawing=seconds,
+            note=f"in TF32, an evaluation as {self.rate.tf32:.2g}; {checked:,} in float32 too" if in_tf32 else "",
         )
 
     def cell(self, cell: Cell, learned: dict[tuple[object, ...], str] | None = None) -> Item:

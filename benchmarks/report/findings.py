@@ -42,6 +42,10 @@ Where no precision has several, intervals are over images alone. *p* is correcte
 - **open**: neither. *Would be decided by* says how many seeds and images would do, with a chance of 80 %, if the
   observed ratio is the true one
 - **not applicable**: one of the rows is not made for that task; – is not measured"""
+IN_ROUNDS = """
+- **in rounds**: decided by `python -m benchmarks rounds` on so many images of each row. Its *p* holds at all rounds and
+  for all comparisons of the task together, which is a family of its own; rows that are **equal** are shown to be nearer
+  to one another than a margin"""
 SMALL = (
     "\n\nWhat is found here is found on small models, with few iterations. It is no verdict on the models of the"
     " papers."
@@ -140,6 +144,22 @@ class Judged:
     verdict: str
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What rounds have decided of a claim at a precision.
+
+    Attributes:
+        images: of each row, that the verdict is by.
+        level: at which it was decided, in words.
+    """
+
+    claim: Claim
+    precision: str
+    verdict: str
+    images: int
+    level: str
+
+
 def verdict(found: Estimate | None, p: float, direction: str) -> str:
     """One of VERDICTS on a difference, better less worse; ``direction``: whether ``lower`` or ``higher`` is better."""
     if found is None or p >= LEVEL or found.mean == 0:
@@ -173,21 +193,23 @@ def page(
     claims: Sequence[Claim] = CLAIMS,
     steps: Mapping[Cell, np.ndarray] | None = None,
     small: bool = True,
+    drawn: Mapping[str, Sequence[Drawn]] | None = None,
 ) -> str:
     """Markdown: what the ablation says in words, a verdict on each claim and task, and every comparison behind it.
 
-    ``judges`` has what is measured of each task, and ``steps`` the temporal error of cells at each step (T,).
-    ``small`` says that the models are not the papers'.
+    ``judges`` has what is measured of each task, ``steps`` the temporal error of cells at each step (T,), and ``drawn``
+    what rounds have decided of each task. ``small`` says that the models are not the papers'.
     """
-    parts = [INTRODUCTION + SMALL * small]
+    drawn = {task: found for task, found in (drawn or {}).items() if found}
+    parts = [INTRODUCTION + IN_ROUNDS * bool(drawn) + SMALL * small]
     judged = {task: judge(claims, found, metrics) for task, found in judges.items()}
-    if not any(judged.values()):
+    if not any(judged.values()) and not drawn:
         parts.append("No two rows of a claim have been measured yet.")
         return "\n\n".join(parts) + "\n"
-    told = explanation.text(judges, steps or {})
+    told = explanation.text(judges, steps or {}) if any(judged.values()) else ""
     if told:
         parts.append(f"## {explanation.TITLE}\n\n{told}")
-    parts.append(f"## Verdicts\n\n{_overview(claims, judged, records)}")
+    parts.append(f"## Verdicts\n\n{_overview(claims, judged, records, drawn)}")
     for task, found in judged.items():
         if not found:
             continue
@@ -201,18 +223,30 @@ def _direction(measure: str, metrics: Mapping[str, Metric]) -> str:
     return "lower" if measure == RANKED_BY.name else metrics[measure].better
 
 
-def _overview(claims: Sequence[Claim], judged: Mapping[str, Sequence[Judged]], records: Sequence[Record]) -> str:
-    """A line for each claim, a column for each task."""
-    lines = [_line(("Claim", "By", *judged)), _line([":--"] * (2 + len(judged)))]
+def _overview(
+    claims: Sequence[Claim],
+    judged: Mapping[str, Sequence[Judged]],
+    records: Sequence[Record],
+    drawn: Mapping[str, Sequence[Drawn]],
+) -> str:
+    """A line for each claim, a column for each task: verdicts on all images, then those of rounds."""
+    tasks = list(dict.fromkeys([*judged, *drawn]))
+    lines = [_line(("Claim", "By", *tasks)), _line([":--"] * (2 + len(tasks)))]
     for claim in claims:
         cells = []
-        for task, found in judged.items():
+        for task in tasks:
+            found = judged.get(task, ())
             by_verdict = {
                 name: [each.precision for each in found if (each.claim, each.verdict) == (claim, name)]
                 for name in VERDICTS
             }
             said = [f"**{name}** {', '.join(at)}" for name, at in by_verdict.items() if at and name != OPEN]
             said += [f"{OPEN} {', '.join(by_verdict[OPEN])}"] if by_verdict[OPEN] else []
+            said += [
+                f"**{each.verdict}** {each.precision} in rounds ({each.images:,} images, {each.level})"
+                for each in drawn.get(task, ())
+                if each.claim == claim
+            ]
             cells.append("; ".join(said) or _why_not(claim, task, records))
         if any(cell not in (NOTHING, NOT_APPLICABLE) for cell in cells):
             lines.append(_line((claim.text, claim.source, *cells)))

@@ -16,12 +16,13 @@ import numpy as np
 from scipy.special import ndtr, stdtr, stdtrit
 
 from benchmarks.metrics import Metric
-from benchmarks.report.findings import CLAIMS, CONFIRMED, CONTRADICTED, NOTHING, OPEN, Claim, verdict
+from benchmarks.report.findings import CLAIMS, CONFIRMED, CONTRADICTED, NOTHING, OPEN, Claim, Drawn, verdict
 from benchmarks.report.inference import LEVEL, Estimate, adjusted
 from benchmarks.report.judge import Judge
 from benchmarks.report.sequential import critical_values, sequential_p
 from benchmarks.report.statistic import RANKED_BY, Values
 from benchmarks.report.tables import label
+from benchmarks.report.tables.markdown import heading, measured, number
 from benchmarks.suite.params import Rounds, Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record
 
@@ -185,6 +186,21 @@ def _interval(
     return last.mean - reach, last.mean + reach
 
 
+def decided(decision: Decision, rounds: Rounds) -> list[Drawn]:
+    """The claims that rounds have decided, as the page of findings shows them."""
+    return [
+        Drawn(
+            standing.claim,
+            standing.precision,
+            standing.verdict,
+            standing.looks[-1].images,
+            f"within {rounds.margin:.0%}" if standing.verdict == EQUAL else f"p {_p(standing)}",
+        )
+        for standing in decision.standings
+        if standing.verdict != OPEN
+    ]
+
+
 def page(task: str, decision: Decision, rounds: Rounds) -> str:
     """Markdown: a line for each claim, and what is drawn next."""
     counts = rounds.images[task]
@@ -207,6 +223,18 @@ def page(task: str, decision: Decision, rounds: Rounds) -> str:
     return "\n\n".join(parts)
 
 
+def full_counts(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
+    """Markdown: what the features of all images of some cells of one task say, a line a cell."""
+    columns = measured(metrics, records)
+    head = ["All images of", "Images", *(heading(metric, records) for metric in columns.values()), "Note"]
+    lines = [_line(head), _line([":--", *["--:"] * (len(head) - 2), ":--"])]
+    for record in records:
+        values = [number(record.metrics.get(name), metric.digits, interval=True) for name, metric in columns.items()]
+        images = f"{record.settings['task']['images']:,}" if record.metrics else NOTHING
+        lines.append(_line([record.cell.name.split("/", 1)[1], images, *values, record.reason]))
+    return "\n".join(lines)
+
+
 HEAD = ("Claim", "Precision", "Should be better", "Than", "Ratio", "Images", "p", "Verdict")
 
 
@@ -216,9 +244,12 @@ def _row(standing: Standing) -> str:
     if standing.looks and standing.interval is not None:
         low, high = (float(np.exp(end)) for end in standing.interval)
         ratio = f"{standing.ratio:.3g} [{low:.3g}, {high:.3g}]"
-    p = "< 0.001" if standing.p < 0.001 else f"{standing.p:.2g}"
     rows = [_label(row) for row in (claim.better, claim.worse)]
-    return _line([claim.text, standing.precision, *rows, ratio, f"{images:,}", p, standing.verdict])
+    return _line([claim.text, standing.precision, *rows, ratio, f"{images:,}", _p(standing), standing.verdict])
+
+
+def _p(standing: Standing) -> str:
+    return "< 0.001" if standing.p < 0.001 else f"{standing.p:.2g}"
 
 
 def _label(row: str) -> str:

@@ -31,10 +31,12 @@ RESUME = Path(".resume")
 LEARNED = WORK / "learned"
 
 # Files of a cell: the folder of its images (see `images`); errors against full precision; the full-precision
-# cell's inputs and predictions at each step; the quantised checkpoint; settings, cost and what else is known of it.
+# cell's inputs and predictions at each step; its first images in float32, where the others are in TF32; the quantised
+# checkpoint; settings, cost and what else is known of it.
 IMAGES = "images"
 ERRORS = "errors.safetensors"
 TRAJECTORY = "trajectory.safetensors"
+FLOAT32 = "float32.safetensors"
 QUANTIZED = "quantized.safetensors"
 OUTCOME = "outcome.json"
 # What recording one calibration pool cost; beside the pools.

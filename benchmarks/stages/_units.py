@@ -12,6 +12,7 @@ import torch
 import baselines
 from benchmarks.models import Model
 from benchmarks.runtime import files
+from benchmarks.runtime.devices import has_tf32, tf32
 from benchmarks.runtime.files import ERRORS, IMAGES, QUANTIZED, TRAJECTORY
 from benchmarks.runtime.images import TENSOR, batch_name
 from benchmarks.runtime.workspace import MIB, MeasuredWorkspace, peak_memory, restart_peak
@@ -33,6 +34,8 @@ from tfmq.precision import Precision
 from tfmq.quantization import quantize_
 
 PURPOSE = "sample"
+# Units that draw a batch, and those that draw one in float32 whose part is in TF32.
+PART, CHECK = "part", "check"
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,24 @@ class Work:
         return self.cell.method != FULL_PRECISION
 
     @property
+    def in_tf32(self) -> bool:
+        """Whether images are drawn in TF32: those of full precision, where the task says so and the device has it."""
+        return self.task.tf32 and not self.quantized and has_tf32(torch.device(self.device))
+
+    @property
     def missing(self) -> list[tuple[Work, str]]:
         """The units that can be done now: each is named by the file that it makes."""
-        names = [f"part-{index:05d}.safetensors" for index in range(len(batches(self.task.images, self.task.batch)))]
+        names = [unit_name(PART, index) for index in range(len(batches(self.task.images, self.task.batch)))]
+        if self.in_tf32:
+            names += [unit_name(CHECK, index) for index in range(self.task.checked_batches)]
         if self.quantized:
             names = [ERRORS, *names] if (self.folder / QUANTIZED).exists() else [QUANTIZED]
         return [(self, name) for name in names if not (self.folder / name).exists()]
+
+
+def unit_name(kind: str, index: int) -> str:
+    """Name of the file that a unit of a batch makes."""
+    return f"{kind}-{index:05d}.safetensors"
 
 
 def config_of(method: baselines.Method, cell: Cell, overrides: dict[str, object]) -> baselines.Settings:
@@ -135,27 +150,37 @@ def _networks(work: Work) -> tuple[Model, Network]:
 def _sample_batch(work: Work, name: str) -> None:
     """Sample and decode one batch: its images, then the file that says it is done, with what it cost.
 
-    The first of a full-precision cell keeps its trajectory there, and the network's size.
+    The first of a full-precision cell that is in float32 keeps its trajectory there, and the network's size. Where
+    images are in TF32, the latents of the first batches are kept too, and a `CHECK` has latents and images in float32.
     """
-    index = int(name[len("part-") :].split(".")[0])
+    kind, number = name.removesuffix(".safetensors").split("-")
+    index = int(number)
     images = batches(work.task.images, work.task.batch)[index]
     model, unet = _networks(work)
     noise, step_noise = draw_noise(work.task, PURPOSE, 0, images, model.latent_shape)
+    fast = work.in_tf32 and kind == PART
     steps: list[Step] = []
     start = time.perf_counter()
-    latents = sample(
-        unet,
-        model.scheduler,
-        noise.to(work.device),
-        sampling_settings(work.task),
-        conditioning=conditioning_of(model, work.task, PURPOSE, images),
-        step_noise=step_noise.to(work.device),
-        callback=steps.append if index == 0 and not work.quantized else None,
-    )
-    decoded = model.decode(latents)
+    conditioning = conditioning_of(model, work.task, PURPOSE, images)
+    with tf32(fast):
+        latents = sample(
+            unet,
+            model.scheduler,
+            noise.to(work.device),
+            sampling_settings(work.task),
+            conditioning=conditioning,
+            step_noise=step_noise.to(work.device),
+            callback=steps.append if index == 0 and not work.quantized and not fast else None,
+        )
+        decoded = model.decode(latents)
     tensors = {"seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64)}
     tensors["peak_memory_mib"] = torch.tensor(peak_memory(torch.device(work.device)), dtype=torch.float64)
-    files.write_tensors(work.folder / IMAGES / batch_name(index), {TENSOR: decoded})
+    if kind == PART:
+        files.write_tensors(work.folder / IMAGES / batch_name(index), {TENSOR: decoded})
+    else:
+        tensors[TENSOR] = decoded
+    if work.in_tf32 and index < work.task.checked_batches:
+        tensors["latents"] = latents.cpu()
     if steps:
         tensors["size_mib"] = torch.tensor(full_precision_bytes(unet) / MIB, dtype=torch.float64)
         tensors["trajectory.latents"] = torch.stack([step.latents for step in steps]).cpu()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import takewhile
@@ -19,19 +19,20 @@ from pathlib import Path
 
 import diffusers
 import torch
+from torch import Tensor
 
 import baselines
 from benchmarks.runtime import environment, files, manifest
 from benchmarks.runtime.devices import device_of
-from benchmarks.runtime.files import ERRORS, IMAGES, OUTCOME, QUANTIZED, TRAJECTORY
-from benchmarks.runtime.images import batch_name
+from benchmarks.runtime.files import ERRORS, FLOAT32, IMAGES, OUTCOME, QUANTIZED, TRAJECTORY
+from benchmarks.runtime.images import TENSOR, batch_name
 from benchmarks.runtime.workers import run_units
 from benchmarks.stages._setup import load_model, prompt_file, task_of
-from benchmarks.stages._units import PURPOSE, Work, config_of, do, forget_networks, then
+from benchmarks.stages._units import CHECK, PART, PURPOSE, Work, config_of, do, forget_networks, then
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
-from benchmarks.suite.outcome import Made, Outcome, Quantized
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.outcome import Made, Outcome, Quantized, TensorFloat32
+from benchmarks.suite.params import CHECKED, Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, SIMULATED, Cell
 from tfmq.checkpoint import read_metadata
 from tfmq.closure import code_hash
@@ -121,7 +122,7 @@ def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
     inputs["checkpoint"] = manifest.verify(Path(task.checkpoint))
     if task.prompts is not None:
         inputs["prompts"] = files.sha256(prompt_file(task, PURPOSE))
-    key = files.fingerprint(asdict(task), asdict(cell), settings, inputs, str(device), _code(task, cell))
+    key = files.fingerprint(task.described(), asdict(cell), settings, inputs, str(device), _code(task, cell))
     resume = files.RESUME / cell.name
     return Work(task, cell, str(device), resume.with_name(f"{resume.name}-{key}"), overrides, settings, inputs)
 
@@ -154,7 +155,7 @@ def _code(task: Task, cell: Cell) -> list[str]:
 
 def _finish(work: Work) -> None:
     """Put the parts together under the cell's final name; images stay in the files of their batches."""
-    parts = [files.read_tensors(path) for path in sorted(work.folder.glob("part-*.safetensors"))]
+    parts = [files.read_tensors(path) for path in sorted(work.folder.glob(f"{PART}-*.safetensors"))]
     with files.new_folder(files.cell_folder(work.cell)) as folder:
         (folder / IMAGES).mkdir()
         for index in range(len(parts)):
@@ -165,9 +166,15 @@ def _finish(work: Work) -> None:
             quantized = read(Quantized, read_metadata(work.folder / QUANTIZED)["quantized"], QUANTIZED)
         else:
             names = ("latents", "noise", "timesteps")
-            files.write_tensors(folder / TRAJECTORY, {name: parts[0][f"trajectory.{name}"] for name in names})
-            size = parts[0]["size_mib"].item()
-            quantized = Quantized(size, size, max(part["peak_memory_mib"].item() for part in parts))
+            checks = [files.read_tensors(path) for path in sorted(work.folder.glob(f"{CHECK}-*.safetensors"))]
+            first = (checks or parts)[0]
+            files.write_tensors(folder / TRAJECTORY, {name: first[f"trajectory.{name}"] for name in names})
+            if checks:
+                exact = torch.cat([check[TENSOR] for check in checks])[:CHECKED]
+                files.write_tensors(folder / FLOAT32, {TENSOR: exact})
+            size, memory = first["size_mib"].item(), max(part["peak_memory_mib"].item() for part in parts)
+            details = {"tf32": asdict(_compared(parts, checks))} if work.task.tf32 else {}
+            quantized = Quantized(size, size, memory, details=details)
         made = Made(
             device=_device_name(torch.device(work.device)),
             environment=environment.describe(work.device),
@@ -177,6 +184,18 @@ def _finish(work: Work) -> None:
         )
         outcome = Outcome("measured", "", work.settings, work.inputs, made)
         files.write_json(folder / OUTCOME, outcome.to_json())
+
+
+def _compared(parts: Sequence[Mapping[str, Tensor]], checks: Sequence[Mapping[str, Tensor]]) -> TensorFloat32:
+    """How far the first latents, in TF32, are from those in float32, if there are any."""
+    if not checks:
+        return TensorFloat32()
+    fast, exact = (
+        torch.cat([each["latents"] for each in batches])[:CHECKED].double().flatten(1)
+        for batches in (parts[: len(checks)], checks)
+    )
+    found = (fast - exact).norm(dim=1) / exact.norm(dim=1)
+    return TensorFloat32(len(found), found.mean().item(), found.max().item())
 
 
 def _device_name(device: torch.device) -> str:

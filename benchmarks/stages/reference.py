@@ -8,7 +8,6 @@ inputs and code, until all is: a killed run goes on from there.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -155,7 +154,7 @@ def _unfinished(task: Task, device: torch.device, evaluators: tuple[Evaluator | 
     entries = [discover.file(package, name) for package, name in plugins.items() if name is not None]
     code = [code_hash(Path(__file__), *entries)]
     code += [version(name) for name in ("torch", "diffusers", "pillow")]
-    key = files.fingerprint(asdict(task), inputs, str(device), code)
+    key = files.fingerprint(task.described(), inputs, str(device), code)
     folder = files.RESUME / PURPOSE / f"{task.name}-{key}"
     for superseded in folder.parent.glob(f"{task.name}-{'[0-9a-f]' * len(key)}"):
         if superseded != folder:

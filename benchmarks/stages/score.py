@@ -8,22 +8,25 @@ cells image by image, and what figures show.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.metrics import Evidence, metrics
+from benchmarks.features import extract
+from benchmarks.metrics import Evidence, feature_distance, metrics
+from benchmarks.metrics._interval import mean_with_interval
 from benchmarks.runtime import excerpt, files
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.excerpt import Excerpt
+from benchmarks.runtime.images import TENSOR
 from benchmarks.runtime.workers import run_units
 from benchmarks.stages import _evidence, reference
 from benchmarks.stages._setup import seed_of, task_of
 from benchmarks.suite.fields import read
-from benchmarks.suite.outcome import Layer, Made, Outcome
+from benchmarks.suite.outcome import Layer, Made, Outcome, TensorFloat32
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell, Cost, Record, Value
 
@@ -92,7 +95,7 @@ def _score(task: Task, cell: Cell, device: torch.device, extracted: Path) -> Non
         protocol=cell.protocol,
         backend=cell.backend,
         settings={
-            "task": asdict(task),
+            "task": task.described(),
             "method": outcome.settings,
             **_evidence.identities(task, device),
             "reference": {key: made_with[key] for key in ("data", "features", "clip") if key in made_with},
@@ -102,7 +105,7 @@ def _score(task: Task, cell: Cell, device: torch.device, extracted: Path) -> Non
         metrics=values,
         cost=None if made is None else _cost(cell, made),
         coverage=_coverage(() if made is None else made.quantized.coverage),
-        details={} if made is None else made.quantized.details,
+        details={} if made is None else _details(task, cell, device, made),
         inputs=outcome.inputs | found,
         environment={} if made is None else made.environment,
     )
@@ -142,6 +145,21 @@ def _measure(
             if metric.per_image is not None:
                 per_image[name] = metric.per_image(evidence)
     return values, per_image
+
+
+def _details(task: Task, cell: Cell, device: torch.device, made: Made) -> dict[str, object]:
+    """What is told of quantising; of full precision in TF32, how far features are from those in float32."""
+    path = files.cell_folder(cell) / files.FLOAT32
+    if not path.exists():
+        return made.quantized.details
+    evaluator, _ = _evidence.evaluators(task, device)
+    exact = extract(evaluator, files.read_tensors(path)[TENSOR])
+    own, _ = _evidence.read_parts(files.paired(task.name))
+    distances = feature_distance.distances(own.pooled[: len(exact)], exact.pooled)
+    generator = torch.Generator().manual_seed(seed_of("score", "tf32"))
+    found = read(TensorFloat32, made.quantized.details["tf32"], "tf32")
+    found = replace(found, feature_distance=mean_with_interval(distances, generator))
+    return made.quantized.details | {"tf32": asdict(found)}
 
 
 def _excerpt(cell: Cell, made: Made, per_image: dict[str, torch.Tensor]) -> Excerpt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,11 @@ import pandas as pd
 
 import baselines
 from benchmarks.metrics import Metric, metrics
-from benchmarks.report import figures, findings, pages, ranking, ranking_page, series, site, tables, temporal
+from benchmarks.report import figures, findings, pages, ranking, ranking_page, rounds, series, site, tables, temporal
 from benchmarks.report.judge import Judge, judges_of
 from benchmarks.report.statistic import CANDIDATES, RANKED_BY
 from benchmarks.runtime import excerpt, files
+from benchmarks.stages import _drawn
 from benchmarks.stages._setup import prompts_of
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record, Value
@@ -34,10 +34,13 @@ def run(suite: Suite) -> str:
     first table, or all of that table where it has one task.
 
     A cell without a record is shown as failed. A suite with papers' numbers is one that people run in parts: there such
-    a cell is not measured beside the papers' number, and in no other table. Raises ValueError if no cell has a record,
+    a cell is not measured beside the papers' number, unless `rounds --full` has drawn all its images, and in no other
+    table. Claims that rounds have decided are among the findings. Raises ValueError if no cell has a record,
     unless there are papers' numbers to show.
     """
-    read = [_read(suite, cell) for cell in suite.cells()]
+    in_full = {} if suite.reported is None else _drawn.in_full(suite)
+    in_full = {cell: record for cell, record in in_full.items() if not files.record_file(cell).is_file()}
+    read = [in_full.get(cell) or _read(suite, cell) for cell in suite.cells()]
     if suite.reported is None and all(record.status == "failed" for record in read):
         raise ValueError("there are no records in results/records: run `dvc repro`")
     known = metrics()
@@ -46,6 +49,7 @@ def run(suite: Suite) -> str:
     gates = tables.reported_gates(read, suite, numbers)
     gates = {task: gates.get(task, {}) | suite.gates.get(task, {}) for task in suite.tasks}
     records = {record.cell: record for record in tables.gated(read, gates)}
+    in_full = {cell: records[cell] for cell in in_full}
     if suite.reported is not None:
         records = {cell: record for cell, record in records.items() if files.record_file(cell).is_file()}
     excerpts = {cell: excerpt.read(cell) for cell, record in records.items() if record.metrics}
@@ -68,7 +72,7 @@ def run(suite: Suite) -> str:
         front = summary or tables.section(first, shown[first], known, images, judges)
     else:
         summary = ""
-        front = comparison = tables.paper(list(records.values()), suite, numbers)
+        front = comparison = tables.paper([*records.values(), *in_full.values()], suite, numbers)
     drawn = _figures(suite, shown, known, judges)
     files.write_text(files.RESULTS / "METHODS.md", pages.methods(suite, reported))
     files.write_text(files.RESULTS / "COVERAGE.md", pages.coverage(list(records.values())))
@@ -76,7 +80,10 @@ def run(suite: Suite) -> str:
         files.RESULTS / "README.md", tables.report(shown, known, drawn, images, judges, summary, comparison)
     )
     steps = {cell: each.temporal_error for cell, each in excerpts.items() if each.temporal_error is not None}
-    found = findings.page(list(records.values()), judges, known, steps=steps, small=suite.reported is None)
+    decided = _decided(suite, known)
+    found = findings.page(
+        list(records.values()), judges, known, steps=steps, small=suite.reported is None, drawn=decided
+    )
     files.write_text(files.RESULTS / "FINDINGS.md", found)
     files.write_text(files.RESULTS / "RANKING.md", _ranking(list(records.values()), images, known))
     if suite.temporal is not None:
@@ -92,6 +99,16 @@ def run(suite: Suite) -> str:
         files.write_text(files.RESULTS / "site" / "index.html", look)
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), front))
     return front
+
+
+def _decided(suite: Suite, known: Mapping[str, Metric]) -> dict[str, list[findings.Drawn]]:
+    """What rounds have decided of each task that has any."""
+    found = {}
+    for task in suite.rounds.images if suite.rounds else ():
+        records, values = _drawn.in_rounds(suite, task)
+        decision = rounds.decide(suite, task, list(records.values()), values, known)
+        found[task] = rounds.decided(decision, suite.rounds)
+    return found
 
 
 def _write_series(suite: Suite, measured: Mapping[str, Sequence[Record]]) -> None:
@@ -131,7 +148,7 @@ def _read(suite: Suite, cell: Cell) -> Record:
         seed=cell.seed,
         protocol=cell.protocol,
         backend=cell.backend,
-        settings={"task": asdict(task), "method": {}},
+        settings={"task": task.described(), "method": {}},
         status="failed",
         reason=reason,
         metrics={},

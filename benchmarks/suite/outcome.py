@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from benchmarks.suite.record import Value
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -36,7 +38,8 @@ class Quantized:
         peak_memory_mib: most memory that the process held.
         passes: what each has spent, in order.
         coverage: every layer.
-        details: what the method tells of its own choices.
+        details: what the method tells of its own choices; of full precision, under ``tf32``, `TensorFloat32` where its
+            task asks for that.
     """
 
     size_mib: float
@@ -45,6 +48,22 @@ class Quantized:
     passes: tuple[Pass, ...] = ()
     coverage: tuple[Layer, ...] = ()
     details: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorFloat32:
+    """How far full precision in TF32 is from itself in float32, on the same noise.
+
+    Attributes:
+        images: that were drawn in both, the first ones; 0 where the device has no TF32, and all are in float32.
+        mean, largest: over these, of ||a - b|| / ||b|| of the final latents a in TF32 and b in float32.
+        feature_distance: of the images, with its interval, as `benchmarks.suite.record.Value`; None before `score`.
+    """
+
+    images: int = 0
+    mean: float = 0.0
+    largest: float = 0.0
+    feature_distance: Value | None = None
 
 
 @dataclass(frozen=True)

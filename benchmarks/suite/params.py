@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +17,8 @@ SCHEDULERS = ("ddim", "ddim_quad", "pndm", "euler")
 # Those that take eta; steps of the others add no noise.
 WITH_ETA = ("ddim", "ddim_quad")
 SPENDINGS = ("pocock", "obrien_fleming")
+# Images of full precision that are drawn in float32 too, where TF32 draws them.
+CHECKED = 256
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Task:
         second_evaluator: gives one more distance to the data.
         prompts: folder with ``calibration.txt`` and ``evaluation.txt``, a prompt a line; None without conditioning.
         clip: folders of the CLIPs that score how well images match their prompts.
+        tf32: whether a GPU may draw the images of full precision in TF32, as PyTorch's convolutions are by default. All
+            else is in float32: calibration, quantised networks, the trajectory that their errors are measured along,
+            reference samples, and what is drawn in rounds. A device without TF32 draws in float32.
     """
 
     name: str
@@ -71,6 +76,16 @@ class Task:
     second_evaluator: str | None = None
     prompts: str | None = None
     clip: tuple[str, ...] = ()
+    tf32: bool = False
+
+    @property
+    def checked_batches(self) -> int:
+        """How many batches of full precision are drawn in float32 too, where TF32 draws them: the first ones."""
+        return -(-min(CHECKED, self.images) // self.batch)
+
+    def described(self) -> dict[str, object]:
+        """The fields, as records hold them: `tf32` only where it is true, so that records from before it stay valid."""
+        return {name: value for name, value in asdict(self).items() if name != "tf32" or value}
 
     def __post_init__(self) -> None:
         counts = ("images", "batch", "calibration_images", "data_images")

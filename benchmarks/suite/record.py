@@ -115,7 +115,7 @@ class Record:
 
     Attributes:
         task, task_version, method, precision, seed, protocol, backend: of the cell.
-        settings: ``task`` (the fields of the Task) and ``method`` (the resolved settings of the method).
+        settings: ``task`` (`Task.described`) and ``method`` (the resolved settings of the method).
         status: one of STATUSES; ``not applicable`` and ``failed`` have no metrics.
         reason: why the cell is not ``measured``, or an empty text.
         metrics: by name.

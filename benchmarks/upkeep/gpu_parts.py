@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from benchmarks.latency.timing import Interval
 from benchmarks.planning.devices import EXECUTED, FLOAT32, SIMULATED, TERA, TF32, Speed
 from benchmarks.planning.planner import GIB
 from benchmarks.runtime import files, manifest
+from benchmarks.runtime.devices import tf32
 from benchmarks.stages import calibrate, generate, reference, rehearse, score
 from benchmarks.stages.plan import build, describe, random_inputs
 from benchmarks.suite import discover, params
@@ -270,7 +270,7 @@ def largest_exact(device: torch.device) -> int:
         a = torch.full((64, terms), 255.0, device=device)
         a[:, 0] -= torch.arange(64, device=device)
         b = torch.full((terms, 64), 255.0, device=device)
-        with arithmetic(TF32):
+        with tf32(True):
             found = a @ b
         if not torch.equal(found.double(), a.double() @ b.double()):
             break
@@ -280,18 +280,6 @@ def largest_exact(device: torch.device) -> int:
 
 def _relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
-
-
-@contextmanager
-def arithmetic(name: str) -> Iterator[None]:
-    """Products inside run in TF32, or all in float32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = name == TF32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _random(settings: dict[str, object], device: torch.device) -> Network:
@@ -324,7 +312,7 @@ def speed(given: Setup) -> dict[str, object]:
                 network = executing(network)
             if given.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(given.device)
-            with arithmetic(kind):
+            with tf32(kind == TF32):
                 seconds = Interval.of(timed(partial(evaluate, network, *inputs), given.device)).value
             if given.device.type == "cuda":
                 memory[f"{task_name}, {kind}"] = torch.cuda.max_memory_allocated(given.device) / GIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_the_page_says_what_the_plan_says(paper):
     )
     assert f"full precision takes {full:.1f} hours and TFMQ-DM at w8a8 {learned:.1f}" in " ".join(page.split())
     assert "210 GiB" in bedrooms["tfmq-published/w8a8"][columns["Step"]["Note"]]
+    full = sum(
+        float(row[columns["Step"]["Hours"]].replace(",", ""))
+        for row in rows
+        if row[0] == FULL_PRECISION and len(row) > 9
+    )
+    assert f"**Full precision** of all tasks takes {full:.0f} hours" in " ".join(page.split())
+    waiting = [
+        float(gib) for gib in re.findall(r"learns, ([\d,]+) GiB", text.split("\n## coco-sdxl\n")[1].replace(",", ""))
+    ]
+    assert max(waiting) == 188 and "up to 188 GiB on Stable Diffusion XL" in " ".join(page.split())
 
 
 def test_the_plan_has_every_cell(paper):

@@ -12,6 +12,8 @@ from benchmarks.metrics import Metric
 from benchmarks.report.statistic import RANKED_BY
 from benchmarks.report.tables.comparison import QUALITY, Standing
 from benchmarks.suite import discover
+from benchmarks.suite.fields import read
+from benchmarks.suite.outcome import TensorFloat32
 from benchmarks.suite.params import WITH_ETA
 from benchmarks.suite.record import FULL_PRECISION, SHARED, SIMULATED, Cell, Record, Value
 
@@ -49,6 +51,7 @@ def caption(records: Sequence[Record]) -> str:
         f"FP is the full-precision model: {others} its sample from the same noise.",
         f"Evaluator `{task['evaluator']}`; brackets are 95 % intervals.",
     ]
+    sentences += tensor_float32(records)
     if task.get("prompts"):
         sentences.append(f"Images follow the lines of `{task['prompts']}/evaluation.txt` in turn.")
     if task.get("clip"):
@@ -81,6 +84,23 @@ def sampling(task: Mapping[str, object]) -> str:
         f" {task['steps']} {SCHEDULERS[task['scheduler']]} steps,{eta} guidance {task['guidance_scale']:g};"
         f" calibrated on {task['calibration_images']} images."
     )
+
+
+def tensor_float32(records: Sequence[Record]) -> list[str]:
+    """How far full precision is from float32, where a task lets it be drawn in TF32: a sentence, or none."""
+    full = next((record for record in records if "tf32" in record.details), None)
+    if full is None or full.cost is None:
+        return []
+    found = read(TensorFloat32, full.details["tf32"], "tf32")
+    if not found.images:
+        return [f"Full precision may be drawn in TF32, which {full.cost.device} does not have: it is in float32."]
+    distance = found.feature_distance
+    features = "" if distance is None else f", and its feature distance is {number(distance, 6, interval=True)}"
+    return [
+        f"Full precision is drawn in TF32. From itself in float32, on the noise of the first {found.images} images, its"
+        f" latents differ by {found.mean:.2g} of their norm in the mean and by {found.largest:.2g} at most{features}."
+        " That much of what divides quantised images from it, which are drawn in float32, is TF32's."
+    ]
 
 
 def cells_table(

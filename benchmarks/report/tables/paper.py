@@ -14,7 +14,17 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from benchmarks.features import extractor
-from benchmarks.report.tables.markdown import NOTHING, duration, label, note, number, row_label, sampling, table
+from benchmarks.report.tables.markdown import (
+    NOTHING,
+    duration,
+    label,
+    note,
+    number,
+    row_label,
+    sampling,
+    table,
+    tensor_float32,
+)
 from benchmarks.suite.discover import unknown
 from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Record, Value
@@ -138,8 +148,9 @@ def paper(records: Sequence[Record], suite: Suite, numbers: Sequence[Number]) ->
     for task, names in suite.reported.tasks.items():
         setting = suite.tasks[task]
         clip = f" CLIP is `{setting.clip[0]}`." if setting.clip else ""
-        parts.append(f"### {task}\n\n{sampling(asdict(setting))} Evaluator `{setting.evaluator}`.{clip}")
         own = [record for record in records if record.task == task and record.seed == 0]
+        told = "".join(f" {sentence}" for sentence in tensor_float32(own))
+        parts.append(f"### {task}\n\n{sampling(asdict(setting))} Evaluator `{setting.evaluator}`.{clip}{told}")
         for name in names:
             of_name = [found for found in shown if found.task == name]
             parts.append(f"Reported as `{name}`:")

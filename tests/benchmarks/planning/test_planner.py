@@ -113,6 +113,23 @@ def test_learning_takes_less_on_a_gpu():
     assert replace(RATE, on_cpu=False).learned == replace(RATE, assumed=0.1).learned == planner.LEARNED_ON_GPU
 
 
+def test_full_precision_in_tf32_is_drawn_in_float32_too_for_the_check():
+    """What was measured of TF32 is what it takes; a CPU has none, and rounds are in float32."""
+    fast = replace(RATE, on_cpu=False, tf32=0.25)
+    planned = replace(planned_for(tf32=True), rate=fast)
+    full, *_ = planned.suite.cells()
+    item = planned.full_precision()
+    assert item.sampling == 5 * (7 + 7) and item.images == 7
+    assert item.seconds == item.drawing == pytest.approx(0.5 * 5 * (0.25 * 7 + 7))
+    assert item.note == "in TF32, an evaluation as 0.25; 7 in float32 too"
+    many = replace(planned_for(tf32=True, images=1000, batch=100), rate=fast).full_precision()
+    assert many.sampling == 5 * (1000 + 300), "three batches hold 256 images"
+    usual = planned_for().full_precision()
+    assert planned_for(tf32=True).full_precision() == usual and not usual.note
+    assert replace(planned, drawn={full: 7.0}).full_precision() == usual
+    assert replace(planned_for(), rate=fast).full_precision() == usual
+
+
 def test_rounds_draw_what_they_need_and_follow_all_of_it():
     planned = planned_for()
     full, nearest, prev = planned.suite.cells()

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.metrics import metrics
 from benchmarks.report import findings
-from benchmarks.report.findings import Claim, page, verdict
+from benchmarks.report.findings import Claim, Drawn, page, verdict
 from benchmarks.report.inference import Estimate
 from benchmarks.report.statistic import RANKED_BY
 from benchmarks.suite import discover
@@ -130,6 +130,38 @@ def test_what_was_not_measured_has_no_verdict(rows):
     rows.add("tfmq", -2.0)
     assert "No two rows of a claim have been measured yet." in show(rows, findings.CLAIMS)
     assert "small models" in show(rows, findings.CLAIMS) and "small models" not in show(rows, [], small=False)
+
+
+def test_what_rounds_have_decided_stands_beside_or_in_place_of_what_was_measured(rows):
+    rows.add("tfmq", -2.0, noise=1.0, task="one")
+    rows.add("qdiffusion", -1.9, noise=1.0, task="one")
+    claims = [Claim("first", "us", "tfmq", "qdiffusion"), Claim("second", "us", "tfmq", "ptqd")]
+    first, second = claims
+    drawn = {
+        "one": [Drawn(first, "w4a8", "confirmed", 500, "p 0.013"), Drawn(second, "w8a8", "equal", 4000, "within 5%")],
+        "two": [Drawn(first, "w4a8", "contradicted", 250, "p < 0.001")],
+        "three": [],
+    }
+    text = show(rows, claims, drawn=drawn)
+    assert "| Claim | By | one | two |" in text and "- **in rounds**: decided by" in text
+    assert {row[0]: row[2:] for row in lines(text, "## Verdicts")} == {
+        "first": [
+            "open w4a8; **confirmed** w4a8 in rounds (500 images, p 0.013)",
+            "**contradicted** w4a8 in rounds (250 images, p < 0.001)",
+        ],
+        "second": ["**equal** w8a8 in rounds (4,000 images, within 5%)", "–"],
+    }
+    alone = page([], {}, metrics(), claims, small=False, drawn={"two": drawn["two"]})
+    assert lines(alone, "## Verdicts") == [["first", "us", "**contradicted** w4a8 in rounds (250 images, p < 0.001)"]]
+
+
+def test_a_page_without_rounds_does_not_know_of_them(rows):
+    rows.add("tfmq", -2.0, noise=0.01)
+    rows.add("qdiffusion", -1.9, noise=0.01)
+    claims = [Claim("first", "us", "tfmq", "qdiffusion")]
+    text = show(rows, claims)
+    assert text == show(rows, claims, drawn={}) == show(rows, claims, drawn={"emoji-ldm4": []})
+    assert "in rounds" not in text and text.startswith(findings.INTRODUCTION + findings.SMALL + "\n\n")
 
 
 def test_every_claim_is_about_rows_and_metrics_that_exist():

@@ -116,6 +116,17 @@ def test_what_is_not_applicable_is_in_no_claim(suite, make_record):
     assert len(decision.standings) == 1 and CACHE not in decision.next
 
 
+def test_findings_have_what_is_decided(decide, suite):
+    decision = decide(nearest=(-1.0, 0.1, 20), tfmq=(-2.0, 0.02, 60), temporal_feature_matters=(-2.0, 0.02, 60))
+    found = rounds.decided(decision, suite.rounds)
+    assert [(each.verdict, each.images, each.level) for each in found] == [
+        ("confirmed", 20, "p < 0.001"),
+        ("equal", 60, "within 5%"),
+    ]
+    decision = decide(nearest=(-1.0, 0.1, 20), tfmq=(-2.0, 0.1, 20), temporal_feature_matters=(-2.03, 0.1, 20))
+    assert [each.claim.text for each in rounds.decided(decision, suite.rounds)] == ["reconstruction helps"]
+
+
 def test_the_page_says_what_is_decided_and_what_is_next(decide, suite):
     decision = decide(nearest=(-1.0, 0.1, 20), tfmq=(-2.0, 0.1, 20), temporal_feature_matters=(-2.03, 0.1, 20))
     text = rounds.page("toy", decision, suite.rounds)

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.report import tables
 from benchmarks.stages import tables as stage
 from benchmarks.suite import params
+from benchmarks.suite.record import Value
 
 TASK = {
     "version": 1,
@@ -69,3 +70,30 @@ def test_pages_without_any_record_show_what_is_reported(suite, tmp_path, monkeyp
             r"No (cell has|two rows of a claim have) been measured yet\.", Path("results", name).read_text()
         )
     assert pd.read_csv("results/cells.csv").empty
+
+
+def test_what_rounds_drew_all_images_of_stands_beside_the_papers_numbers(suite, tmp_path, monkeypatch, make_record):
+    """Until `dvc repro` has made the cell's own record, and only of the task's count and the present settings."""
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text(f"# The papers\n\n{tables.START}\n{tables.END}\n")
+
+    def record(images=50000, fid=9.5, **changes):
+        settings = {"task": TASK | {"name": "imagenet-ldm4", "images": images}, "method": {}}
+        names = {"task": "imagenet-ldm4", "method": "tfmq", "protocol": "published"}
+        found = make_record(
+            **names | {"settings": settings, "metrics": {"fd_data": Value(fid, fid, fid, images)}} | changes
+        )
+        path = Path("results/full", f"{found.cell.name}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found.to_json())
+        return path
+
+    record()
+    assert re.search(r"\| +9\.50 \(n 50,000\) \|", stage.run(suite))
+    assert pd.read_csv("results/cells.csv").empty and "measured yet" in Path("results/FINDINGS.md").read_text()
+    full = record(method="full_precision", precision="w32a32", protocol="shared", fid=99.0)
+    assert "full precision has fd_data 99, expected" in stage.run(suite), "it is a gate"
+    full.unlink()
+    for changes in ({"images": 4000}, {"task_version": 2}):
+        record(**changes)
+        assert "9.50" not in stage.run(suite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 import yaml
 
 from benchmarks import __main__ as command_line
+from benchmarks.report import rounds as report
 from benchmarks.runtime import excerpt
+from benchmarks.stages import tables
+from benchmarks.suite import params
 from benchmarks.suite.record import Cell, Record
 
 
@@ -79,6 +83,77 @@ def test_a_record_of_other_settings_is_none(with_rounds, capsys):
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     out = told(capsys)
     assert "- tfmq/w4a8: 4 images" in out and "- nearest/w4a8" not in out
+
+
+def full_record(name):
+    return Record.load(Path("results/full/toy", f"{name}.json"))
+
+
+def test_all_images_of_named_cells_are_drawn_on_top_of_their_rounds(with_rounds, generate, score, capsys):
+    document = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    document["rounds"] = {"images": {"toy": [4]}}
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    told(capsys, "--draw")
+    names = ("full_precision/w32a32", "tfmq/w4a8", "nearest-published/w4a8")
+    out = told(capsys, "--full", *names)
+    drawn = [path.name for path in Path("work/rounds").glob("toy/tfmq/*/features-*")]
+    assert drawn == ["features-00002.safetensors"], "the batches of rounds have theirs"
+    assert len(list(Path("work/rounds").glob("toy/full_precision/*/features-*"))) == 3
+    assert len(list(Path("work/rounds").glob("toy-*/*.safetensors"))) == 2, "no trajectory but those of rounds"
+
+    assert generate("tfmq", "w4a8") == (0, [])
+    score("tfmq", "w4a8")
+    for name in names[:2]:
+        found, scored = full_record(name), Record.load(Path("results/records/toy", f"{name}.json"))
+        assert {"fd_data", "is_score"} <= found.metrics.keys() <= scored.metrics.keys()
+        for metric, value in found.metrics.items():
+            assert value.n == scored.metrics[metric].n
+            assert value.value == pytest.approx(scored.metrics[metric].value, rel=1e-4, abs=1e-6), metric
+        assert found.settings["task"]["images"] == 6 and found.cost.seconds["sample"] > 0
+        assert found.cost.size_mib == scored.cost.size_mib
+        assert f"| {name} | 6 |" in out
+    refused = full_record("nearest-published/w4a8")
+    assert refused.status == "not applicable" and "| nearest-published/w4a8 | – | – | – |" in out
+
+    before = {path: path.stat().st_mtime_ns for path in Path("work/rounds").rglob("*.safetensors")}
+    assert told(capsys, "--full", *names) == out
+    assert before == {path: path.stat().st_mtime_ns for path in Path("work/rounds").rglob("*.safetensors")}
+
+
+def test_a_cell_that_the_task_does_not_have_is_named(with_rounds, run):
+    code, (line,) = run("rounds", "--task", "toy", "--full", "tfqm/w4a8")
+    assert code == 1 and "unknown cell of toy 'tfqm/w4a8': did you mean 'tfmq/w4a8'" in line
+
+
+def test_all_images_take_what_they_are_compared_with(with_rounds, run):
+    Path("work/reference/toy/evaluator.json").unlink()
+    code, (line,) = run("rounds", "--task", "toy", "--full", "full_precision/w32a32")
+    assert code == 1 and "work/reference/toy/evaluator.json is missing" in line
+    assert not list(Path("work").glob("rounds/toy/*/*/features-*")), "before anything is drawn"
+
+
+def test_what_rounds_decide_is_a_finding(with_rounds, monkeypatch, capsys):
+    document = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    document["tables"] = {"leaderboard": document["tables"]["leaderboard"] | {"methods": ["tfmq", "tfmq_per_step"]}}
+    document["methods"]["tfmq_per_step"] = document["methods"]["tfmq"]
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    suite, decide = params.load(Path("params.yaml")), report.decide
+    told(capsys, "--draw")
+
+    def found():
+        tables.run(suite)
+        return Path("results/FINDINGS.md").read_text(encoding="utf-8")
+
+    assert "in rounds" not in found(), "six images decide nothing"
+
+    def sure(*arguments):
+        decision = decide(*arguments)
+        (standing,) = decision.standings
+        return dataclasses.replace(decision, standings=(dataclasses.replace(standing, verdict="confirmed", p=0.01),))
+
+    monkeypatch.setattr(report, "decide", sure)
+    claim = "| Scales per step everywhere, as in the code, improve TFMQ-DM | asked here |"
+    assert f"{claim} **confirmed** w4a8 in rounds (6 images, p 0.01) |" in found()
 
 
 def test_a_task_without_rounds_is_named(suite, run):

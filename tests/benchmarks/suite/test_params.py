@@ -161,6 +161,13 @@ def test_parsing_leaves_the_document_alone(document):
     assert document == before
 
 
+def test_records_of_tasks_without_tf32_do_not_know_of_it(document):
+    task = parse(document).tasks["emoji-ldm4"]
+    assert "tf32" not in task.described() and task.described()["steps"] == task.steps
+    document["tasks"]["emoji-ldm4"]["tf32"] = True
+    assert parse(document).tasks["emoji-ldm4"].described()["tf32"] is True
+
+
 def test_gates_are_bounds_of_known_tasks(document):
     document["gates"] = {"emoji-ldm4": {"fd_data": [1, 2.5]}}
     assert parse(document).gates["emoji-ldm4"]["fd_data"] == (1, 2.5)

@@ -20,6 +20,7 @@ RATE = Rate("a CPU", rows=1, seconds=9.0, memory=1.0, operations=3 * 10**12)
 SPEEDS = [
     ("UNet2DModel", "float32", 30.0, 40.0),
     ("UNet2DModel", "simulated", 10.0, 13.3),
+    ("UNet2DModel", "TF32", 60.0, 80.0),
     ("UNet2DConditionModel", "float32", 5.0, 20.0),
 ]
 
@@ -93,7 +94,8 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch):
 def test_what_was_measured_takes_the_place_of_what_is_assumed():
     found = rate_on(RATE, "UNet2DModel", device())
     assert found.planned == pytest.approx(3 / 40)
-    assert (found.quantized, found.learned) == (pytest.approx(3.0), 5.0)
+    assert (found.quantized, found.learned, found.tf32) == (pytest.approx(3.0), 5.0, pytest.approx(0.5))
+    assert rate_on(RATE, "UNet2DConditionModel", device()).tf32 == 1, "not measured"
     assert rate_on(RATE, "DiTTransformer2DModel", device()).planned == pytest.approx(3 / 20), "the slowest is meant"
     assert rate_on(RATE, "UNet2DModel", device(learned=None)).learned == LEARNED_ON_GPU
     same = rate_on(dataclasses.replace(RATE, device="NVIDIA Card"), "UNet2DModel", device())

@@ -37,6 +37,22 @@ def ranked(rows):
     return rows
 
 
+def test_the_caption_says_how_far_tf32_is_from_float32(make_record):
+    """Of a task that lets full precision be drawn in it, where it has been."""
+
+    def caption(found):
+        full = make_record(method="full_precision", precision="w32a32", kid=None, details=found)
+        return tables.section("leaderboard", [full, make_record()], COLUMNS, {}, {})
+
+    distance = {"value": 0.0002, "low": 0.0001, "high": 0.0003, "n": 256}
+    text = caption({"tf32": {"images": 256, "mean": 0.0012, "largest": 0.031, "feature_distance": distance}})
+    assert "on the noise of the first 256 images, its latents differ by 0.0012 of their norm in the mean" in text
+    assert "by 0.031 at most, and its feature distance is 0.000200 [0.000100, 0.000300]." in text
+    text = caption({"tf32": {"images": 0, "mean": 0.0, "largest": 0.0, "feature_distance": None}})
+    assert "may be drawn in TF32, which cpu does not have: it is in float32." in text
+    assert "TF32" not in caption({})
+
+
 def test_ranks_are_shared_where_no_difference_is_decided(ranked):
     found = tables.standings(ranked.records, ranked.judges)
     assert {cell.name: standing.rank for cell, standing in found.items()} == {
