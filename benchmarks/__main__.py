@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--shards",
             type=_count,
-            help="processes that share the work (default: one a core, or one a GPU); on a cluster, all of it does",
+            help="processes that share the work (default: one a core, or one a GPU); on a cluster all its cores or GPUs do",
         )
 
     command = stage(
@@ -61,14 +61,15 @@ def parser() -> argparse.ArgumentParser:
     command = stage("plan", "Say what cells will cost: evaluations, steps, images, disk, memory and hours.")
     command.add_argument("--task", nargs="+", default=[], help="tasks of params.yaml (default: all)")
     command.add_argument("--method", nargs="+", default=[], help="methods whose cells are planned (default: all)")
-    command.add_argument(
+    another = command.add_mutually_exclusive_group()
+    another.add_argument(
         "--teraflops",
         type=_rate,
         metavar="N",
         help="give hours of a device that does so many 10^12 floating-point operations a second on these networks,"
         " in place of this device's",
     )
-    command.add_argument(
+    another.add_argument(
         "--like",
         metavar="NAME",
         help="give hours of a device that was measured: results/devices/NAME.json, as gpu-check writes it",
@@ -264,15 +265,19 @@ ARGUMENTS: dict[str, Callable[[argparse.Namespace], tuple]] = {
 
 
 def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def _rate(text: str) -> float:
-    if not 0 < float(text) < math.inf:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
+    return found
 
 
 def _shards(options: argparse.Namespace) -> int:

@@ -288,9 +288,9 @@ def _connected() -> ModuleType:
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level="WARNING")
         except OSError as error:
+            where = "on this machine" if address == "auto" else f"at {address}"
             raise ValueError(
-                f"{VARIABLE} is {RAY}, but there is no cluster at {address}: run `ray start --head` first"
-                " (docs/cluster.md)"
+                f"{VARIABLE} is {RAY}, but there is no cluster {where}: run `ray start --head` first (docs/cluster.md)"
             ) from error
     return ray
 

@@ -1,9 +1,10 @@
 """What only a GPU can tell, in eight minutes: what runs, whether integers are exact, how fast, in how much memory.
 
-`python -m benchmarks.upkeep.gpu_check` writes ``results/devices/NAME.json``; `python -m benchmarks plan --like NAME`
+`python -m benchmarks.upkeep.gpu_check` writes `results/devices/NAME.json`; `python -m benchmarks plan --like NAME`
 plans with it. It needs torch with CUDA, what `pip install -e .[bench]` installs, and no network. Each part runs in a
 process of its own, and has its own time: one that fails, or takes too long, is recorded with its error, and the others
-go on. Exit code 1 where one does not end well, 2 without a GPU. `--device cpu --tiny` runs all of it on tiny networks.
+go on. Exit code 1 where one does not end well, or the file cannot be written; 2 without a GPU. `--device cpu --tiny`
+runs all of it on tiny networks.
 """
 
 from __future__ import annotations
@@ -87,10 +88,15 @@ def check(
     folder: Path = devices.FOLDER,
     run: Callable[[str, torch.device, bool, float], Part] = run_apart,
 ) -> Device:
-    """Run some parts and write what they find after each, so that nothing is lost where all is ended."""
+    """Run some parts and write what they find after each, so that nothing is lost where all is ended.
+
+    Raises OSError, before the first, where the file cannot be written.
+    """
     called = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", called.lower()).strip("-") + ("-tiny" if tiny else "")
     found = Device(slug, called, tiny, environment.describe(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
         os.chdir(scratch)
@@ -110,12 +116,16 @@ def check(
 def main(arguments: list[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.upkeep.gpu_check", description=__doc__)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"), help="what to check (default: cuda); cpu needs --tiny"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to see that all parts run")
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=tuple(PARTS), help="these parts alone")
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.device == "cpu" and not options.tiny:
+        parser.error("--device cpu needs --tiny: networks of full size take a CPU hours")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU that torch sees: nothing was checked (--device cpu --tiny tries the check itself)")
         return NO_GPU
@@ -124,7 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
         part = run_part(options.part, device, options.tiny, options.seconds)
         files.write_json(Path(f"{options.part}.json"), asdict(part))
         return 0
-    found = check(device, options.tiny, options.only)
+    try:
+        found = check(device, options.tiny, options.only)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"{devices.FOLDER / found.name}.json")
     print(json.dumps({part.name: part.status for part in found.parts}))
     return 0 if all(part.status == DONE for part in found.parts) else 1

@@ -75,6 +75,7 @@ class Setup:
 
     @property
     def late(self) -> bool:
+        """Whether the deadline has passed."""
         return time.monotonic() > self.deadline
 
 
@@ -263,7 +264,7 @@ def _product(x: Tensor, weight: Tensor, window: Window | None) -> Tensor:
 
 @torch.no_grad()
 def largest_exact(device: torch.device) -> int:
-    """The largest power of two that sums of TF32 products reach, odd numbers in every place, and stay exact."""
+    """The largest power of two, up to 2^24, up to which sums of products are exact in TF32; on a CPU, in float32."""
     largest = 0
     for power in range(16, 25):
         terms = 2**power // 255**2

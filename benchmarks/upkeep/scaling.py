@@ -2,8 +2,9 @@
 
 A simulation: the code that starts units (`benchmarks.runtime.workers.do_all`) starts them on GPUs that are not there,
 whose clock moves on to the end of the next unit. How long a unit takes is what the suite's plan says
-(`results/PLAN.md`): hours on an assumed GPU, without loading, scoring and what the engine itself takes. Two ways to run
-the suite are compared with max(sum of all units / GPUs, longest unit), which no order can beat:
+(`results/PLAN.md`): hours on an assumed GPU, without loading, scoring and what the engine itself takes, where what
+several cells learn alike counts once. Two ways to run the suite are compared with max(sum of all units / GPUs, longest
+unit), which no order can beat:
 
 - *stages*: one stage after the other, as `dvc repro` runs them, a row of a table each;
 - *together*: the calibrations of all tasks, then all full-precision cells, then all other cells, as `docs/cluster.md`
@@ -30,6 +31,7 @@ from benchmarks.suite.record import FULL_PRECISION
 
 PAPER = Path(__file__).parents[1] / "paper"
 HOUR = 3600.0
+GPUS = [8, 64, 512]
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Unit:
 
     @property
     def all_seconds(self) -> float:
+        """Of this unit and of all that follow it."""
         return self.seconds + sum(unit.all_seconds for unit in self.then)
 
     @property
     def longest(self) -> float:
+        """Seconds of the longest of these units."""
         return max(self.seconds, *(unit.longest for unit in self.then), 0.0)
 
 
@@ -155,10 +159,22 @@ def longest_first(phases: Sequence[Sequence[Unit]]) -> list[list[Unit]]:
     return [sorted(phase, key=lambda unit: -unit.seconds) for phase in phases]
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.upkeep.scaling", description=__doc__)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.upkeep.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--gpus", type=_count, nargs="+", default=GPUS, metavar="N", help="how many there are (default: 8, 64 and 512)"
+    )
     options = parser.parse_args(arguments)
     page = (PAPER / "results" / "PLAN.md").read_text(encoding="utf-8")
     tasks = read_plan(page, params.load(PAPER / "params.yaml"))

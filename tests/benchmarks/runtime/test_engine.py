@@ -114,7 +114,7 @@ def test_what_a_unit_raises_is_its_own_and_stops_no_other(drill):
 
 
 def test_a_unit_has_one_thread_and_the_drivers_folder_and_does_its_own_units_there(drill, folder):
-    runs = [run for name in ("killed", "a", "a+", "long1") for run in drill.notes[name]]
+    runs = [run for name in ("killed", "a", "a+", "long1", "long2") for run in drill.notes[name]]
     assert {tuple(run[2:]) for run in runs} == {("1", engine.PROCESSES, str(folder))}
     assert len({run[0] for run in runs}) > 1
 

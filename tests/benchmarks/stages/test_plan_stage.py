@@ -57,6 +57,20 @@ def test_counts_are_those_of_the_records_and_sizes_those_of_the_files(suite, gen
     assert "(0.5 TFLOP/s); it took" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--teraflops", "1", "--like", "card"], "--like: not allowed with argument --teraflops"),
+        (["plan", "--teraflops", "fast"], "--teraflops: fast is not a positive number"),
+        (["calibrate", "--task", "toy", "--shards", "two"], "--shards: two is not a whole number of at least 1"),
+    ],
+)
+def test_numbers_on_the_command_line_are_checked(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 FAMILIES = {"dit": "ddim", "stable_diffusion_xl": "euler"}
 
 

@@ -38,6 +38,8 @@ def device(learned=5.0) -> Device:
 @pytest.mark.skipif(not cpu_is_exact(), reason="the 8-bit kernels of this processor are not exact")
 def test_all_parts_run_on_tiny_networks_and_find_what_they_say(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_parts, "ROUNDS", 1)
+    for name, (do, _) in list(PARTS.items()):
+        monkeypatch.setitem(PARTS, name, (do, 3600))  # on a slow machine too
     found = check(CPU, True, list(PARTS), tmp_path, run_part)
     assert [(part.name, part.status, part.error) for part in found.parts] == [(name, DONE, "") for name in PARTS]
     written = json.loads((tmp_path / "cpu-tiny.json").read_text())
@@ -89,6 +91,27 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == gpu_check.NO_GPU
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    (tmp_path / "devices").touch()
+    parts = []
+    with pytest.raises(OSError, match="devices"):
+        check(CPU, True, ["speed"], tmp_path / "devices", lambda *given: parts.append(given))
+    assert not parts
+
+    def denied(*_):
+        raise PermissionError("results/devices: denied")
+
+    monkeypatch.setattr(gpu_check, "check", denied)
+    assert gpu_check.main(["--device", "cpu", "--tiny"]) == 1
+    assert capsys.readouterr().err == "error: results/devices: denied\n"
+
+
+def test_full_size_is_not_for_a_cpu(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--device", "cpu"])
+    assert "--device cpu needs --tiny" in capsys.readouterr().err
 
 
 def test_what_was_measured_takes_the_place_of_what_is_assumed():

@@ -31,6 +31,27 @@ def test_the_plan_of_the_paper_suite_has_all_its_cells_and_hours():
     assert bound(scaling.together(tasks), 1) == pytest.approx(total * HOUR)
 
 
+def test_the_page_of_clusters_says_what_the_plan_gives(root):
+    suite, plan = params.load(PAPER / "params.yaml"), (PAPER / "results" / "PLAN.md").read_text(encoding="utf-8")
+    tasks = scaling.read_plan(plan, suite)
+    text = " ".join((root / "docs" / "cluster.md").read_text(encoding="utf-8").split())
+    longest = max(unit.seconds for task in tasks for row in task.rows.values() for unit in row) / HOUR
+    assert f"for up to {longest:.0f} hours each" in text
+    told = re.findall(r"\| (\d+) \| ([\d.,]+) h \|", text)
+    assert [int(gpus) for gpus, _ in told] == scaling.GPUS
+    for gpus, hours in told:
+        least = bound(scaling.together(tasks), int(gpus)) / HOUR
+        assert float(hours.replace(",", "")) == pytest.approx(least, rel=0.01), (
+            "run `python -m benchmarks.upkeep.scaling`"
+        )
+
+
+def test_numbers_of_gpus_are_checked(capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(["--gpus", "8", "0"])
+    assert "0 is not a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_the_script_of_the_paper_suite_names_its_tables(root):
     script = (root / "examples" / "cluster" / "paper.sh").read_text(encoding="utf-8")
     (tables,) = re.findall(r"for table in (.*); do", script)
