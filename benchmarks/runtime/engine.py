@@ -290,8 +290,7 @@ def _connected() -> ModuleType:
         except OSError as error:
             where = "on this machine" if address == "auto" else f"at {address}"
             raise ValueError(
-                f"{VARIABLE} is {RAY}, but there is no cluster {where}: run `ray start --head` first"
-                " (docs/cluster.md)"
+                f"{VARIABLE} is {RAY}, but there is no cluster {where}: run `ray start --head` first (docs/cluster.md)"
             ) from error
     return ray
 

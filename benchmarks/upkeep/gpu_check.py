@@ -1,10 +1,10 @@
 """What only a GPU can tell, in eight minutes: what runs, whether integers are exact, how fast, in how much memory.
 
-`python -m benchmarks.upkeep.gpu_check` writes `results/devices/NAME.json`; `python -m benchmarks plan --like NAME` plans
-with it. It needs torch with CUDA, what `pip install -e .[bench]` installs, and no network. Each part runs in a process
-of its own, and has its own time: one that fails, or takes too long, is recorded with its error, and the others go on.
-Exit code 1 where one does not end well, or the file cannot be written; 2 without a GPU. `--device cpu --tiny` runs all of
-it on tiny networks.
+`python -m benchmarks.upkeep.gpu_check` writes `results/devices/NAME.json`; `python -m benchmarks plan --like NAME`
+plans with it. It needs torch with CUDA, what `pip install -e .[bench]` installs, and no network. Each part runs in a
+process of its own, and has its own time: one that fails, or takes too long, is recorded with its error, and the others
+go on. Exit code 1 where one does not end well, or the file cannot be written; 2 without a GPU. `--device cpu --tiny`
+runs all of it on tiny networks.
 """
 
 from __future__ import annotations

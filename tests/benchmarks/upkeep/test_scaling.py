@@ -41,7 +41,9 @@ def test_the_page_of_clusters_says_what_the_plan_gives(root):
     assert [int(gpus) for gpus, _ in told] == scaling.GPUS
     for gpus, hours in told:
         least = bound(scaling.together(tasks), int(gpus)) / HOUR
-        assert float(hours.replace(",", "")) == pytest.approx(least, rel=0.01), "run `python -m benchmarks.upkeep.scaling`"
+        assert float(hours.replace(",", "")) == pytest.approx(least, rel=0.01), (
+            "run `python -m benchmarks.upkeep.scaling`"
+        )
 
 
 def test_numbers_of_gpus_are_checked(capsys):
