@@ -116,7 +116,7 @@ def gpu_check(session: nox.Session) -> None:
 
     What runs, whether executed integers are exact, how fast each arithmetic is, and what learning takes, on networks of
     full size with random weights. Nothing is downloaded. Where the environment is there already,
-    `python -m benchmarks.upkeep.gpu_check` does the same. Without a GPU it says so: exit code 2.
+    `python -m benchmarks.upkeep.gpu_check` does the same. Without a GPU it says so, and fails.
     """
     install(session)
     call(session, "benchmarks.upkeep.gpu_check", session.posargs)

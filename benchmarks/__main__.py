@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--shards",
             type=_count,
-            help="processes that share the work (default: one a core or GPU); on a cluster all its cores or GPUs do",
+            help="processes that share the work (default: one a core, or one a GPU); on a cluster, all it has do",
         )
 
     command = stage(

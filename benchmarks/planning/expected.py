@@ -81,11 +81,8 @@ def expect(
     cells = [cell for cell in suite.cells() if cell.task == task and cell not in missing]
     generator = np.random.default_rng(0)
     reached, done = np.zeros(len(cells)), np.zeros(len(counts))
-    for donor in known:
-        measured = [
-            _effect(known, donor, claim.better, claim.worse, precision) if known else None
-            for claim, precision, _ in family
-        ]
+    for donor in known if family else ():
+        measured = [_effect(known, donor, claim.better, claim.worse, precision) for claim, precision, _ in family]
         open_after = _play(measured, counts, suite, replicates, generator)
         done += (len(family) - open_after.sum(1).mean(0)) / len(known)
         reached += _images(cells, family, counts, open_after).mean(0) / len(known)

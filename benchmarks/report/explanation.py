@@ -66,12 +66,12 @@ def text(judges: Mapping[str, Judge], steps: Mapping[Cell, np.ndarray]) -> str:
 
 
 def _bound(place: Place) -> str:
-    """What there was to gain on a task, what of it was gained, and why there is not more."""
+    """What exact temporal features gain on a task, what the method gains, and why it is not more."""
     exact, method = place.change(EXACT, BASE), place.change(METHOD, BASE)
     share = place.judge.compare("noise_error", EXACT, BASE, place.precision)
     sentences = [
         f"**{place.name}.** With the layers of the time step in full precision, the deviation of the base's images"
-        f" {_moved(exact)}: this is the most that any treatment of temporal features could buy{_uncertain(exact)}."
+        f" {_moved(exact)}{_uncertain(exact)}."
     ]
     if share is not None:
         part = 1 - np.exp(2 * share.parts.mean)
@@ -83,6 +83,11 @@ def _bound(place: Place) -> str:
         temporal = place.judge.compare("temporal_error", METHOD, BASE, place.precision)
         lowered = "" if temporal is None else f" makes the temporal features {_times(temporal.parts.mean)} and"
         sentences.append(f"TFMQ-DM{lowered} {_moves(method, 'the deviation')}{_uncertain(method)}.")
+        if method.mean < exact.mean:
+            sentences.append(
+                "What it lowers beyond exact temporal features is no gain in these: other layers were learned otherwise,"
+                " or it is chance."
+            )
         alone = {name: place.change(name, BASE) for name in ("tiar", "fsc")}
         said = [f"{PARTS[name]} {_moves(found, 'it')}" for name, found in alone.items() if found is not None]
         if said:

@@ -28,7 +28,7 @@ from benchmarks.planning.devices import DONE, FAILED, LATE, Device, Part
 from benchmarks.runtime import environment, files
 from benchmarks.runtime.devices import device_of
 from benchmarks.suite.fields import read
-from benchmarks.upkeep import gpu_parts
+from benchmarks.upkeep import INTERRUPTED, gpu_parts
 from benchmarks.upkeep.gpu_parts import Setup
 
 NO_GPU = 2
@@ -52,7 +52,7 @@ def run_part(name: str, device: torch.device, tiny: bool, seconds: float) -> Par
     try:
         found = do(gpu_parts.setup(device, tiny, seconds - LAST_SECONDS))
     except Exception as error:  # the other parts are worth running
-        return Part(name, FAILED, time.monotonic() - start, gpu_parts.told(error))
+        return Part(name, FAILED, time.monotonic() - start, gpu_parts.in_a_line(error))
     wrong = found.get("wrong", [])
     assert isinstance(wrong, list)
     return Part(name, FAILED if wrong else DONE, time.monotonic() - start, "; ".join(wrong[:3]), found)
@@ -139,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; what the finished parts have found is kept", file=sys.stderr)
+        return INTERRUPTED
     print(f"{devices.FOLDER / found.name}.json")
     print(json.dumps({part.name: part.status for part in found.parts}))
     return 0 if all(part.status == DONE for part in found.parts) else 1

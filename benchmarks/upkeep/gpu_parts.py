@@ -132,15 +132,15 @@ def smoke_run(given: Setup) -> dict[str, object]:
             record = Record.load(files.record_file(cell))
             done.append(f"{cell.name}: {record.status}")
         except Exception as error:  # whatever it is: the next method may do
-            wrong.append(f"{cell.name}: {told(error)}")
+            wrong.append(f"{cell.name}: {in_a_line(error)}")
     return {"cells": done, "wrong": wrong}
 
 
-def told(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
     """An error in a line, the first of a group."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def shards(given: Setup) -> dict[str, object]:

@@ -101,7 +101,7 @@ def bound(phases: Sequence[Sequence[Unit]], gpus: int) -> float:
 
 
 @dataclass(frozen=True)
-class Planned:
+class TaskUnits:
     """The units of a task: its calibration pool, its full-precision batches, and each row's cells."""
 
     calibration: list[Unit]
@@ -109,11 +109,11 @@ class Planned:
     rows: dict[str, list[Unit]]
 
 
-def read_plan(page: str, suite: Suite) -> list[Planned]:
+def read_plan(page: str, suite: Suite) -> list[TaskUnits]:
     """The units of a suite's tasks, from what `python -m benchmarks plan` wrote; tasks that it lacks are left out."""
     sections = {section.partition("\n")[0].strip(): section for section in page.split("\n## ")}
     planned = [task for task in suite.tasks.values() if task.name in sections]
-    return [_planned(task, _table(sections[task.name])) for task in planned]
+    return [_units_of(task, _table(sections[task.name])) for task in planned]
 
 
 def _table(section: str) -> pd.DataFrame:
@@ -123,7 +123,7 @@ def _table(section: str) -> pd.DataFrame:
     return table.apply(lambda column: pd.to_numeric(column.str.replace(",", ""), errors="coerce")).fillna(0.0)
 
 
-def _planned(task: Task, table: pd.DataFrame) -> Planned:
+def _units_of(task: Task, table: pd.DataFrame) -> TaskUnits:
     batches = math.ceil(task.images / task.batch)
     full = table.loc[FULL_PRECISION]
     an_evaluation = full.Hours * HOUR / full.Sampling
@@ -136,16 +136,16 @@ def _planned(task: Task, table: pd.DataFrame) -> Planned:
             drawn = (Unit(sampling / (batches + 1)),) * (batches + 1)
             rows.setdefault(row, []).append(Unit(max(step.Hours * HOUR - sampling, 0.0), drawn))
     calibration = [Unit(table.loc["calibrate"].Hours * HOUR)]
-    return Planned(calibration, [Unit(full.Hours * HOUR / batches)] * batches, rows)
+    return TaskUnits(calibration, [Unit(full.Hours * HOUR / batches)] * batches, rows)
 
 
-def stages(tasks: Sequence[Planned]) -> list[list[Unit]]:
+def stages(tasks: Sequence[TaskUnits]) -> list[list[Unit]]:
     """Phases of `dvc repro`."""
     before = [phase for task in tasks for phase in (task.calibration, task.full_precision)]
     return before + [row for task in tasks for row in task.rows.values()]
 
 
-def together(tasks: Sequence[Planned]) -> list[list[Unit]]:
+def together(tasks: Sequence[TaskUnits]) -> list[list[Unit]]:
     """Phases of the same stages, each of all tasks and rows."""
     return [
         [unit for task in tasks for unit in task.calibration],

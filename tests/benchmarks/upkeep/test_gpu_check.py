@@ -63,7 +63,7 @@ def test_all_parts_run_on_tiny_networks_and_find_what_they_say(tmp_path, monkeyp
 
 def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     def broken(given):
-        raise ExceptionGroup("all", [RuntimeError("CUDA error: no kernel image")])
+        raise ExceptionGroup("all", [RuntimeError("CUDA error:\nno kernel image")])
 
     monkeypatch.setitem(PARTS, "agreement", (broken, 60))
     monkeypatch.setitem(PARTS, "speed", (lambda given: {"wrong": ["layer 3 is off"]}, 60))
@@ -93,19 +93,28 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
     (tmp_path / "devices").touch()
     parts = []
     with pytest.raises(OSError, match="devices"):
         check(CPU, True, ["speed"], tmp_path / "devices", lambda *given: parts.append(given))
     assert not parts
 
-    def denied(*_):
-        raise PermissionError("results/devices: denied")
 
-    monkeypatch.setattr(gpu_check, "check", denied)
-    assert gpu_check.main(["--device", "cpu", "--tiny"]) == 1
-    assert capsys.readouterr().err == "error: results/devices: denied\n"
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (PermissionError("results/devices: denied"), 1, "error: results/devices: denied"),
+        (KeyboardInterrupt(), 130, "stopped; what the finished parts have found is kept"),
+    ],
+)
+def test_what_ends_the_check_is_a_line(raised, code, line, capsys, monkeypatch):
+    def ended(*_):
+        raise raised
+
+    monkeypatch.setattr(gpu_check, "check", ended)
+    assert gpu_check.main(["--device", "cpu", "--tiny"]) == code
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 def test_full_size_is_not_for_a_cpu(capsys):
