@@ -85,8 +85,8 @@ def _bound(place: Place) -> str:
         sentences.append(f"TFMQ-DM{lowered} {_moves(method, 'the deviation')}{_uncertain(method)}.")
         if method.mean < exact.mean:
             sentences.append(
-                "What it lowers beyond exact temporal features is no gain in these: other layers were learned otherwise,"
-                " or it is chance."
+                "What it lowers beyond exact temporal features is no gain in these: other layers were learned"
+                " otherwise, or it is chance."
             )
         alone = {name: place.change(name, BASE) for name in ("tiar", "fsc")}
         said = [f"{PARTS[name]} {_moves(found, 'it')}" for name, found in alone.items() if found is not None]

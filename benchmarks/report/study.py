@@ -121,6 +121,7 @@ def _cheapest(task: str, rows: Sequence[Mapping]) -> list[dict[str, str]]:
     found = []
     for precision in sorted({row["precision"] for row in rows}, reverse=True):
         compared = [row for row in rows if row["precision"] == precision and row["protocol"] == SHARED]
+        compared = list({row["key"]: row for row in reversed(compared)}.values())[::-1]  # curves may share points
         references, recipes = (
             [
                 (label, settings, _mean(seeds, "cpu_seconds"), _error(seeds))

@@ -12,7 +12,8 @@ def _point(method: str, seconds: float, error: float, steps: int, **changes: obj
     found = {"curve": method, "method": method, "settings": {"rows": steps}, "protocol": "shared", "precision": "w4a8"}
     measured = {"cpu_seconds": seconds, "optimizer_steps": steps, "evaluations": 8, "median_deviation": 0.1, "seed": 0}
     value = {"value": error, "low": error / 2, "high": error * 2, "n": 4}
-    return found | measured | {"noise_error": value, "deviation": value} | changes
+    key = f"{method} {steps} {changes}"
+    return {"key": key} | found | measured | {"noise_error": value, "deviation": value} | changes
 
 
 def _page(folder: Path, *points: dict[str, object]) -> str:
@@ -45,6 +46,12 @@ def test_the_quickest_recipe_that_reaches_an_error_stands_beside_it(tmp_path):
     assert (reached["Its noise error"], reached["Share"]) == ("0.0390", "16%")
     assert missed["Recipe"] == "recommended, rows 3"
     assert (missed["Its noise error"], missed["Share"]) == ("0.0300, larger", "5%")
+
+
+def test_a_point_of_two_curves_is_compared_once(tmp_path):
+    point = _point("tfmq", 50.0, 0.04, 400)
+    (row,) = _rows(_page(tmp_path, point, point | {"curve": "again"}, _point("recommended", 8.0, 0.039, 1)))
+    assert row["TFMQ-DM"] == "tfmq, rows 400"
 
 
 def test_precisions_are_compared_each_by_itself(tmp_path):
