@@ -67,6 +67,8 @@ def test_a_row_depends_on_the_settings_and_cells_of_its_own_table(root, suite, t
             assert entry["foreach"] == f"${{tables.{table}.tasks}}"
             assert command["cmd"].endswith(f" --task ${{item}} --method {rows[name]}")
             assert {f"methods.{rows[name]}", "tasks.${item}"} <= set(command["params"])
+            overridden = {param for param in command["params"] if param.startswith("overrides.")}
+            assert overridden == {f"overrides.{method}" for method in found.overrides if method == rows[name]}
     score = stages[f"score_{table}"]
     assert score["matrix"] == {"task": f"${{tables.{table}.tasks}}", "method": f"${{tables.{table}.methods}}"}
     where = found.tables[table]
