@@ -66,13 +66,13 @@ def executing(network: Network, partly: bool = False) -> Network:
     if network.dtype != torch.float32:
         raise ValueError(f"the network computes in {network.dtype}: only networks in float32 can be executed")
     check_finished(network)
-    check_processor(network.device)
     refused = not_executable(network)
     if refused and not partly:
         path, reason = next(iter(refused.items()))
         raise ValueError(
             f"{path} cannot be executed: {reason} ({len(refused)} such in all); with partly=True these stay simulated"
         )
+    check_processor(network.device)
     # What is in the memo takes the place of its original in the copy.
     tracker = copy.copy(network.step_tracker)
     memo: dict[int, object] = {id(network.step_tracker): tracker}

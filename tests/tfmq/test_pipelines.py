@@ -11,6 +11,7 @@ from tests.tfmq import networks
 from tests.tfmq.pipelines import CASES, Case
 from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.execution import executing
+from tfmq.modules.integer_products import cpu_is_exact
 from tfmq.network.backbone import evaluate
 from tfmq.network.calibration import Spaced
 from tfmq.network.sampling import sample
@@ -96,7 +97,8 @@ def test_a_quantised_network_makes_the_images_of_its_pipeline(case, precision, t
     save_quantized(pipeline.unet, tmp_path / "q.safetensors", {})
     pipeline.unet = load_quantized(tmp_path / "q.safetensors")
     torch.testing.assert_close(case.run(pipeline), found)
-    pipeline.unet = executing(pipeline.unet)
-    assert (case.run(pipeline) - found).norm() < 0.1 * found.norm()
+    if cpu_is_exact():
+        pipeline.unet = executing(pipeline.unet)
+        assert (case.run(pipeline) - found).norm() < 0.1 * found.norm()
     pipeline.unet = full
     torch.testing.assert_close(case.run(pipeline), expected)
