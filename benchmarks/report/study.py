@@ -50,11 +50,16 @@ def write(folder: Path, page: Path) -> str:
                 f"## {found['task']}, {precision}\n\n"
                 f"![Noise error of each method against CPU seconds and optimiser steps]({folder.name}/{name})\n\n"
                 f"{found['images']} images; {found['environment']['cpu']}, one thread, by the code of"
-                f" {found['environment']['commit'][:7]}.\n\n{_table(rows)}\n"
+                f" {_commit(found['environment']['commit'])}.\n\n{_table(rows)}\n"
             )
     text = "\n".join(parts)
     files.write_text(page, text)
     return text
+
+
+def _commit(found: str | None) -> str:
+    """What a page says of the commit that a run was made with."""
+    return "no commit" if found is None else found[:7]
 
 
 def _lines(rows: Sequence[Mapping]) -> dict[str, dict[str, list[Mapping]]]:
