@@ -41,8 +41,9 @@ METHODS = {
     "sqdm": "w4a4",
     "recommended": "w4a4",
 }
-# On older processors kernels round otherwise for other layouts, such as the device's, and learning amplifies that.
-SAME_BYTES = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+# Without AVX-512 some ranges differ from the device's in their last digit. Of these methods that reaches the predictions of
+# one alone, which learns once more on latents of its own.
+AMPLIFIES = [] if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ["tcaq_dm"]
 FEW = {"images": 2, "range_images": 2, "steps": 2, "rows": 8, "batch": 8, "rounds": 1}
 
 
@@ -99,8 +100,10 @@ def test_quantising_leaves_nothing_on_the_cpu_and_gives_the_same_network(name):
         found, pool, _ = quantized(name, pretend.DEVICE, kind)
         assert {each.device.type for each in (*found.parameters(), *found.buffers())} == {pretend.NAME}
         predicted = compared(found, pool)
-    assert torch.equal(predicted, expected) or not SAME_BYTES
-    assert (predicted - expected).norm() < 0.2 * expected.norm()
+    if name in AMPLIFIES:
+        assert (predicted - expected).norm() < 0.2 * expected.norm()
+    else:
+        assert torch.equal(predicted, expected)
 
 
 # A network that is evaluated whole is told its time steps by the device: once an iteration.
