@@ -41,8 +41,8 @@ METHODS = {
     "sqdm": "w4a4",
     "recommended": "w4a4",
 }
-# Without AVX-512 some ranges differ from the device's in their last digit. Of these methods that reaches the predictions
-# of one alone, which learns once more on latents of its own.
+# Without AVX-512 some ranges differ from the device's in their last digit. Of these methods that reaches what one alone
+# predicts, which learns once more on latents of its own.
 AMPLIFIES = [] if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ["tcaq_dm"]
 FEW = {"images": 2, "range_images": 2, "steps": 2, "rows": 8, "batch": 8, "rounds": 1}
 
