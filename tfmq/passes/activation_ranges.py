@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from tqdm.auto import tqdm
 
 from tfmq.cost import Shapes
 from tfmq.modules.fake_quantize import ActivationRange
-from tfmq.network.backbone import evaluate
+from tfmq.network.backbone import Network, evaluate
 from tfmq.network.calibration import CalibrationSet, Draw, Spaced
 from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
@@ -86,4 +88,20 @@ class ActivationRanges(Pass[CalibrationRows]):
         """See `Pass`."""
         if not shapes.calibrates or shapes.calibrated:
             return Memory()
-        return Memory(shapes.evaluated(rows, self.batch))
+        with watched(shapes.network):
+            return Memory(shapes.evaluated(rows, self.batch))
+
+
+@contextmanager
+def watched(network: Network) -> Iterator[None]:
+    """Let each activation quantiser of a network on the meta device be called, as while it observes.
+
+    What an observed product multiplies has to be there: attention computes its matrix of probabilities.
+    """
+    quantizers = activation_quantizers(network).values()
+    handles = [quantizer.register_forward_pre_hook(lambda *_: None) for quantizer in quantizers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

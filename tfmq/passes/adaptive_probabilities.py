@@ -13,6 +13,7 @@ from tfmq.network.backbone import Backbone, Network, evaluate
 from tfmq.network.calibration import CalibrationSet, Draw, Spaced
 from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
+from tfmq.passes.activation_ranges import watched
 from tfmq.plan import QuantizationPlan, activation_quantizers
 from tfmq.session import Session
 from tfmq.settings import check_counts, check_numbers
@@ -84,7 +85,8 @@ class AdaptiveProbabilities(Pass[CalibrationRows]):
         """See `Pass`."""
         if not self._any(shapes):
             return Memory()
-        return Memory(shapes.evaluated(rows, self.batch))
+        with watched(shapes.network):
+            return Memory(shapes.evaluated(rows, self.batch))
 
     def _any(self, shapes: Shapes) -> bool:
         return any(attention.adaptive for attention in shapes.plan.attentions.values())

@@ -15,6 +15,7 @@ from tfmq.network.backbone import Backbone, Network
 from tfmq.network.calibration import CalibrationSet, Draw, NormallyDistributed
 from tfmq.network.rows import CalibrationRows
 from tfmq.passes import Cost, Memory, Pass
+from tfmq.passes.activation_ranges import watched
 from tfmq.passes.step_network import (
     ActivationSamples,
     FitConfig,
@@ -97,7 +98,8 @@ class PredictedStepSizes(Pass[CalibrationRows]):
     def memory(self, shapes: Shapes, rows: CalibrationRows) -> Memory:
         """See `Pass`."""
         network, quantizers = shapes.network, activation_quantizers(shapes.network)
-        evaluated = shapes.evaluated(rows, self.batch)
+        with watched(network):
+            evaluated = shapes.evaluated(rows, self.batch)
         values = torch.empty(len(rows), len(quantizers), self.values, device=network.device)
         samples = ActivationSamples(values, rows.timesteps)
         encode = partial(shapes.backbone.encoding, network)
