@@ -1,9 +1,11 @@
 """How much faster does a network run in integers? Float32, simulated and executed networks, one after the other.
 
 `python -m benchmarks.upkeep.speed data/emoji-ldm4/unet` prints seconds for one evaluation of a batch and the ratios of
-the three. Each round times all networks once, so that what else the machine does meets them alike. A folder holds a
-network of diffusers; `stable-diffusion` stands for the UNet of Stable Diffusion v1.4 with random weights. Weights are
-rounded to nearest, and ranges are those of one random batch: speed does not depend on them.
+the three. Networks take turns, and each evaluates `--evaluations` times in a row, as sampling does, so that what else
+the machine does meets them alike. A folder holds a network of diffusers; `stable-diffusion` stands for the UNet of
+Stable Diffusion v1.4 with random weights. Weights are rounded to nearest, and ranges are those of one random batch:
+speed does not depend on them. It does on the grids: 8-bit weights with zero points cost a sum of the input more than
+those of `--deployable` grids.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from benchmarks.runtime import environment
 from tfmq.checkpoint import NETWORKS
 from tfmq.execution import executed_coverage, executing
 from tfmq.network.backbone import Network, backbone_of, evaluate
+from tfmq.passes.deployable import Deployable, take_symmetric_weights
 from tfmq.passes.grids import Grids
 from tfmq.plan import SHARED, activation_quantizers, amended_plan, insert_quantizers, quantized_layers
 from tfmq.precision import Precision
@@ -63,11 +66,15 @@ def inputs(network: Network, batch: int) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 @torch.no_grad()
-def quantize_quickly(network: Network, precision: Precision, given: tuple[Tensor, Tensor, Tensor | None]) -> None:
+def quantize_quickly(
+    network: Network, precision: Precision, given: tuple[Tensor, Tensor, Tensor | None], deployable: bool = False
+) -> None:
     """Quantise in place without a copy: weights to nearest in their extremes, activations in those of one batch."""
     network.requires_grad_(False)
-    recipe = (Grids(split_shortcuts=True),)
+    recipe = (*([Deployable()] if deployable else []), Grids(split_shortcuts=True))
     insert_quantizers(network, amended_plan(network, backbone_of(network), precision, recipe, SHARED))
+    if deployable:
+        take_symmetric_weights(network)
     for layer in quantized_layers(network).values():
         layer.find_weight_range("minmax")
         layer.fold()
@@ -81,16 +88,17 @@ def quantize_quickly(network: Network, precision: Precision, given: tuple[Tensor
 
 @torch.no_grad()
 def alternating(
-    networks: dict[str, Network], given: tuple[Tensor, Tensor, Tensor | None], rounds: int
+    networks: dict[str, Network], given: tuple[Tensor, Tensor, Tensor | None], rounds: int, evaluations: int
 ) -> dict[str, list[float]]:
-    """Seconds of each evaluation, by network; one round before does not count."""
+    """Seconds of an evaluation in each round, by network; one round before does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for index in range(rounds + 1):
         for name, network in networks.items():
             start = time.perf_counter()
-            evaluate(network, *given)
+            for _ in range(evaluations):
+                evaluate(network, *given)
             if index:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / evaluations)
     return seconds
 
 
@@ -111,25 +119,31 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("source", help="folder of a network of diffusers, or stable-diffusion")
     parser.add_argument("--precision", default="w8a8")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--evaluations", type=int, default=20, help="in a row, by each network in each round")
+    parser.add_argument("--deployable", action="store_true", help="take the grids that integer kernels execute")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--skip-simulated", action="store_true", help="for large networks: it takes memory and time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     quantized = load(options.source)
     given = inputs(quantized, options.batch)
-    quantize_quickly(quantized, Precision.parse(options.precision), given)
+    quantize_quickly(quantized, Precision.parse(options.precision), given, options.deployable)
     executed = executing(quantized)
     networks = {} if options.skip_simulated else {"simulated": quantized}
     del quantized
     networks |= {"float32": load(options.source), "executed": executed}
     described = environment.describe()
-    print(f"{options.source}, {options.precision}, batches of {options.batch}, {options.rounds} rounds")
+    grids = "deployable grids" if options.deployable else "grids of the papers"
+    print(
+        f"{options.source}, {options.precision}, {grids}, batches of {options.batch}, {options.rounds} rounds of "
+        f"{options.evaluations} evaluations"
+    )
     print(
         f"{described['cpu']} ({torch.backends.cpu.get_cpu_capability()}), {options.threads} threads, "
         f"torch {torch.__version__}, diffusers {described['versions']['diffusers']}"
     )
-    print(table(alternating(networks, given, options.rounds)))
+    print(table(alternating(networks, given, options.rounds, options.evaluations)))
     for (kind, kernel), count in sorted(Counter((row.kind, row.kernel) for row in executed_coverage(executed)).items()):
         print(f"{count:4} {kind}: {kernel}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -12,17 +13,20 @@ from tfmq.modules.adaptive import LOGARITHMIC, AdaptiveQuantize
 from tfmq.modules.attention import QuantizedAttention
 from tfmq.modules.fake_quantize import FakeQuantize, StepTracker
 from tfmq.modules.integer import CODE_BITS, IntegerLayer, IntegerWeight, by_step, too_wide
-from tfmq.modules.integer_products import InputGrid, Packed, exact_bmm, input_grids
+from tfmq.modules.integer_products import InputGrid, Unpacked, exact_bmm, input_grids
 from tfmq.modules.layers import QuantizedLayer
 
-# Scores that are worked on at a time: as many as stay in the cache of a core.
+# Scores that are worked on at a time: in bytes as many as stay in the cache that cores share, so that calls are few; in
+# floats as many as stay in that of a core. On other devices: 1 GiB.
+SHARED_SCORES = 2**20
 CACHED_SCORES = 2**18
-# On other devices: 1 GiB.
 MOST_SCORES = 2**28
 # So many times as many probabilities' codes are multiplied by the values together.
-TOGETHER = 4
-# Where fewer keys are multiplied, 8-bit kernels cost more in calls than they gain.
-LEAST_KEYS = 1024
+TOGETHER = 2
+# Where a head has fewer scores, 8-bit kernels cost more in calls than they gain.
+LEAST_SCORES = 2**18
+# Floats of projections that are made at a time: they become bytes while they are in the cache.
+CACHED_PROJECTIONS = 2**18
 PER_NATURAL = math.log2(math.e)
 # Powers of two of these, their sums and their inverses stay far inside what float32 holds.
 SMALL = 60.0
@@ -46,6 +50,7 @@ class IntegerAttention(nn.Module):
         self.joined = joined(projections)
         operands = (processor.query, processor.key, processor.value, processor.probabilities)
         self.grids = [input_grids(operand) for operand in operands if isinstance(operand, FakeQuantize)]
+        self.per_step = any(len(grids) > 1 for grids in self.grids)
 
     def __call__(
         self,
@@ -82,52 +87,95 @@ class IntegerAttention(nn.Module):
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 
-        query, key, value = self._projections(attn, hidden_states, context)
         mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
-        operands = [x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value)]
-        if mask is not None:
-            operands.append(mask.unflatten(0, (-1, attn.heads)))
-        per_step = any(len(grids) > 1 for grids in self.grids)
-        output = by_step(
-            lambda index, *parts: self._of_step(attn.scale, index, *parts),
-            self.tracker.index if per_step else 0,
-            *operands,
-        )
+        masks = [] if mask is None else [mask.unflatten(0, (-1, attn.heads))]
+        output = self._in_bytes(attn, hidden_states, context, *masks)
+        if output is None:
+            operands = (x.unflatten(-1, (attn.heads, -1)) for x in self._projections(attn, hidden_states, context))
+            output = by_step(
+                lambda index, *parts: self._of_step(attn.scale, index, *parts),
+                self.tracker.index if self.per_step else 0,
+                *operands,
+                *masks,
+            )
         output = attn.to_out[1](attn.to_out[0](output.flatten(2)))
         if residual.dim() == 4:
             output = output.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection:
             output = output + residual
-        return output / attn.rescale_output_factor
+        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
 
     def _projections(self, attn: Attention, hidden_states: Tensor, context: Tensor) -> list[Tensor]:
-        """Query, key and value, (B, tokens, C); an input that layers share in one grid is quantised once."""
-        layers = attn.to_q, attn.to_k, attn.to_v
-        grid = layers[0].grid if isinstance(layers[0], IntegerLayer) else None
-        if self.joined is not None and grid is not None and context is hidden_states:
-            rows = grid.codes(hidden_states).flatten(0, 1)
-            return list(self.joined(rows, grid).view(*hidden_states.shape[:2], -1).chunk(3, -1))
-        found: dict[InputGrid, Tensor] = {}
-        outputs = []
-        for layer, x in zip(layers, (hidden_states, context, context), strict=True):
-            grid = layer.grid if isinstance(layer, IntegerLayer) and x is context else None
-            if grid is None:
-                outputs.append(layer(x))
-                continue
-            if grid not in found:
-                found[grid] = grid.codes(x)
-            outputs.append(layer.of_codes(found[grid], grid))
-        return outputs
+        """Query, key and value, (B, tokens, C)."""
+        if context is not hidden_states:
+            return [attn.to_q(hidden_states), *_of_one_input((attn.to_k, attn.to_v), context)]
+        grid = self._input_grid(attn)
+        if self.joined is None or grid is None:
+            return _of_one_input((attn.to_q, attn.to_k, attn.to_v), hidden_states)
+        rows = grid.codes(hidden_states).flatten(0, 1)
+        return list(self.joined(rows, grid).view(*hidden_states.shape[:2], -1).chunk(3, -1))
+
+    @staticmethod
+    def _input_grid(attn: Attention) -> InputGrid | None:
+        return attn.to_q.grid if isinstance(attn.to_q, IntegerLayer) else None
+
+    def _grids_at(self, index: int) -> Grids:
+        of_query, of_key, of_value, of_probabilities = (grids[index if len(grids) > 1 else 0] for grids in self.grids)
+        return of_query, of_key, of_value, of_probabilities
+
+    def _in_bytes(
+        self, attn: Attention, hidden_states: Tensor, context: Tensor, mask: Tensor | None = None
+    ) -> Tensor | None:
+        """Attention of many scores at one time step, or None where it is another.
+
+        Some tokens at a time are projected and rounded, so that projections of all of them are there as bytes alone.
+        """
+        index, grid = self.tracker.index if self.per_step else 0, self._input_grid(attn)
+        images, tokens, _ = hidden_states.shape
+        count, itself = context.shape[1], context is hidden_states
+        project, parts = (self.joined, 3) if itself else (getattr(attn.to_q, "of_codes", None), 1)
+        if project is None or grid is None or isinstance(index, Tensor):
+            return None
+        if hidden_states.device.type != "cpu" or tokens * count < LEAST_SCORES:
+            return None
+        grids, codes = self._grids_at(index), grid.codes(hidden_states)
+        at_once = max(1, CACHED_PROJECTIONS // (parts * attn.inner_dim))
+        operands = Operands(images, tokens, count, attn.heads, attn.inner_dim // attn.heads)
+        for image in range(images):
+            for start in range(0, tokens, at_once):
+                rows = slice(start, min(start + at_once, tokens))
+                query, *others = project(codes[image, rows], grid).unflatten(-1, (parts, 1, attn.heads, -1)).unbind(1)
+                operands.put_queries(grids, query.transpose(0, 1), image, rows)
+                if itself:
+                    key, value = (other.transpose(0, 1) for other in others)
+                    operands.put_keys(grids, key, value, image, rows)
+        if not itself:
+            keys_values = _of_one_input((attn.to_k, attn.to_v), context)
+            operands.put_keys(grids, *(x.unflatten(-1, (attn.heads, -1)) for x in keys_values))
+        return products_in_bytes(operands, mask, attn.scale, grids)
 
     def _of_step(
         self, scale: float, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """(B, tokens, heads, channels) of all, of one time step."""
-        of_query, of_key, of_value, of_probabilities = (grids[index if len(grids) > 1 else 0] for grids in self.grids)
-        grids = (of_query, of_key, of_value, of_probabilities)
-        if query.device.type == "cpu" and key.shape[1] >= LEAST_KEYS:
+        grids = self._grids_at(index)
+        if query.device.type == "cpu" and query.shape[1] * key.shape[1] >= LEAST_SCORES:
             return in_bytes(query, key, value, mask, scale, grids)
         return in_floats(query, key, value, mask, scale, grids)
+
+
+def _of_one_input(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """The outputs of layers; an input that they share in one grid is quantised once."""
+    found: dict[InputGrid, Tensor] = {}
+    outputs = []
+    for layer in layers:
+        if not isinstance(layer, IntegerLayer) or (grid := layer.grid) is None:
+            outputs.append(layer(x))
+            continue
+        if grid not in found:
+            found[grid] = grid.codes(x)
+        outputs.append(layer.of_codes(found[grid], grid))
+    return outputs
 
 
 def joined(projections: list[QuantizedLayer]) -> IntegerWeight | None:
@@ -146,37 +194,68 @@ def joined(projections: list[QuantizedLayer]) -> IntegerWeight | None:
     return IntegerWeight(codes, scale, point, torch.cat(biases) if biases else None, None)
 
 
-def in_bytes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids) -> Tensor:
-    """Attention by oneDNN's 8-bit products, one head of an image after the other, some queries at a time.
+class Operands:
+    """Codes that `products_in_bytes` multiplies, in the order of its products.
 
-    Keys and values are signed here, code - shift. The rest of a key, (shift - z_k) sum (q_q - z_q), is the same for all
-    keys of a query and so does nothing to the softmax. The rest of a value is (shift - z_v) times the sum of the
+    Keys and values are signed, code - shift. The rest of a key, (shift - z_k) sum (q_q - z_q), is the same for all keys
+    of a query and so does nothing to the softmax. The rest of a value is (shift - z_v) times the sum of the
     probabilities' codes, which one more column of ones gives.
+
+    Attributes:
+        queries: uint8 (B, heads, tokens, channels).
+        keys: int8 (B, heads, channels, keys).
+        values: int8 (B, heads, keys, channels + 1).
     """
-    of_query, of_key, of_value, of_probabilities = grids
+
+    def __init__(self, images: int, tokens: int, keys: int, heads: int, channels: int) -> None:
+        self.queries = torch.empty(images, heads, tokens, channels, dtype=torch.uint8)
+        self.keys = torch.empty(images, heads, channels, keys, dtype=torch.int8)
+        self.values = torch.ones(images, heads, keys, channels + 1, dtype=torch.int8)
+
+    def put_queries(self, grids: Grids, query: Tensor, first: int = 0, tokens: slice = slice(None)) -> None:
+        """Those of ``tokens``, float32 (images, tokens, heads, channels), from the ``first`` image on."""
+        self.queries[first : first + len(query), :, tokens] = grids[0].codes(query).transpose(1, 2)
+
+    def put_keys(self, grids: Grids, key: Tensor, value: Tensor, first: int = 0, tokens: slice = slice(None)) -> None:
+        """The same of keys and values."""
+        images = slice(first, first + len(key))
+        self.keys[images, ..., tokens] = _signed(grids[1], key).permute(0, 2, 3, 1)
+        self.values[images, :, tokens, :-1] = _signed(grids[2], value).transpose(1, 2)
+
+
+def in_bytes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids) -> Tensor:
+    """Attention by `products_in_bytes` of float32 (B, tokens, heads, channels)."""
     images, tokens, heads, channels = query.shape
-    count = key.shape[1]
-    query_codes = of_query.codes(query).transpose(1, 2).contiguous()
-    key_codes = _signed(of_key, key).transpose(1, 2).contiguous()
-    columns = torch.ones(images, heads, channels + 1, count, dtype=torch.int8)
-    columns[:, :, :-1] = _signed(of_value, value).permute(0, 2, 3, 1)
+    operands = Operands(images, tokens, key.shape[1], heads, channels)
+    operands.put_queries(grids, query)
+    operands.put_keys(grids, key, value)
+    return products_in_bytes(operands, mask, scale, grids)
+
+
+def products_in_bytes(operands: Operands, mask: Tensor | None, scale: float, grids: Grids) -> Tensor:
+    """Attention by oneDNN's 8-bit products, one head of an image after the other, some queries at a time."""
+    of_query, of_key, of_value, of_probabilities = grids
+    images, heads, tokens, channels = operands.queries.shape
+    count = operands.keys.shape[3]
     factor = of_query.scale * of_key.scale * scale * PER_NATURAL
     key_scale = torch.full((count,), factor)
     value_scale = torch.full((channels + 1,), of_probabilities.scale * of_value.scale)
     value_scale[-1] *= _shift(of_value) - of_value.zero_point
-    largest = (_largest_norm(query_codes, of_query.zero_point) * _largest_norm(key_codes, 0) * factor).tolist()
-    at_once = max(16, CACHED_SCORES // count)
+    norms = _largest_norm(operands.queries, of_query.zero_point, 3) * _largest_norm(operands.keys, 0, 2)
+    largest = (norms * factor).tolist()
+    at_once = max(16, SHARED_SCORES // count)
     codes = torch.empty(min(tokens, TOGETHER * at_once), count, dtype=torch.uint8)
-    output = query.new_empty(query.shape)
+    output = torch.empty(images, tokens, heads, channels)
     for image in range(images):
         for head in range(heads):
-            keys, values = Packed(key_codes[image, head], None), Packed(columns[image, head], None)
+            queries = operands.queries[image, head]
+            keys, values = Unpacked(operands.keys[image, head]), Unpacked(operands.values[image, head])
             small = mask is None and largest[image][head] < SMALL
             for first in range(0, tokens, len(codes)):
                 last = min(first + len(codes), tokens)
                 for start in range(first, last, at_once):
                     rows = slice(start, min(start + at_once, last))
-                    scores = keys.scaled(query_codes[image, head, rows], of_query.zero_point, key_scale, None)
+                    scores = keys.scaled(queries[rows], of_query.zero_point, key_scale, None)
                     if mask is not None:
                         of_rows = mask[image, head] if mask.shape[2] == 1 else mask[image, head, rows]
                         scores.add_(of_rows, alpha=PER_NATURAL)
@@ -188,9 +267,10 @@ def in_bytes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     return output
 
 
-def _largest_norm(codes: Tensor, zero_point: int) -> Tensor:
-    """The largest norm of a token's code - zero point, (B, heads) of (B, heads, tokens, channels)."""
-    return torch.linalg.vector_norm(codes.float().sub_(zero_point), dim=-1).amax(-1)
+def _largest_norm(codes: Tensor, zero_point: int, channels: int) -> Tensor:
+    """The largest norm of a token's code - zero point, (B, heads); ``channels`` is their dimension."""
+    squares = [part.float().sub_(zero_point).square_().sum(channels - 1) for part in codes]
+    return torch.stack(squares).amax(-1).sqrt_()
 
 
 def in_floats(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, grids: Grids) -> Tensor:

@@ -212,6 +212,19 @@ class Packed:
         return torch.ops.onednn.qconv2d_pointwise(*operands, *self.window.lists, *as_floats)
 
 
+class Unpacked(Packed):
+    """A signed 8-bit matrix (C, O) that is multiplied only a few times: left in its own order.
+
+    oneDNN's 8-bit kernels rearrange a part of it as they go, which takes far less time than packing all of it.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__(matrix.t(), None)
+
+    def _pack(self, shape: torch.Size) -> Tensor:
+        return self.weight.t().to_mkldnn()
+
+
 @cache
 def cpu_is_exact() -> bool:
     """Whether this processor's 8-bit kernels add exactly: those without VNNI instructions saturate in 16 bits."""

@@ -223,11 +223,12 @@ def attention_of(heads: int, dim: int, points: tuple[float, ...], bits: int = 8,
     return module, twin, tracker
 
 
-@pytest.mark.parametrize("least_keys", [0, 10**6], ids=["in bytes", "in floats"])
+@pytest.mark.parametrize("least_scores", [0, 10**9], ids=["in bytes", "in floats"])
 @pytest.mark.parametrize("case", ["middle", "outside", "signed", "four bits", "rows", "cross", "mask", "image"])
-def test_attention_products_are_those_of_simulation(case, least_keys, monkeypatch):
-    monkeypatch.setattr("tfmq.modules.integer_attention.LEAST_KEYS", least_keys)
-    monkeypatch.setattr("tfmq.modules.integer_attention.CACHED_SCORES", 400)
+def test_attention_products_are_those_of_simulation(case, least_scores, monkeypatch):
+    monkeypatch.setattr("tfmq.modules.integer_attention.LEAST_SCORES", least_scores)
+    for constant in ("SHARED_SCORES", "CACHED_SCORES", "CACHED_PROJECTIONS"):
+        monkeypatch.setattr(f"tfmq.modules.integer_attention.{constant}", 400)
     points = {"outside": (-20.0,), "signed": (0.0,), "four bits": (7.0,), "rows": (100.0, 128.0, 141.0)}
     bits = 4 if case == "four bits" else 8
     module, twin, tracker = attention_of(2, 8, points.get(case, (121.0,)), bits, case == "signed")
