@@ -56,12 +56,12 @@ def load(source: str) -> Network:
     return NETWORKS[config["_class_name"]].from_pretrained(source).eval()
 
 
-def inputs(network: Network, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Random latents, a time step, and a random condition."""
+def inputs(network: Network, batch: int, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random latents, a time step, and a random condition of so many tokens."""
     generator = torch.Generator().manual_seed(0)
     side = network.config.sample_size
     latents = torch.randn(batch, network.config.in_channels, side, side, generator=generator)
-    condition = backbone_of(network).random_condition(network, batch, TOKENS, latents.device, generator)
+    condition = backbone_of(network).random_condition(network, batch, tokens, latents.device, generator)
     return latents, torch.tensor(TIMESTEP), condition
 
 
@@ -119,6 +119,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("source", help="folder of a network of diffusers, or stable-diffusion")
     parser.add_argument("--precision", default="w8a8")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the condition of a network that takes one")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--evaluations", type=int, default=20, help="in a row, by each network in each round")
     parser.add_argument("--deployable", action="store_true", help="take the grids that integer kernels execute")
@@ -127,7 +128,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     quantized = load(options.source)
-    given = inputs(quantized, options.batch)
+    given = inputs(quantized, options.batch, options.tokens)
     quantize_quickly(quantized, Precision.parse(options.precision), given, options.deployable)
     executed = executing(quantized)
     networks = {} if options.skip_simulated else {"simulated": quantized}
