@@ -20,9 +20,10 @@ from benchmarks.suite.fields import read
 from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, SIMULATED, Cell
 from tfmq.cost import Planned, plan_cost
+from tfmq.live_bytes import FusedAttention, LiveBytes
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.calibration import CalibrationSet
-from tfmq.network.sampling import SamplingSettings
+from tfmq.network.sampling import SamplingSettings, predict_noise
 from tfmq.packing import packed_bytes
 from tfmq.passes import Recipe
 from tfmq.plan import Protocol, amended_plan, insert_quantizers
@@ -51,11 +52,13 @@ class KnownNetwork:
         unet: on the meta device.
         timesteps: (T,), those of the task's schedule.
         tokens: of its context, where it has one.
+        counted: what `prediction_bytes` has counted, by its arguments.
     """
 
     unet: Network
     timesteps: torch.Tensor
     tokens: int
+    counted: dict[tuple[int, SamplingSettings], int] = field(default_factory=dict)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -70,6 +73,21 @@ class KnownNetwork:
     def latents(self, images: int) -> int:
         """Bytes that the latents of some images take."""
         return images * math.prod(self.latent_shape) * FLOAT
+
+    def prediction_bytes(self, images: int, settings: SamplingSettings) -> int:
+        """Most bytes that live at once while full precision predicts the noise of so many images at a step.
+
+        The network and its inputs do not count. Bytes are counted from shapes alone, and are those of every machine.
+        """
+        if (images, settings) not in self.counted:
+            meta = torch.device("meta")
+            pool = self.random_pool(images, settings, meta)
+            timestep = torch.zeros((), dtype=torch.int64, device=meta)
+            given = pool.latents[0], timestep, pool.conditioning(0, slice(None), meta), settings.guidance_scale
+            with FusedAttention(), torch.no_grad(), LiveBytes() as live:
+                predict_noise(self.unet, *given)
+            self.counted[images, settings] = live.most
+        return self.counted[images, settings]
 
     def random_pool(
         self,
@@ -100,7 +118,7 @@ class KnownNetwork:
 
 @dataclass(frozen=True)
 class Rate:
-    """One timed evaluation: where, of how many samples at once, and seconds and bytes of memory a sample.
+    """One timed evaluation: where, of how many samples at once, and seconds a sample.
 
     Attributes:
         operations: in floating point that a sample takes, a multiplication and an addition counted as two.
@@ -114,7 +132,6 @@ class Rate:
     device: str
     rows: int
     seconds: float
-    memory: float
     operations: int
     assumed: float | None = None
     on_cpu: bool = True
@@ -206,8 +223,12 @@ class Planner:
     @cached_property
     def pool(self) -> CalibrationSet:
         """A calibration pool of the task's shapes and time steps, on the meta device."""
-        settings = SamplingSettings(self.task.steps, self.task.eta, self.task.guidance_scale)
-        return self.network.random_pool(self.task.calibration_images, settings, torch.device("meta"))
+        return self.network.random_pool(self.task.calibration_images, self.sampling, torch.device("meta"))
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How the task is sampled."""
+        return SamplingSettings(self.task.steps, self.task.eta, self.task.guidance_scale)
 
     @property
     def halves(self) -> int:
@@ -232,7 +253,7 @@ class Planner:
     @property
     def sampling_memory(self) -> int:
         """What drawing a batch takes with the full-precision network."""
-        return self.network.bytes + round(self.rate.memory * self.task.batch * self.halves)
+        return self.network.bytes + self.network.prediction_bytes(self.task.batch, self.sampling)
 
     def calibrate(self) -> Item:
         """The calibration pools of all seeds."""

@@ -28,7 +28,6 @@ from benchmarks.planning.planner import NOT_APPLICABLE, Item, KnownNetwork, Plan
 from benchmarks.planning.rounds_page import Budget
 from benchmarks.runtime import excerpt, files
 from benchmarks.runtime.devices import device_of
-from benchmarks.runtime.workspace import MIB, peak_memory, restart_peak
 from benchmarks.sources import catalogue
 from benchmarks.sources.catalogue import Source
 from benchmarks.sources.originals import expected
@@ -217,8 +216,6 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
         if on_gpu:
             evaluate(unet, *inputs)
             torch.cuda.synchronize(device)
-        restart_peak(device)
-        before = torch.cuda.memory_allocated(device) / MIB if on_gpu else peak_memory(device)
         start = time.perf_counter()
         evaluate(unet, *inputs)
         if on_gpu:
@@ -228,9 +225,8 @@ def _time(described: Described, device: torch.device, rows: int) -> Rate:
         raise ValueError(
             f"{rows} samples at once do not fit in the GPU's memory: give the task a smaller batch"
         ) from None
-    held = max(peak_memory(device) - before, 0) * MIB
     name = torch.cuda.get_device_name(device) if on_gpu else "one thread of a CPU"
-    return Rate(name, rows, seconds / rows, held / rows, counter.get_total_flops(), on_cpu=not on_gpu)
+    return Rate(name, rows, seconds / rows, counter.get_total_flops(), on_cpu=not on_gpu)
 
 
 def random_inputs(

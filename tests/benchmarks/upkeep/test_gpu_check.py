@@ -16,7 +16,7 @@ from benchmarks.upkeep.gpu_check import PARTS, check, run_apart, run_part
 from tfmq.modules.integer_products import cpu_is_exact
 
 CPU = torch.device("cpu")
-RATE = Rate("a CPU", rows=1, seconds=9.0, memory=1.0, operations=3 * 10**12)
+RATE = Rate("a CPU", rows=1, seconds=9.0, operations=3 * 10**12)
 SPEEDS = [
     ("UNet2DModel", "float32", 30.0, 40.0),
     ("UNet2DModel", "simulated", 10.0, 13.3),
