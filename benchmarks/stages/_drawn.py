@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,17 +25,19 @@ def full_record_file(cell: Cell) -> Path:
     return files.RESULTS / "full" / f"{cell.name}.json"
 
 
-def in_rounds(suite: Suite, task: str) -> tuple[dict[Cell, Record], dict[Cell, Values]]:
+def in_rounds(
+    suite: Suite, task: str, taken: Callable[[Record], bool] = lambda record: True
+) -> tuple[dict[Cell, Record], dict[Cell, Values]]:
     """Records of a task's cells, and what their images have: those of rounds, else those of `score`.
 
-    A record of other settings is none.
+    A record of other settings is none, and so is one that is not ``taken``.
     """
     records, values = {}, {}
     for cell in suite.cells():
         if cell.task != task or cell.method == FULL_PRECISION:
             continue
         for path in (record_file(cell), files.record_file(cell)):
-            if path.is_file() and _is_of(suite, record := Record.load(path)):
+            if path.is_file() and _is_of(suite, record := Record.load(path)) and taken(record):
                 records[cell] = record
                 if record.metrics:
                     values[cell] = excerpt.read_from(path.with_suffix(".npz")).values

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.features import Features, compare, extract, extract_with_maps
+from benchmarks.features import Features, compare, extract, extract_with_maps, extractor
 from benchmarks.metrics import Evidence, References, metrics, reference_statistics
 from benchmarks.metrics._interval import mean_with_interval
 from benchmarks.models import Model
@@ -24,7 +24,7 @@ from benchmarks.report.statistic import RANKED_BY
 from benchmarks.runtime import environment, excerpt, files, manifest
 from benchmarks.runtime.files import QUANTIZED
 from benchmarks.runtime.workspace import MIB, peak_memory
-from benchmarks.stages._data_features import evaluator_of
+from benchmarks.stages._data_features import EVALUATORS, evaluator_of
 from benchmarks.stages._drawn import full_record_file, record_file
 from benchmarks.stages._setup import (
     batches,
@@ -53,6 +53,56 @@ FOLDER = files.WORK / "rounds"
 FEATURES = ("pooled", "spatial", "logits")
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What a task's cells are made from now. A hash is taken once, when a record is first held against it.
+
+    Attributes:
+        device: that evaluators are loaded on.
+        pools: the hash of each seed's calibration pool, None where it is not there.
+    """
+
+    task: Task
+    device: torch.device
+    pools: dict[int, str | None] = field(default_factory=dict)
+
+    def made(self, record: Record) -> bool:
+        """Whether a record is of the present checkpoint, prompts, evaluator and calibration pool.
+
+        What it does not say, and what is not there to compare with, decides nothing. Raises ValueError for an evaluator
+        whose weights are damaged.
+        """
+        says: dict[str, object] = {**record.inputs, "evaluator": record.settings.get("evaluator")}
+        present: dict[str, Callable[[], str | None]] = {
+            "checkpoint": lambda: self.checkpoint,
+            "prompts": lambda: self.prompts,
+            "evaluator": lambda: self.evaluator,
+            "calibration": lambda: self._pool(record.seed),
+        }
+        return all(says.get(name) is None or find() in (None, says[name]) for name, find in present.items())
+
+    @cached_property
+    def checkpoint(self) -> str | None:
+        """Hash of the checkpoint's manifest, which names all its files."""
+        return _hash(Path(self.task.checkpoint) / manifest.NAME)
+
+    @cached_property
+    def prompts(self) -> str | None:
+        """Hash of the prompts that images are drawn for."""
+        return None if self.task.prompts is None else _hash(prompt_file(self.task, PURPOSE))
+
+    @cached_property
+    def evaluator(self) -> str | None:
+        """The evaluator's identity."""
+        listing = EVALUATORS / extractor(self.task.evaluator).weights / manifest.NAME
+        return evaluator_of(self.task, self.device).identity if listing.is_file() else None
+
+    def _pool(self, seed: int) -> str | None:
+        if seed not in self.pools:
+            self.pools[seed] = _hash(files.calibration(self.task.name) / files.pool(seed))
+        return self.pools[seed]
+
+
 class Bench:
     """A task's full-precision model and its images, each made when it is first asked for."""
 
@@ -62,11 +112,11 @@ class Bench:
         self.evaluator = evaluator_of(task, device)
         # Rounds are drawn in float32, whatever `tf32` says.
         described = {name: value for name, value in asdict(task).items() if name not in ("images", "tf32")}
-        prompts = "" if task.prompts is None else files.sha256(prompt_file(task, PURPOSE))
+        self.prompts = "" if task.prompts is None else files.sha256(prompt_file(task, PURPOSE))
         code = code_hash(Path(__file__), discover.file(discover.FAMILIES, task.family))
         versions = torch.__version__, diffusers.__version__
         self.key = files.fingerprint(
-            described, self.checkpoint, prompts, self.evaluator.identity, str(device), code, versions
+            described, self.checkpoint, self.prompts, self.evaluator.identity, str(device), code, versions
         )
 
     @cached_property
@@ -124,7 +174,8 @@ class Bench:
             entries = [discover.file(discover.METHODS, cell.method), discover.file(discover.BACKENDS, cell.backend)]
         key = files.fingerprint(self.key, asdict(cell), settings, inputs, code_hash(*entries) if entries else "")
         folder = FOLDER / f"{cell.name}-{key}"
-        return Work(self.task, cell, str(self.device), folder, overrides, settings, inputs | {"key": key})
+        told = {"key": key} if self.task.prompts is None else {"key": key, "prompts": self.prompts}
+        return Work(self.task, cell, str(self.device), folder, overrides, settings, inputs | told)
 
     @contextmanager
     def _at_work(self, work: Work) -> Iterator[Callable[[], Network]]:
@@ -279,6 +330,10 @@ class Bench:
             inputs=work.inputs,
             environment=environment.describe(work.device),
         )
+
+
+def _hash(path: Path) -> str | None:
+    return manifest.sha256(path) if path.is_file() else None
 
 
 def _generator(metric: str) -> torch.Generator:

@@ -3,9 +3,10 @@
 Verdicts take fewer images than a Frechet distance does. A cell is quantised once; of its images only the values that
 rows are judged by are kept, in `results/rounds`, beside a record that says what they come from. Full precision is drawn
 once, with its trajectory, and every cell is compared with it. What is finished is kept in `work/rounds`, batch by
-batch, and a run that was stopped goes on. `generate` and `score` draw all images of a cell, which is what the papers'
-FIDs take; they learn no rounding again that is learned here. Of single cells all images are drawn here too, by name,
-on top of those of the rounds: then `results/full` has their distances.
+batch, and a run that was stopped goes on. A record that was made from another checkpoint, evaluator, calibration pool
+or other prompts than those that are there is none, and its cell is drawn anew. `generate` and `score` draw all images
+of a cell, which is what the papers' FIDs take; they learn no rounding again that is learned here. Of single cells all
+images are drawn here too, by name, on top of those of the rounds: then `results/full` has their distances.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from benchmarks.metrics import metrics
 from benchmarks.report import rounds as report
 from benchmarks.runtime.devices import device_of
 from benchmarks.stages import _drawn, reference
-from benchmarks.stages._rounds import Bench
+from benchmarks.stages._rounds import Bench, Sources
 from benchmarks.stages._setup import task_of
 from benchmarks.suite import discover
-from benchmarks.suite.params import Suite
+from benchmarks.suite.params import Suite, Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
 
 
@@ -37,17 +38,17 @@ def run(suite: Suite, task_name: str, device_name: str, draw: bool = False, full
     if suite.rounds is None or task.name not in suite.rounds.images:
         known = ", ".join(suite.rounds.images) if suite.rounds else "none"
         raise ValueError(f"{task.name} is none of the tasks under `rounds.images` of params.yaml, which are {known}")
-    chosen = _named(suite, task.name, full)
-    decision = _decide(suite, task.name)
+    chosen, device = _named(suite, task.name, full), device_of(device_name)
+    decision = _decide(suite, task, device)
     if draw or chosen:
-        bench = Bench(suite, task, device_of(device_name))
+        bench = Bench(suite, task, device)
         torch.set_num_threads(1)
         references = reference.read(task, bench.evaluator) if chosen else None
         while draw and decision.next:
             for cell, images in tqdm(decision.next.items(), desc=task.name, unit="cell"):
                 if cell.method != FULL_PRECISION:
                     bench.draw(cell, images)
-            decision = _decide(suite, task.name)
+            decision = _decide(suite, task, device)
         for cell in chosen:
             bench.draw_all(cell, references)
     text = report.page(task.name, decision, suite.rounds)
@@ -66,6 +67,7 @@ def _named(suite: Suite, task: str, names: Sequence[str]) -> list[Cell]:
     return [cells[name] for name in dict.fromkeys(names)]
 
 
-def _decide(suite: Suite, task: str) -> report.Decision:
-    records, values = _drawn.in_rounds(suite, task)
-    return report.decide(suite, task, list(records.values()), values, metrics())
+def _decide(suite: Suite, task: Task, device: torch.device) -> report.Decision:
+    # What is there is looked at anew each time: drawing takes days, in which a pool may be made again.
+    records, values = _drawn.in_rounds(suite, task.name, Sources(task, device).made)
+    return report.decide(suite, task.name, list(records.values()), values, metrics())

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from benchmarks import __main__ as command_line
+from benchmarks.models.ldm import FAMILY
 from benchmarks.report import rounds as report
-from benchmarks.runtime import excerpt
+from benchmarks.runtime import excerpt, manifest
 from benchmarks.stages import tables
+from benchmarks.stages._data_features import evaluator_of
 from benchmarks.suite import params
 from benchmarks.suite.record import Cell, Record
 
@@ -83,6 +86,42 @@ def test_a_record_of_other_settings_is_none(with_rounds, capsys):
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     out = told(capsys)
     assert "- tfmq/w4a8: 4 images" in out and "- nearest/w4a8" not in out
+
+
+def test_a_record_that_was_made_from_something_else_is_none(with_rounds, capsys):
+    told(capsys, "--draw")
+    drawn = told(capsys)
+    record = Path("results/rounds/toy/tfmq/w4a8.json")
+    before = Record.load(record)
+    pool, weights = Path("work/calibration/toy/pool.safetensors"), Path("data/efficientnet-lite0/model.safetensors")
+
+    def after(*changes):
+        """What is told with other tensors in some files, which are then put back."""
+        kept = {path: path.read_bytes() for path in changes}
+        for path in changes:
+            save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+        manifest.write(weights.parent)
+        evaluator_of.cache_clear()
+        found = told(capsys)
+        for path, content in kept.items():
+            path.write_bytes(content)
+        manifest.write(weights.parent)
+        evaluator_of.cache_clear()
+        return found
+
+    assert "- tfmq/w4a8: 4 images" in after(pool) and "- nearest/w4a8: 4 images" in after(weights)
+    assert "nearest-published" not in after(pool, weights), "what is not applicable stays so"
+    assert told(capsys) == drawn, "nothing has changed in the end"
+    pool.rename(pool.with_suffix(".away"))
+    assert told(capsys) == drawn, "what is not there decides nothing"
+    pool.with_suffix(".away").rename(pool)
+
+    FAMILY.save_tiny(Path("data/toy"), 1)
+    assert "- tfmq/w4a8: 4 images" in told(capsys)
+    told(capsys, "--draw")
+    found = Record.load(record)
+    assert found.inputs["checkpoint"] != before.inputs["checkpoint"] and found.metrics != before.metrics
+    assert "No cell goes on." in told(capsys)
 
 
 def full_record(name):
