@@ -3,13 +3,15 @@
 `python -m benchmarks.upkeep.gpu_check` writes `results/devices/NAME.json`; `python -m benchmarks plan --like NAME`
 plans with it. It needs torch with CUDA, what `pip install -e .[bench]` installs, and no network. Each part runs in a
 process of its own, and has its own time: one that fails, or takes too long, is recorded with its error, and the others
-go on. Exit code 1 where one does not end well, or the file cannot be written; 2 without a GPU. `--device cpu --tiny`
-runs all of it on tiny networks.
+go on. `--only PART...` runs some of them, and leaves the others in the file where these are of the same device,
+versions and commit. Exit code 1 where one does not end well, or the file cannot be written; 2 without a GPU.
+`--device cpu --tiny` runs all of it on tiny networks.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,6 +44,8 @@ PARTS: Mapping[str, tuple[Callable[[Setup], dict[str, object]], int]] = {
 }
 # Of a part's time, what is left to end in after the last piece of work was begun.
 LAST_SECONDS = 15
+# What of an environment two equal ones may differ in: each part has one thread, and `modified` is looked at by itself.
+UNCOMPARED = ("threads", "modified")
 
 
 def run_part(name: str, device: torch.device, tiny: bool, seconds: float) -> Part:
@@ -90,13 +94,15 @@ def check(
 ) -> Device:
     """Run some parts and write what they find after each, so that nothing is lost where all is ended.
 
-    Raises OSError, before the first, where the file cannot be written.
+    The others are those of the file that is there, if it is of the same device and code; else a line says that it is
+    begun anew. Raises OSError, before the first, where the file cannot be written.
     """
     called = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", called.lower()).strip("-") + ("-tiny" if tiny else "")
     found = Device(slug, called, tiny, environment.describe(device))
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
+    found = dataclasses.replace(found, parts=_kept(found, names, folder))
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
         os.chdir(scratch)
@@ -105,12 +111,34 @@ def check(
             for name in names:
                 print(f"{name} ...", flush=True)
                 part = run(name, device, tiny, PARTS[name][1])
-                found = Device(slug, called, tiny, found.environment, (*found.parts, part))
+                parts = {each.name: each for each in (*found.parts, part)}
+                found = dataclasses.replace(found, parts=tuple(parts[each] for each in PARTS if each in parts))
                 found.save(folder)
                 print(f"{name}: {part.status} in {part.seconds:.0f} s {part.error}".rstrip(), flush=True)
         finally:
             os.chdir(before)
     return found
+
+
+def _kept(found: Device, names: Collection[str], folder: Path) -> tuple[Part, ...]:
+    """The parts besides ``names`` of the device's file in ``folder``, which stay where it is of the same code."""
+    path = folder / f"{found.name}.json"
+    if not path.is_file() or set(names) == set(PARTS):
+        return ()
+    try:
+        before = read(Device, files.read_json(path), path.name)
+    except ValueError as error:
+        print(f"{path.name} cannot be read and is begun anew: {error}", flush=True)
+        return ()
+    others = tuple(part for part in before.parts if part.name in PARTS and part.name not in names)
+    old, new = before.environment, found.environment
+    differ = [what for what in new if what not in UNCOMPARED and old.get(what) != new[what]]
+    uncommitted = any(each.get("commit") is None or each.get("modified") for each in (old, new))
+    if not others or not (differ or uncommitted):
+        return others
+    why = f"other {', '.join(differ)}" if differ else "code that no commit has"
+    print(f"{path.name} is begun anew, without its other parts: {why}", flush=True)
+    return ()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     print(f"{devices.FOLDER / found.name}.json")
     print(json.dumps({part.name: part.status for part in found.parts}))
-    return 0 if all(part.status == DONE for part in found.parts) else 1
+    return 0 if all(part.status == DONE for part in found.parts if part.name in options.only) else 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from benchmarks.planning import devices
 from benchmarks.planning.devices import DONE, FAILED, LATE, Device, Part, load, rate_on
 from benchmarks.planning.planner import LEARNED_ON_GPU, Rate
+from benchmarks.runtime import environment
 from benchmarks.upkeep import gpu_check, gpu_parts
 from benchmarks.upkeep.gpu_check import PARTS, check, run_apart, run_part
 from tfmq.modules.integer_products import cpu_is_exact
@@ -74,6 +75,38 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
         (FAILED, "layer 3 is off"),
         (DONE, ""),
     ]
+
+
+def test_parts_that_are_not_run_stay_if_they_are_of_the_same_code(tmp_path, monkeypatch, capsys):
+    versions = {"torch": "2.11"}
+    of = {"versions": versions, "commit": "a1", "modified": False, "gpu": None}
+    monkeypatch.setattr(environment, "describe", lambda device: dict(of))
+
+    def parts(*names):
+        """Run these parts; gives the seconds of each part that the file then has, by name."""
+        runs.append(names)
+        check(CPU, True, list(names), tmp_path, lambda name, *_: Part(name, DONE, float(len(runs))))
+        return {part["name"]: part["seconds"] for part in json.loads((tmp_path / "cpu-tiny.json").read_text())["parts"]}
+
+    runs = []
+    assert parts("speed", "learning") == {"speed": 1, "learning": 1}
+    of["threads"] = 8
+    assert list(parts("agreement").items()) == [("agreement", 2), ("speed", 1), ("learning", 1)], "in their order"
+    assert parts("learning") == {"agreement": 2, "speed": 1, "learning": 3}
+    assert "anew" not in capsys.readouterr().out
+    for name, value in (("commit", "b2"), ("versions", {"torch": "2.12"}), ("gpu", "another")):
+        of[name] = value
+        assert parts("speed") == {"speed": len(runs)}
+        said = f"cpu-tiny.json is begun anew, without its other parts: other {name}\n"
+        assert said in capsys.readouterr().out
+        parts("learning")
+    of["modified"] = True
+    assert parts("smoke") == {"smoke": len(runs)}
+    assert "without its other parts: code that no commit has" in capsys.readouterr().out
+    assert parts("speed") == {"speed": len(runs)}, "two states of the code that no commit names"
+    (tmp_path / "cpu-tiny.json").write_text("{")
+    assert parts("speed") == {"speed": len(runs)}
+    assert "cpu-tiny.json cannot be read and is begun anew" in capsys.readouterr().out
 
 
 def test_a_part_in_its_own_process_is_ended_after_its_time(tmp_path, monkeypatch):
