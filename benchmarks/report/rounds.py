@@ -31,7 +31,7 @@ NOT_APPLICABLE = "not applicable"
 
 
 @dataclass(frozen=True)
-class Standing:
+class JudgedClaim:
     """A claim at a precision, as far as its rows are drawn.
 
     Attributes:
@@ -61,12 +61,12 @@ class Decision:
     """What is known of a task.
 
     Attributes:
-        standings: of every claim that the suite has both rows of.
+        claims: of every claim that the suite has both rows of.
         images: of each cell that has any.
         next: cells that are drawn on, full precision among them, and how many images each has after that.
     """
 
-    standings: tuple[Standing, ...]
+    claims: tuple[JudgedClaim, ...]
     images: dict[Cell, int]
     next: dict[Cell, int]
 
@@ -117,22 +117,22 @@ def decide(
         for count in counts
     ]
     looks = [_looks(judges, claim, precision) for claim, precision, _ in family]
-    standings = _standings(family, looks, rounds, counts)
+    judged_claims = _judged_claims(family, looks, rounds, counts)
     following = {
         cell: counts[0]
         for cell in suite.cells()
         if cell.task == task and cell.method != FULL_PRECISION and cell not in refused and cell not in images
     }
-    for standing in standings:
-        if standing.verdict == OPEN and len(standing.looks) < len(counts):
-            wanted = counts[len(standing.looks)]
-            for cell in standing.cells:
+    for judged in judged_claims:
+        if judged.verdict == OPEN and len(judged.looks) < len(counts):
+            wanted = counts[len(judged.looks)]
+            for cell in judged.cells:
                 if images.get(cell, 0) < wanted and (cell in images or wanted == counts[0]):
                     following[cell] = max(following.get(cell, 0), wanted)
     if following:
         full = next(cell for cell in suite.cells() if cell.task == task and cell.method == FULL_PRECISION)
         following = {full: max(following.values())} | following
-    return Decision(standings, images, following)
+    return Decision(judged_claims, images, following)
 
 
 def _looks(judges: Sequence[Judge], claim: Claim, precision: str) -> tuple[Estimate, ...]:
@@ -145,12 +145,12 @@ def _looks(judges: Sequence[Judge], claim: Claim, precision: str) -> tuple[Estim
     return tuple(found)
 
 
-def _standings(
+def _judged_claims(
     family: Sequence[tuple[Claim, str, tuple[Cell, ...]]],
     looks: Sequence[tuple[Estimate, ...]],
     rounds: Rounds,
     counts: Sequence[int],
-) -> tuple[Standing, ...]:
+) -> tuple[JudgedClaim, ...]:
     fractions = [count / counts[-1] for count in counts]
     differ = adjusted([sequential_p([look.p for look in each], fractions, rounds.spending) for each in looks])
     # A one-sided test has half of the probability of both sides.
@@ -159,14 +159,14 @@ def _standings(
     ]
     equal = adjusted([p / 2 if p < 1 else 1.0 for p in near])
     left = max(sum(p >= LEVEL for p in differ), 1)
-    standings = []
+    judged_claims = []
     for (claim, precision, cells), each, p, same in zip(family, looks, differ, equal, strict=True):
         said = verdict(each[-1], p, "lower") if each else OPEN
         if said == OPEN and each and same < LEVEL:
             said = EQUAL
         interval = _interval(each, LEVEL / left, fractions, rounds.spending) if each else None
-        standings.append(Standing(claim, precision, cells, each, p, said, interval))
-    return tuple(standings)
+        judged_claims.append(JudgedClaim(claim, precision, cells, each, p, said, interval))
+    return tuple(judged_claims)
 
 
 def p_near(found: Estimate, margin: float) -> float:
@@ -190,21 +190,21 @@ def decided(decision: Decision, rounds: Rounds) -> list[Drawn]:
     """The claims that rounds have decided, as the page of findings shows them."""
     return [
         Drawn(
-            standing.claim,
-            standing.precision,
-            standing.verdict,
-            standing.looks[-1].images,
-            f"within {rounds.margin:.0%}" if standing.verdict == EQUAL else f"p {_p(standing)}",
+            judged.claim,
+            judged.precision,
+            judged.verdict,
+            judged.looks[-1].images,
+            f"within {rounds.margin:.0%}" if judged.verdict == EQUAL else f"p {_p(judged)}",
         )
-        for standing in decision.standings
-        if standing.verdict != OPEN
+        for judged in decision.claims
+        if judged.verdict != OPEN
     ]
 
 
 def page(task: str, decision: Decision, rounds: Rounds) -> str:
     """Markdown: a line for each claim, and what is drawn next."""
     counts = rounds.images[task]
-    said = [standing.verdict for standing in decision.standings]
+    said = [judged.verdict for judged in decision.claims]
     tally = ", ".join(f"{said.count(name)} {name}" for name in (CONFIRMED, CONTRADICTED, EQUAL, OPEN))
     near = f"; nearer than {rounds.margin:.0%} is equal" if rounds.margin else ""
     parts = [
@@ -213,8 +213,8 @@ def page(task: str, decision: Decision, rounds: Rounds) -> str:
         f" and corrected for all comparisons (Holm){near}. Intervals hold at all rounds together. Rows with one"
         " calibration seed are compared over images alone: another calibration may move what is near.",
     ]
-    if decision.standings:
-        parts.append("\n".join([_line(HEAD), _line([":--"] * len(HEAD)), *map(_row, decision.standings)]))
+    if decision.claims:
+        parts.append("\n".join([_line(HEAD), _line([":--"] * len(HEAD)), *map(_row, decision.claims)]))
     if decision.next:
         cells = [f"- {cell.name.split('/', 1)[1]}: {images:,} images" for cell, images in decision.next.items()]
         parts.append("Next, by `--draw`:\n\n" + "\n".join(cells))
@@ -238,18 +238,18 @@ def full_counts(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str
 HEAD = ("Claim", "Precision", "Should be better", "Than", "Ratio", "Images", "p", "Verdict")
 
 
-def _row(standing: Standing) -> str:
-    claim, images = standing.claim, standing.looks[-1].images if standing.looks else 0
+def _row(judged: JudgedClaim) -> str:
+    claim, images = judged.claim, judged.looks[-1].images if judged.looks else 0
     ratio = NOTHING
-    if standing.looks and standing.interval is not None:
-        low, high = (float(np.exp(end)) for end in standing.interval)
-        ratio = f"{standing.ratio:.3g} [{low:.3g}, {high:.3g}]"
+    if judged.looks and judged.interval is not None:
+        low, high = (float(np.exp(end)) for end in judged.interval)
+        ratio = f"{judged.ratio:.3g} [{low:.3g}, {high:.3g}]"
     rows = [_label(row) for row in (claim.better, claim.worse)]
-    return _line([claim.text, standing.precision, *rows, ratio, f"{images:,}", _p(standing), standing.verdict])
+    return _line([claim.text, judged.precision, *rows, ratio, f"{images:,}", _p(judged), judged.verdict])
 
 
-def _p(standing: Standing) -> str:
-    return "< 0.001" if standing.p < 0.001 else f"{standing.p:.2g}"
+def _p(judged: JudgedClaim) -> str:
+    return "< 0.001" if judged.p < 0.001 else f"{judged.p:.2g}"
 
 
 def _label(row: str) -> str:

@@ -57,12 +57,12 @@ def decide(suite, make_record, task_settings):
 
 
 def verdicts(decision):
-    return [standing.verdict for standing in decision.standings]
+    return [judged.verdict for judged in decision.claims]
 
 
 def test_at_first_every_cell_has_its_first_round(decide):
     decision = decide()
-    assert [standing.claim.metric for standing in decision.standings] == [RANKED_BY.name] * 2
+    assert [judged.claim.metric for judged in decision.claims] == [RANKED_BY.name] * 2
     assert verdicts(decision) == ["open", "open"]
     assert decision.next == dict.fromkeys((FULL, NEAREST, TFMQ, CACHE), 20)
 
@@ -71,7 +71,7 @@ def test_cells_of_open_claims_alone_go_on(decide):
     decision = decide(nearest=(-1.0, 0.1, 20), tfmq=(-2.0, 0.1, 20), temporal_feature_matters=(-2.03, 0.1, 20))
     assert verdicts(decision) == ["confirmed", "open"]
     assert decision.next == {FULL: 60, TFMQ: 60, CACHE: 60}
-    first, second = decision.standings
+    first, second = decision.claims
     assert first.p < 0.001 and second.p > 0.05 and second.looks[-1].images == 20
     assert second.interval[0] < second.looks[-1].value.low < second.looks[-1].value.high < second.interval[1]
 
@@ -79,7 +79,7 @@ def test_cells_of_open_claims_alone_go_on(decide):
 def test_rows_that_are_near_enough_are_equal_and_none_goes_on(decide):
     decision = decide(nearest=(-1.0, 0.1, 20), tfmq=(-2.0, 0.02, 60), temporal_feature_matters=(-2.0, 0.02, 60))
     assert verdicts(decision) == ["confirmed", "equal"] and not decision.next
-    assert decision.standings[0].looks[-1].images == 20, "as many as both rows have"
+    assert decision.claims[0].looks[-1].images == 20, "as many as both rows have"
 
 
 def test_a_margin_of_nothing_leaves_them_open(decide, suite, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_margin_of_nothing_leaves_them_open(decide, suite, monkeypatch):
 def test_the_last_round_is_the_last(decide):
     decision = decide(nearest=(-1.0, 0.1, 20), tfmq=(-2.0, 0.5, 240), temporal_feature_matters=(-2.0, 0.5, 240))
     assert verdicts(decision) == ["confirmed", "open"] and not decision.next
-    assert len(decision.standings[1].looks) == 3
+    assert len(decision.claims[1].looks) == 3
 
 
 def test_a_row_waits_for_the_other(decide):
@@ -113,7 +113,7 @@ def test_what_is_not_applicable_is_in_no_claim(suite, make_record):
         task="toy", method="temporal_feature_matters", status="not applicable", reason="x", metrics={}, cost=None
     )
     decision = rounds.decide(suite, "toy", [record], {}, metrics(), CLAIMS)
-    assert len(decision.standings) == 1 and CACHE not in decision.next
+    assert len(decision.claims) == 1 and CACHE not in decision.next
 
 
 def test_findings_have_what_is_decided(decide, suite):

@@ -187,8 +187,8 @@ def test_what_rounds_decide_is_a_finding(with_rounds, monkeypatch, capsys):
 
     def sure(*arguments):
         decision = decide(*arguments)
-        (standing,) = decision.standings
-        return dataclasses.replace(decision, standings=(dataclasses.replace(standing, verdict="confirmed", p=0.01),))
+        (judged,) = decision.claims
+        return dataclasses.replace(decision, claims=(dataclasses.replace(judged, verdict="confirmed", p=0.01),))
 
     monkeypatch.setattr(report, "decide", sure)
     claim = "| Scales per step everywhere, as in the code, improve TFMQ-DM | asked here |"
