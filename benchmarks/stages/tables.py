@@ -95,7 +95,8 @@ def run(suite: Suite) -> str:
         shown_prompts = {name: _prompts(task, excerpt.SHOWN) for name, task in suite.tasks.items() if task.prompts}
         latency = [files.read_json(path) for path in sorted(LATENCY.glob("*.json"))]
         levels = tables.levels(list(records.values()), judges)
-        look = site.page(list(records.values()), excerpts, known, levels, shown_prompts, latency)
+        lines = suite.measured(LEADERBOARD) if LEADERBOARD in suite.tables else ()
+        look = site.page(list(records.values()), excerpts, known, levels, shown_prompts, latency, lines)
         files.write_text(files.RESULTS / "site" / "index.html", look)
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), front))
     return front

@@ -50,6 +50,7 @@ CONFIG: Spec = {
         "orient": "bottom",
         "symbolOpacity": 1,
         "symbolStrokeWidth": 2,
+        "unselectedOpacity": 0.55,
     },
     "title": {"color": "currentColor", "anchor": "start", "fontSize": 14, "fontWeight": 600},
     "text": {"color": "currentColor", "fontSize": 12},
@@ -110,11 +111,13 @@ def charts(
     precisions: Sequence[str],
     engines: Sequence[Mapping],
     kinds: Sequence[str],
+    lines: Sequence[str] = (),
 ) -> dict[str, Spec]:
     """The charts by name: ``size``, ``time``, ``latency`` and ``temporal``.
 
     ``titles`` are those of ``metrics``, which can be chosen, and ``precisions`` those of quantised rows, from many bits
-    to few. ``engines`` are those of `datasets`, all tasks together, and so ``kinds`` of its cells.
+    to few. ``engines`` are those of `datasets`, all tasks together, and so ``kinds`` of its cells. ``lines`` are the
+    rows whose lines over steps are shown at first, or all where there are none.
     """
     higher = [name for name, metric in metrics.items() if metric.better == "higher"]
     size = {"field": "size", "title": "Network (MiB)", "scale": {"zero": False, "nice": True}}
@@ -127,7 +130,7 @@ def charts(
         "size": _scatter("against size", size, [], titles, higher, precisions, kinds),
         "time": _scatter("against time", time, ["precision"], titles, higher, precisions, kinds),
         "latency": _latency(precisions, engines),
-        "temporal": _temporal(),
+        "temporal": _temporal(lines),
     }
 
 
@@ -305,21 +308,33 @@ def _latency(precisions: Sequence[str], engines: Sequence[Mapping]) -> Spec:
     }
 
 
-def _temporal() -> Spec:
-    """Error of the temporal features over the denoising steps, a line a row."""
+def _temporal(lines: Sequence[str]) -> Spec:
+    """Error of the temporal features over the denoising steps, a line a row, which the legend shows and hides."""
     chosen = f"method === '{NO_METHOD}' || datum.method === method"
-    return {
-        "title": {"text": {"expr": "'Temporal features over steps, ' + precision"}},
-        "description": "Line chart of the error of the temporal features at each time step, a line for each row.",
-        "data": {"name": "curves"},
-        "width": "container",
-        "height": 380,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "params": [_bound("task"), _bound("precision"), _bound("method")],
-        "transform": [
-            {"filter": "datum.task === task && datum.precision === precision"},
-            {"flatten": ["step", "error"]},
-        ],
+    colour = {
+        "field": "row",
+        "type": "nominal",
+        "sort": list(lines) or "ascending",  # what is shown at first has colours of its own
+        "scale": {"scheme": "tableau20"},
+        "legend": _legend(1) | {"symbolType": "stroke"},
+    }
+    dash = {
+        "field": "kind",
+        "type": "nominal",
+        "legend": ABOVE | SHAPES | {"symbolType": "stroke", "symbolSize": 400},
+    }
+    # The legend has all rows, whichever are shown: those of marks that nothing is seen of. They come last, since the
+    # legend follows the clicks of the first layer alone.
+    names = {"mark": {"type": "point", "size": 0, "aria": False}, "encoding": {"color": colour, "strokeDash": dash}}
+    shown = {
+        "name": "shown",
+        "select": {"type": "point", "fields": ["row"], "toggle": "true"},
+        "bind": "legend",
+        "value": [{"row": row} for row in lines],
+    }
+    drawn = {
+        "params": [shown],
+        "transform": [{"filter": {"param": "shown"}}, {"flatten": ["step", "error"]}],
         "mark": {"type": "line", "point": {"size": 24}},
         "encoding": {
             "x": {
@@ -335,17 +350,8 @@ def _temporal() -> Spec:
                 "scale": {"type": "log", "nice": False, "padding": 6},
                 "axis": {"format": "~e", "tickCount": 6},
             },
-            "color": {
-                "field": "row",
-                "type": "nominal",
-                "scale": {"scheme": "tableau20"},
-                "legend": _legend(1) | {"symbolType": "stroke"},
-            },
-            "strokeDash": {
-                "field": "kind",
-                "type": "nominal",
-                "legend": ABOVE | SHAPES | {"symbolType": "stroke", "symbolSize": 400},
-            },
+            "color": colour,
+            "strokeDash": dash,
             "opacity": {"condition": {"test": chosen, "value": 1}, "value": 0.12},
             "strokeWidth": {"condition": {"test": "datum.method === method", "value": 4}, "value": 1.5},
             "href": {"field": "href"},
@@ -355,6 +361,17 @@ def _temporal() -> Spec:
                 {"field": "error", "title": "1 - cosine", "type": "quantitative", "format": ".3~g"},
             ],
         },
+    }
+    return {
+        "title": {"text": {"expr": "'Temporal features over steps, ' + precision"}},
+        "description": "Line chart of the error of the temporal features at each time step, a line for each row.",
+        "data": {"name": "curves"},
+        "width": "container",
+        "height": 380,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "params": [_bound("task"), _bound("precision"), _bound("method")],
+        "transform": [{"filter": "datum.task === task && datum.precision === precision"}],
+        "layer": [drawn, names],
         "config": CONFIG,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distribution, version
 from importlib.resources import files as resources
@@ -64,6 +64,7 @@ def page(
     levels: Mapping[Cell, Value],
     prompts: Mapping[str, Sequence[str]],
     latency: Sequence[Mapping],
+    lines: Collection[Cell] = (),
 ) -> str:
     """The page `results/site/index.html` of all records, whatever their status.
 
@@ -74,6 +75,7 @@ def page(
         levels: what the rows of quantised cells rank by, from `benchmarks.report.tables.levels`.
         prompts: of the images of each task that has any, in the order of the images.
         latency: the files of `results/latency`, parsed.
+        lines: cells whose lines over steps are shown at first, before others are asked for; none means all.
     """
     tasks = list(dict.fromkeys(record.task for record in records))
     ordered = sorted(records, key=lambda record: _place(record, tasks, levels))
@@ -86,7 +88,14 @@ def page(
     quantized_at = [each for each in precisions if any(record.precision == each for record in quantized)]
     drawn_numbers = datasets(ordered, excerpts, drawn, latency)
     kinds = sorted({row["kind"] for row in drawn_numbers["cells"]})
-    specs = charts({name: titles[name] for name in drawn}, drawn, quantized_at, drawn_numbers["engines"], kinds)
+    specs = charts(
+        {name: titles[name] for name in drawn},
+        drawn,
+        quantized_at,
+        drawn_numbers["engines"],
+        kinds,
+        sorted({row_label(record) for record in quantized if record.cell in lines}),
+    )
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )

@@ -101,7 +101,8 @@ def page(cells):
     records, excerpts = cells
     distances = {r.cell: r.metrics["feature_distance"].value for r in records if "noise_error" in r.metrics}
     levels = {cell: Value(value / 2, value / 3, value, 96) for cell, value in distances.items()}
-    return site.page(records, excerpts, metrics(), levels, PROMPTS, [LATENCY])
+    shared = [record.cell for record in records if record.protocol == "shared" and record.method != "ptq4dm"]
+    return site.page(records, excerpts, metrics(), levels, PROMPTS, [LATENCY], shared)
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_a_metric_that_is_not_above_zero_is_not_offered_on_logarithmic_axes(cell
     assert "kid_fp" not in drawable([*records, low], metrics())
 
 
-def drawn(cells, name, **chosen):
+def drawn(cells, name, lines=(), **chosen):
     """The SVG of a chart with its controls set."""
     records, excerpts = cells
     known = drawable(records, metrics())
@@ -247,6 +248,7 @@ def drawn(cells, name, **chosen):
         ["w8a8", "w4a8"],
         [{"engine": "PyTorch, integers", "precision": "w8a8"}],
         ["shared, simulated"],
+        lines,
     )[name]
     params = [
         {"name": each["name"], "value": chosen.get(each["name"], each["value"])} if "bind" in each else each
@@ -270,6 +272,9 @@ def test_lines_over_steps_are_those_of_a_precision(cells):
     svg = drawn(cells, "temporal", task="emoji-ldm4", method="none", precision="w4a8")
     assert svg.count('aria-roledescription="line mark"') == 4
     assert "Temporal features over steps, w4a8" in svg
+    few = drawn(cells, "temporal", ["TFMQ-DM", "PTQ4DM"], task="emoji-ldm4", method="none", precision="w4a8")
+    assert few.count('aria-roledescription="line mark"') == 2
+    assert all(f">{name}</text>" in few for name in ("TFMQ-DM (published)", "PTQ4DM")), "the legend has the others too"
 
 
 @pytest.mark.parametrize("metric", ["feature_distance", "psnr"])
@@ -382,6 +387,27 @@ def test_a_press_or_a_key_flips_the_pictures(visit):
     page.select_option("#pictures-b", label="TFMQ-DM (published)")
     assert picture(page) != second and "Second: TFMQ-DM (published)" in page.locator("#pictures-shown").inner_text()
     assert page.locator(".noise .prompt").first.inner_text() == PROMPTS["emoji-ldm4"][0]
+
+
+def test_the_legend_shows_and_hides_lines_over_steps(visit):
+    page = visit()
+    page.locator("#chart-precision").select_option("w4a8")
+    chart = page.locator('[data-chart="temporal"]')
+    lines = chart.locator('[aria-roledescription="line mark"]')
+
+    def wait(count):
+        page.wait_for_function(
+            "count => document.querySelectorAll("
+            '\'[data-chart="temporal"] [aria-roledescription="line mark"]\').length === count',
+            arg=count,
+        )
+
+    wait(2)
+    chart.get_by_text("PTQ4DM", exact=True).click(force=True)
+    wait(3)
+    chart.get_by_text("Round-to-nearest", exact=True).click(force=True)
+    wait(2)
+    assert any("PTQ4DM" in each.get_attribute("aria-label") for each in lines.all())
 
 
 def test_charts_follow_their_controls(visit):
