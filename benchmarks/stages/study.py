@@ -84,12 +84,12 @@ def run(suite: Suite, task_name: str) -> str:
     if wanted is None or task.name not in wanted.tasks:
         known = ", ".join(wanted.tasks) if wanted else "none"
         raise ValueError(f"{task.name} is none of the tasks under `study` of params.yaml, which are {known}")
-    recipes = [(point, _recipe(suite, task, point)) for point in points(wanted, task.name)]
+    recipes = [(point, recipe_of(suite, task, point)) for point in points(wanted, task.name)]
     torch.set_num_threads(1)
     path = FOLDER / f"{task.name}.json"
     kept = {row["key"]: row for row in files.read_json(path)["points"]} if path.is_file() else {}
     rows = []
-    bench, described = _Bench(task, wanted.images), {"task": task.name, "images": wanted.images}
+    bench, described = Bench(task, wanted.images), {"task": task.name, "images": wanted.images}
     for point, recipe in tqdm(recipes, desc=task.name, unit="point"):
         address = _address(task, wanted, point, recipe)
         if address not in kept:
@@ -102,7 +102,7 @@ def run(suite: Suite, task_name: str) -> str:
     return study.write(FOLDER, PAGE)
 
 
-class _Bench:
+class Bench:
     """A task's model, its pools, and the images that are held out, each made when it is first asked for."""
 
     def __init__(self, task: Task, images: int) -> None:
@@ -175,7 +175,8 @@ class _Bench:
         return (latents - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
 
 
-def _recipe(suite: Suite, task: Task, point: Point) -> Recipe:
+def recipe_of(suite: Suite, task: Task, point: Point) -> Recipe:
+    """The passes of a point. Raises ValueError where its method does not apply, or does not have its settings."""
     method = discover.method(point.method)
     objection = method.lacks(point.protocol) or method.objection(Precision.parse(point.precision))
     if objection:

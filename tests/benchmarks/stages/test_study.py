@@ -45,7 +45,7 @@ def test_every_point_is_measured_once_and_kept(studied, run, monkeypatch):
     assert Path("results/study/toy-w4a8.png").read_bytes().startswith(b"\x89PNG")
 
     measured = []
-    monkeypatch.setattr(study._Bench, "measure", lambda self, point, recipe: measured.append(point) or by_any(by))
+    monkeypatch.setattr(study.Bench, "measure", lambda self, point, recipe: measured.append(point) or by_any(by))
     document = yaml.safe_load(Path("params.yaml").read_text())
     document["study"]["curves"]["AdaRound"]["points"].append({"iterations": 3})
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
