@@ -12,6 +12,8 @@ from benchmarks.small.folders import FIGURES, HERE, LOGS, PROMPTS, PUBLISHED, ma
 from benchmarks.small.settings import Settings
 from benchmarks.suite import params
 
+GUIDED = ("emoji-text", "emoji-class", "emoji-dit")
+
 
 def run_measure(settings: Settings) -> None:
     """Measure the published models, and draw reconstructions and samples: the figures of the data card."""
@@ -20,18 +22,20 @@ def run_measure(settings: Settings) -> None:
     unconditional = {name: load_pipeline(LDMPipeline, name) for name in ("emoji-ldm4", "emoji-ldm8")}
     figures = measure.measure_first_stage(unconditional["emoji-ldm4"], reference, FIGURES)
     figures |= measure.measure_class_conditional(PUBLISHED / "emoji-class", reference, FIGURES)
-    figures |= measure.measure_transformer(load_pipeline(DiTPipeline, "emoji-dit"), reference, FIGURES)
+    transformer = load_pipeline(DiTPipeline, "emoji-dit")
+    figures |= measure.measure_transformer(transformer, reference, FIGURES)
     figures |= measure.measure_kl(unconditional["emoji-ldm8"], images, reference.held_out, FIGURES)
     text, clip_folder = load_pipeline(StableDiffusionPipeline, "emoji-text"), PUBLISHED / "emoji-clip"
     names = read_lines(PROMPTS / "emoji-text" / "evaluation.txt")
     figures |= measure.measure_text_to_image(text, clip_folder, images, reference.rows, names, FIGURES)
     export.write_json(figures, LOGS / "figures.json")
     suite = params.load(HERE.parent.parent / "params.yaml")
-    judges = {
-        "emoji-text": measure.text_judge(clip_folder),
-        "emoji-class": measure.class_judge(PUBLISHED / "emoji-class", reference),
-    }
-    for name, judge in judges.items():
+    judges = (
+        measure.text_judge(clip_folder),
+        measure.class_judge(measure.classes_of(PUBLISHED / "emoji-class"), reference),
+        measure.class_judge(list(transformer.labels), reference),
+    )
+    for name, judge in zip(GUIDED, judges, strict=True):
         guidance.measure(suite.tasks[name], judge, guidance_log(name))
         guidance.draw(suite.tasks[name], FIGURES / f"guidance-{name}.png")
     for name, pipeline in unconditional.items():
@@ -55,6 +59,6 @@ def run_card(settings: Settings) -> None:
     """Write the figures between the markers of the data card."""
     figures = json.loads((LOGS / "figures.json").read_text(encoding="utf-8"))
     text = card.table(figures, LOGS, PUBLISHED)
-    for name in ("emoji-text", "emoji-class"):
+    for name in GUIDED:
         text += f"\n\n### Guidance of {name}\n\n{guidance.table(guidance.read(guidance_log(name)))}"
     card.write(HERE / "README.md", text)

@@ -167,9 +167,13 @@ def measure_text_to_image(
     return figures
 
 
-def class_judge(model: Path, reference: Reference) -> Judge:
+def classes_of(model: Path) -> list[str]:
+    """The classes of the class-conditional model in a folder, in their order."""
+    return ClassEmbedding.from_pretrained(model / "class_embedding", low_cpu_mem_usage=False).config.classes
+
+
+def class_judge(classes: list[str], reference: Reference) -> Judge:
     """The share of images that are put into the class that they were made of, see `measure_class_conditional`."""
-    classes = ClassEmbedding.from_pretrained(model / "class_embedding", low_cpu_mem_usage=False).config.classes
     centroids = class_centroids(reference, class_indices(reference.rows, classes), len(classes))
 
     def judge(images: Tensor, prompts: list[str]) -> dict[str, float]:
