@@ -12,7 +12,7 @@ from benchmarks.suite.fields import read
 from benchmarks.suite.record import BACKENDS, FULL_PRECISION, PROTOCOLS, SHARED, SIMULATED, Cell
 from tfmq.precision import Precision
 
-TABLES = ("leaderboard", "newer", "ablation", "published", "deployed")
+TABLES = ("leaderboard", "newer", "ablation", "published", "as_run", "deployed")
 SCHEDULERS = ("ddim", "ddim_quad", "pndm", "euler")
 # Those that take eta; steps of the others add no noise.
 WITH_ETA = ("ddim", "ddim_quad")

@@ -5,7 +5,7 @@ from benchmarks.report.tables.frame import csv, frame
 from benchmarks.report.tables.markdown import label, row_label
 from benchmarks.report.tables.page import END, START, region, replace_region, report, section
 from benchmarks.report.tables.paper import numbers_of, paper, reported_gates
-from benchmarks.report.tables.renderers import ablation, deployed, leaderboard, left_out, newer, published
+from benchmarks.report.tables.renderers import ablation, deployed, leaderboard, left_out, newer, own_layers
 from benchmarks.report.tables.summary import across_tasks, leaders, mean_ranks
 
 __all__ = [
@@ -27,8 +27,8 @@ __all__ = [
     "mean_ranks",
     "newer",
     "numbers_of",
+    "own_layers",
     "paper",
-    "published",
     "region",
     "replace_region",
     "report",

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.metrics import Metric
 from benchmarks.report.tables.comparison import Judges, by_task
 from benchmarks.report.tables.markdown import cells_table
-from benchmarks.report.tables.renderers import ablation, deployed, leaderboard, newer, published
+from benchmarks.report.tables.renderers import OWN_LAYERS, ablation, deployed, leaderboard, newer, own_layers
 from benchmarks.suite.record import Cell, Record
 
 START, END = "<!-- leaderboard -->", "<!-- /leaderboard -->"
@@ -20,9 +20,14 @@ def section(name: str, records: Sequence[Record], metrics: Mapping[str, Metric],
     """Markdown of one table, task by task; ``images`` and ``judges`` as in `report`."""
     if name == "deployed":
         return deployed(records, metrics, images)
-    if name == "published":
-        return published(records, metrics)
+    if name in OWN_LAYERS:
+        return own_layers(records, metrics, name)
     return {"leaderboard": leaderboard, "newer": newer, "ablation": ablation}[name](records, metrics, judges)
+
+
+def title(name: str) -> str:
+    """A table's name as a heading."""
+    return name.replace("_", " ").capitalize()
 
 
 def report(
@@ -52,13 +57,13 @@ def report(
     )
     if not reported:
         head += " To look at in a browser, with pictures to compare: [site/index.html](site/index.html)."
-    sections = ["Summary"] * bool(summary) + ["Reported"] * bool(reported) + [name.capitalize() for name in tables]
+    sections = ["Summary"] * bool(summary) + ["Reported"] * bool(reported) + [title(name) for name in tables]
     sections += ["All metrics"] * bool(tables) + ["Figures"] * bool(figures)
     contents = " · ".join(f"[{section}](#{section.lower().replace(' ', '-')})" for section in sections)
     parts = [head, contents]
     parts += [f"## {title}\n\n{text.strip()}" for title, text in (("Summary", summary), ("Reported", reported)) if text]
     for name, records in tables.items():
-        parts.append(f"## {name.capitalize()}\n\n{section(name, records, metrics, images, judges).rstrip()}")
+        parts.append(f"## {title(name)}\n\n{section(name, records, metrics, images, judges).rstrip()}")
     if tables:
         parts.append("## All metrics")
     else:
@@ -66,7 +71,7 @@ def report(
     for name, records in tables.items():
         for task, cells in by_task(records, metrics).items():
             every = cells_table(cells, metrics, intervals=tuple(metrics), cost=False)
-            parts.append(f"### {task}, {name}\n\n{every}")
+            parts.append(f"### {task}, {title(name).lower()}\n\n{every}")
     if figures:
         parts.append("## Figures")
     parts += [f"![{text}]({path})\n\n{text}" for text, path in figures]

@@ -73,8 +73,23 @@ def ablation(records: Sequence[Record], metrics: Mapping[str, Metric], judges: J
     return "\n\n".join(parts) + "\n"
 
 
-def published(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
-    """Markdown with each method under the shared and its own protocol side by side, and what the latter leaves out."""
+OWN_LAYERS = {
+    "published": (
+        "How much of a method's result is its choice of layers: under `shared` all quantise the same ones, under"
+        " `published` those of its own code or paper. First and last layer have 8 bits where nothing else is said."
+    ),
+    "as_run": (
+        "What released codes quantise when they run, and that is not always what their papers say: `as_run` beside"
+        " `shared`. First and last layer have 8 bits where nothing else is said."
+    ),
+}
+
+
+def own_layers(records: Sequence[Record], metrics: Mapping[str, Metric], protocol: str) -> str:
+    """Markdown with each method under the shared and its own protocol side by side, and what the latter leaves out.
+
+    ``protocol`` is a key of `OWN_LAYERS`.
+    """
     parts = []
     for task, every in by_task(records, metrics).items():
         cells = [record for record in every if record.seed == 0]
@@ -85,18 +100,14 @@ def published(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str:
             if record.protocol == SHARED:
                 continue
             row = {"Precision": record.precision, "Method": label(record.method)}
-            for protocol, found in (("shared", shared.get((record.method, record.precision))), ("published", record)):
+            for title, found in ((SHARED, shared.get((record.method, record.precision))), (protocol, record)):
                 for name, metric in columns.items():
                     value = found.metrics.get(name) if found else None
-                    row[f"{heading(metric, cells)}, {protocol}"] = number(value, metric.digits, interval=True)
-            row["Its own protocol"] = left_out(record.method)
+                    row[f"{heading(metric, cells)}, {title}"] = number(value, metric.digits, interval=True)
+            row["Its own protocol"] = left_out(record.method, protocol)
             row["Note"] = note(record)
             rows.append(row)
-        text = (
-            "How much of a method's result is its choice of layers: under `shared` all quantise the same ones, under"
-            " `published` those of its own code or paper. First and last layer have 8 bits where nothing else is said."
-        )
-        parts.append(f"### {task}\n\n{text} {caption(cells)}\n\n{table(rows)}")
+        parts.append(f"### {task}\n\n{OWN_LAYERS[protocol]} {caption(cells)}\n\n{table(rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -145,18 +156,27 @@ def _apart(
     return difference(*values)
 
 
-def left_out(method: str) -> str:
-    """The roles of layers to which a method's own protocol gives other bits than the precision's, in words."""
-    if method not in discover.names(discover.METHODS) or discover.method(method).published is None:
+def left_out(method: str, name: str) -> str:
+    """What a method's own protocol of that name gives other bits than the precision's, in words."""
+    known = method in discover.names(discover.METHODS)
+    protocol = discover.method(method).protocol(name) if known else None
+    if protocol is None:
         return NOTHING
-    by_bits: dict[int, list[str]] = {}
-    for role, bits in discover.method(method).published.bits.items():
-        by_bits.setdefault(bits, []).append(role.replace("_", " "))
-    parts = [
-        f"{', '.join(roles)} {'in full precision' if bits == FULL else f'at {bits} bits'}"
-        for bits, roles in sorted(by_bits.items(), reverse=True)
-    ]
+    parts = _in_words(protocol.bits) + [f"inputs of {part}" for part in _in_words(protocol.inputs)]
+    if protocol.softmax_bits:
+        parts.append(f"attention probabilities at least at {protocol.softmax_bits} bits")
     return "; ".join(parts) or "all layers at the stated bits, the first and last too"
+
+
+def _in_words(bits: Mapping[str, int]) -> list[str]:
+    """Roles by their bits, those in full precision first."""
+    by_bits: dict[int, list[str]] = {}
+    for role, count in bits.items():
+        by_bits.setdefault(count, []).append(role.replace("_", " "))
+    return [
+        f"{', '.join(roles)} {'in full precision' if count == FULL else f'at {count} bits'}"
+        for count, roles in sorted(by_bits.items(), reverse=True)
+    ]
 
 
 def _columns(names: Sequence[str], metrics: Mapping[str, Metric]) -> dict[str, Metric]:

@@ -156,12 +156,25 @@ def test_protocols_stand_side_by_side(make_record):
             method="nearest", protocol="published", status="not applicable", reason="unknown", metrics={}, cost=None
         ),
     ]
-    lines = [line for line in tables.published(cells, COLUMNS).splitlines() if line.startswith("| w4a8")]
+    lines = [line for line in tables.own_layers(cells, COLUMNS, "published").splitlines() if line.startswith("| w4a8")]
     assert len(lines) == 2
     fields = [field.strip() for field in lines[0].split("|")]
     assert fields[2] == "TFMQ-DM" and fields[3].startswith("0.0100 [") and "0.0050 [0.0000, 0.0100]" in fields
     assert "in full precision" in lines[0]
     assert "not applicable: unknown" in lines[1] and "0.0300 [" in lines[1]
+
+
+def test_what_released_codes_run_stands_beside_the_shared_layers(make_record):
+    cells = [
+        make_record(method=method, kid=(kid, 0.0, 0.02), protocol=protocol)
+        for method in ("qdiffusion", "tfmq")
+        for protocol, kid in (("shared", 0.01), ("as_run", 0.005))
+    ]
+    text = tables.own_layers(cells, COLUMNS, "as_run")
+    lines = [line for line in text.splitlines() if line.startswith("| w4a8")]
+    assert "KID to FP ↓, as_run" in text and all("0.0100 [" in line and "0.0050 [" in line for line in lines)
+    assert "attention probabilities at least at 8 bits" in lines[0]
+    assert "inputs of second time layer, first block convolution in full precision" in lines[1]
 
 
 def test_executed_rows_stand_beside_simulated_ones(make_record):
@@ -192,8 +205,9 @@ def test_executed_rows_stand_beside_simulated_ones(make_record):
 
 
 def test_what_a_protocol_leaves_out_is_said_in_words():
-    assert tables.left_out("nearest") == "–" and tables.left_out("absent") == "–"
-    assert "boundary" in tables.left_out("tfmq") and "in full precision" in tables.left_out("tfmq")
+    assert tables.left_out("nearest", "published") == "–" and tables.left_out("absent", "published") == "–"
+    found = tables.left_out("tfmq", "published")
+    assert "boundary" in found and "in full precision" in found
 
 
 def test_the_leaderboard_shows_intervals_and_names_its_settings(ranked, records):
