@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from benchmarks.report.inference import Estimate
 from benchmarks.report.judge import Judge
 from benchmarks.report.statistic import RANKED_BY
+from benchmarks.report.words import line, named, ratio
 from benchmarks.suite.record import Cell
 from tfmq.precision import Precision
 
@@ -113,17 +114,17 @@ def _over_steps(places: Sequence[Place], steps: Mapping[Cell, np.ndarray]) -> st
 
 
 def _table(places: Sequence[Place]) -> str:
-    lines = [_line(HEAD), _line(["--:" if index > 1 else ":--" for index in range(len(HEAD))])]
+    lines = [line(HEAD), line(["--:" if index > 1 else ":--" for index in range(len(HEAD))])]
     for place in places:
         fields = [place.task, place.precision]
         for row in PARTS:
             found = place.change(row, BASE)
-            fields.append(NOTHING if found is None else _ratio(found))
+            fields.append(NOTHING if found is None else ratio(found))
         share = place.judge.compare("noise_error", EXACT, BASE, place.precision)
         fields.append(NOTHING if share is None else f"{1 - np.exp(2 * share.parts.mean):.0%}")
         temporal = [place.judge.mean("temporal_error", row, place.precision) for row in (BASE, METHOD)]
         fields.append(NOTHING if None in temporal else " to ".join(f"{np.exp(value):.2g}" for value in temporal))
-        lines.append(_line(fields))
+        lines.append(line(fields))
     caption = (
         "Ratio of the deviation to that of the base, which is TFMQ-DM without its idea (`prev`), with 95 % intervals."
         " *Share of the noise error*: how much smaller the squared error of the predicted noise is with exact temporal"
@@ -144,8 +145,8 @@ def _against(places: Sequence[Place]) -> str:
     features = f"it has the smaller temporal error in {len(nearer)} of {len(closer)} comparisons, " if closer else ""
     return (
         "**Against Q-Diffusion**, which reconstructs temporal layers like all others and learns step sizes,"
-        f" {features}the smaller deviation, beyond its interval, in {len(better)} of {len(found)}{_named(better)}, and"
-        f" the larger in {len(worse)}{_named(worse)}."
+        f" {features}the smaller deviation, beyond its interval, in {len(better)} of {len(found)}{named(better)}, and"
+        f" the larger in {len(worse)}{named(worse)}."
     )
 
 
@@ -207,16 +208,3 @@ def _uncertain(found: Estimate) -> str:
 def _times(mean: float) -> str:
     ratio = np.exp(mean)
     return f"{1 / ratio:.2g} times more exact" if ratio < 1 else f"{ratio:.2g} times less exact"
-
-
-def _ratio(found: Estimate) -> str:
-    value = found.value
-    return f"{np.exp(value.value):.2f} [{np.exp(value.low):.2f}, {np.exp(value.high):.2f}]"
-
-
-def _named(names: Sequence[str]) -> str:
-    return f" ({', '.join(names)})" if names else ""
-
-
-def _line(fields: Sequence[str]) -> str:
-    return f"| {' | '.join(fields)} |"

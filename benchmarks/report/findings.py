@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.metrics import Metric
-from benchmarks.report import explanation
+from benchmarks.report import explanation, recommended
 from benchmarks.report.inference import LEVEL, MOST_IMAGES, MOST_SEEDS, Estimate, adjusted, needed
 from benchmarks.report.judge import Comparison, Judge
 from benchmarks.report.statistic import RANKED_BY
 from benchmarks.report.tables import label
+from benchmarks.report.words import line
 from benchmarks.suite.record import Cell, Record
 
 CONFIRMED, CONTRADICTED, OPEN = VERDICTS = ("confirmed", "contradicted", "open")
@@ -194,11 +195,13 @@ def page(
     steps: Mapping[Cell, np.ndarray] | None = None,
     small: bool = True,
     drawn: Mapping[str, Sequence[Drawn]] | None = None,
+    compared: Sequence[str] = (),
 ) -> str:
     """Markdown: what the ablation says in words, a verdict on each claim and task, and every comparison behind it.
 
     ``judges`` has what is measured of each task, ``steps`` the temporal error of cells at each step (T,), and ``drawn``
-    what rounds have decided of each task. ``small`` says that the models are not the papers'.
+    what rounds have decided of each task. ``small`` says that the models are not the papers'. ``compared`` are the rows
+    beside which the recommended recipe stands.
     """
     drawn = {task: found for task, found in (drawn or {}).items() if found}
     parts = [INTRODUCTION + IN_ROUNDS * bool(drawn) + SMALL * small]
@@ -209,6 +212,9 @@ def page(
     told = explanation.text(judges, steps or {}) if any(judged.values()) else ""
     if told:
         parts.append(f"## {explanation.TITLE}\n\n{told}")
+    stands = recommended.text(judges, compared)
+    if stands:
+        parts.append(f"## {recommended.TITLE}\n\n{stands}")
     parts.append(f"## Verdicts\n\n{_overview(claims, judged, records, drawn)}")
     for task, found in judged.items():
         if not found:
@@ -231,7 +237,7 @@ def _overview(
 ) -> str:
     """A line for each claim, a column for each task: verdicts on all images, then those of rounds."""
     tasks = list(dict.fromkeys([*judged, *drawn]))
-    lines = [_line(("Claim", "By", *tasks)), _line([":--"] * (2 + len(tasks)))]
+    lines = [line(("Claim", "By", *tasks)), line([":--"] * (2 + len(tasks)))]
     for claim in claims:
         cells = []
         for task in tasks:
@@ -249,7 +255,7 @@ def _overview(
             ]
             cells.append("; ".join(said) or _why_not(claim, task, records))
         if any(cell not in (NOTHING, NOT_APPLICABLE) for cell in cells):
-            lines.append(_line((claim.text, claim.source, *cells)))
+            lines.append(line((claim.text, claim.source, *cells)))
     return "\n".join(lines)
 
 
@@ -276,7 +282,7 @@ def _details(name: str, judged: Sequence[Judged], judge: Judge, metrics: Mapping
     if not found:
         return "None."
     head = [*HEAD, PLAN] if name == OPEN else list(HEAD)
-    lines = [_line(head), _line([":--"] * len(head))]
+    lines = [line(head), line([":--"] * len(head))]
     for each in found:
         claim = each.claim
         measure = RANKED_BY.label if claim.metric == RANKED_BY.name else metrics[claim.metric].label
@@ -288,7 +294,7 @@ def _details(name: str, judged: Sequence[Judged], judge: Judge, metrics: Mapping
         fields.append(f"{each.p:.2g}" if each.p >= 0.001 else "< 0.001")
         if name == OPEN:
             fields.append(_plan(each, LEVEL / len(found)))
-        lines.append(_line(fields))
+        lines.append(line(fields))
     return "\n".join(lines)
 
 
@@ -321,10 +327,6 @@ def _ratio(found: Comparison, is_error: bool) -> str:
 def _ends(found: Estimate) -> list[float]:
     value = found.value
     return [value.value, value.low, value.high]
-
-
-def _line(fields: Sequence[str]) -> str:
-    return f"| {' | '.join(fields)} |"
 
 
 def _label(row: str) -> str:

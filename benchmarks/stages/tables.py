@@ -10,7 +10,19 @@ import pandas as pd
 
 import baselines
 from benchmarks.metrics import Metric, metrics
-from benchmarks.report import figures, findings, pages, ranking, ranking_page, rounds, series, site, tables, temporal
+from benchmarks.report import (
+    figures,
+    findings,
+    pages,
+    ranking,
+    ranking_page,
+    recommended,
+    rounds,
+    series,
+    site,
+    tables,
+    temporal,
+)
 from benchmarks.report.judge import Judge, judges_of
 from benchmarks.report.statistic import CANDIDATES, RANKED_BY
 from benchmarks.runtime import excerpt, files
@@ -82,7 +94,13 @@ def run(suite: Suite) -> str:
     steps = {cell: each.temporal_error for cell, each in excerpts.items() if each.temporal_error is not None}
     decided = _decided(suite, known)
     found = findings.page(
-        list(records.values()), judges, known, steps=steps, small=suite.reported is None, drawn=decided
+        list(records.values()),
+        judges,
+        known,
+        steps=steps,
+        small=suite.reported is None,
+        drawn=decided,
+        compared=_compared(suite),
     )
     files.write_text(files.RESULTS / "FINDINGS.md", found)
     files.write_text(files.RESULTS / "RANKING.md", _ranking(list(records.values()), images, known))
@@ -100,6 +118,14 @@ def run(suite: Suite) -> str:
         files.write_text(files.RESULTS / "site" / "index.html", look)
     files.write_text(README, tables.replace_region(README.read_text(encoding="utf-8"), front))
     return front
+
+
+def _compared(suite: Suite) -> list[str]:
+    """The rows beside which the recommended recipe stands: those of methods of the leaderboard and of newer ones."""
+    rows = [
+        method for name in ("leaderboard", "newer") if name in suite.tables for method in suite.tables[name].methods
+    ]
+    return [row for row in rows if row != recommended.RECOMMENDED]
 
 
 def _decided(suite: Suite, known: Mapping[str, Metric]) -> dict[str, list[findings.Drawn]]:
