@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.sources import catalogue
-from benchmarks.suite import params
+from benchmarks.suite import params, sections
 from benchmarks.suite.record import SIMULATED, Cell
 from tfmq.closure import closure
 
@@ -112,7 +112,7 @@ def test_other_dependencies_exist(root, suite):
 @pytest.mark.parametrize("suite", TABLES)
 def test_the_suite_is_valid(root, suite):
     found = params.load(root / suite / "params.yaml")
-    assert set(found.tables) <= set(params.TABLES)
+    assert set(found.tables) <= set(sections.TABLES)
     params.check_methods(found)
 
 

@@ -24,7 +24,8 @@ from tfmq.network.rows import CalibrationRows
 from tfmq.network.sampling import sample
 
 if TYPE_CHECKING:
-    from benchmarks.suite.params import Deployment, Task
+    from benchmarks.suite.sections import Deployment
+    from benchmarks.suite.tasks import Task
 
 By = Mapping[str, tuple[str, Evaluate]]
 

@@ -17,8 +17,9 @@ import torch
 from baselines import recipe_under
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, SIMULATED, Cell
+from benchmarks.suite.tasks import Task
 from tfmq.cost import Planned, plan_cost
 from tfmq.live_bytes import FusedAttention, LiveBytes
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes

@@ -10,8 +10,8 @@ import pandas as pd
 from benchmarks.planning.expected import REPLICATES, USUAL, Expected
 from benchmarks.planning.planner import GIB, LEARNED, LEARNED_ON_GPU, Item
 from benchmarks.report.tables.markdown import NOTHING
-from benchmarks.suite.params import Rounds
 from benchmarks.suite.record import FULL_PRECISION
+from benchmarks.suite.sections import Rounds
 
 HOUR = 3600
 

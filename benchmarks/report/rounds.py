@@ -23,8 +23,9 @@ from benchmarks.report.sequential import critical_values, sequential_p
 from benchmarks.report.statistic import RANKED_BY, Values
 from benchmarks.report.tables import label
 from benchmarks.report.tables.markdown import heading, measured, number
-from benchmarks.suite.params import Rounds, Suite
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record
+from benchmarks.suite.sections import Rounds
 
 EQUAL = "equal"
 NOT_APPLICABLE = "not applicable"

@@ -23,7 +23,7 @@ from benchmarks.runtime import files, manifest
 from benchmarks.runtime.text import read_json_lines
 from benchmarks.stages._setup import batches, conditioning_of, draw_noise, load_model, prompts_of, sampling_settings
 from benchmarks.suite.discover import method
-from benchmarks.suite.params import Task
+from benchmarks.suite.tasks import Task
 from tfmq.network.backbone import Network
 from tfmq.network.calibration import collect_calibration
 from tfmq.network.sampling import sample

@@ -22,7 +22,7 @@ from benchmarks.metrics._merge import merge
 from benchmarks.runtime import files, manifest
 from benchmarks.runtime.workers import run_all
 from benchmarks.stages._setup import batches
-from benchmarks.suite.params import Task
+from benchmarks.suite.tasks import Task
 
 EVALUATORS = Path("data")
 POOLED, SPATIAL, SECOND = "pooled", "spatial", "second"

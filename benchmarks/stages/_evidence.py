@@ -18,8 +18,8 @@ from benchmarks.runtime import files
 from benchmarks.runtime.images import Images
 from benchmarks.stages._data_features import evaluator_of, second_evaluator_of
 from benchmarks.stages._setup import batches, prompts_of
-from benchmarks.suite.params import Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
+from benchmarks.suite.tasks import Task
 
 # Images of a part, and those in memory at once. Both are multiples of what evaluators and CLIPs take at a time, which
 # therefore see the same batches in parts as in all images.

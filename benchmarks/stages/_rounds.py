@@ -39,8 +39,9 @@ from benchmarks.stages._units import PART, PURPOSE, Work, config_of, do, forget_
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Quantized
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell, Cost, Record, Value
+from benchmarks.suite.tasks import Task
 from tfmq.checkpoint import load_quantized, read_metadata
 from tfmq.closure import code_hash
 from tfmq.network.backbone import Network, full_precision_bytes

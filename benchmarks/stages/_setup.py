@@ -15,13 +15,14 @@ from torch import Tensor
 from benchmarks.models import Model
 from benchmarks.runtime.text import read_lines
 from benchmarks.suite import discover
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell
+from benchmarks.suite.tasks import Task
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and not all stages need it
     from tfmq.network.sampling import Conditioning, SamplingSettings
 
-# Modules and classes; the names are checked by `benchmarks.suite.params`.
+# Modules and classes; the names are checked by `benchmarks.suite.tasks`.
 SCHEDULERS = {
     "ddim": ("diffusers", "DDIMScheduler"),
     "ddim_quad": ("benchmarks.models._quad", "QuadDDIMScheduler"),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.models import Model
 from benchmarks.stages._setup import conditioning_of, draw_noise, sampling_settings
-from benchmarks.suite.params import Task
+from benchmarks.suite.tasks import Task
 from tfmq.modules.cache import CachePlan, cached_projections, insert_cache
 from tfmq.network.backbone import Backbone
 from tfmq.network.sampling import Step, sample

@@ -21,8 +21,8 @@ from benchmarks.stages._setup import batches, conditioning_of, draw_noise, load_
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Layer, Pass, Quantized
-from benchmarks.suite.params import Task
 from benchmarks.suite.record import FULL_PRECISION, Cell
+from benchmarks.suite.tasks import Task
 from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.network.backbone import Network, backbone_of, full_precision_bytes
 from tfmq.network.sampling import Step, predict_noise, sample

@@ -15,7 +15,8 @@ from benchmarks.runtime import files
 from benchmarks.runtime.devices import device_of
 from benchmarks.runtime.workers import run_all
 from benchmarks.stages._setup import conditioning_of, draw_noise, load_model, sampling_settings, task_of
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
+from benchmarks.suite.tasks import Task
 from tfmq.network.calibration import CalibrationSet, collect_calibration
 
 PURPOSE = "calibration"

@@ -32,8 +32,9 @@ from benchmarks.stages._units import CHECK, PART, PURPOSE, Work, config_of, do, 
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Made, Outcome, Quantized, TensorFloat32
-from benchmarks.suite.params import CHECKED, Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, SIMULATED, Cell
+from benchmarks.suite.tasks import CHECKED, Task
 from tfmq.checkpoint import read_metadata
 from tfmq.closure import code_hash
 from tfmq.network.backbone import backbone_of

@@ -26,7 +26,9 @@ from benchmarks.stages._setup import conditioning_of, draw_noise, load_model, sa
 from benchmarks.stages.plan import build, describe, timesteps_of
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
-from benchmarks.suite.params import Deployment, Suite, Task
+from benchmarks.suite.params import Suite
+from benchmarks.suite.sections import Deployment
+from benchmarks.suite.tasks import Task
 from tfmq.export.roughly import quantize_roughly_
 from tfmq.network.backbone import Network, backbone_of
 from tfmq.network.calibration import CalibrationSet, collect_calibration

@@ -35,8 +35,9 @@ from benchmarks.sources.originals.architectures import ARCHITECTURES, TASKS
 from benchmarks.stages import convert, fetch, prompts, weights
 from benchmarks.stages._setup import SCHEDULERS, task_of
 from benchmarks.suite import discover, params
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Record
+from benchmarks.suite.tasks import Task
 from tfmq.closure import ROOT
 from tfmq.network.attention_heads import set_attention_heads
 from tfmq.network.backbone import Network, backbone_of, evaluate

@@ -36,7 +36,8 @@ from benchmarks.stages._setup import (
     task_of,
 )
 from benchmarks.suite import discover
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
+from benchmarks.suite.tasks import Task
 from tfmq.closure import code_hash
 
 __all__ = ["evaluator_of", "read", "run", "second_evaluator_of"]

@@ -24,8 +24,9 @@ from benchmarks.stages import _setup
 from benchmarks.stages.plan import build, describe, timesteps_of
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell
+from benchmarks.suite.tasks import Task
 from tfmq.checkpoint import load_quantized, save_quantized
 from tfmq.cost import plan_cost
 from tfmq.network.backbone import Network, evaluate, full_precision_bytes

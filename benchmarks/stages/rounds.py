@@ -23,8 +23,9 @@ from benchmarks.stages import _drawn, reference
 from benchmarks.stages._rounds import Bench, Sources
 from benchmarks.stages._setup import task_of
 from benchmarks.suite import discover
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell
+from benchmarks.suite.tasks import Task
 
 
 def run(suite: Suite, task_name: str, device_name: str, draw: bool = False, full: Sequence[str] = ()) -> str:

@@ -27,8 +27,9 @@ from benchmarks.stages import _evidence, reference
 from benchmarks.stages._setup import seed_of, task_of
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import Layer, Made, Outcome, TensorFloat32
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell, Cost, Record, Value
+from benchmarks.suite.tasks import Task
 
 # In the folder of the features of full precision: the evaluators and CLIPs that they come from.
 SEEN_BY = "seen_by.json"

@@ -28,7 +28,9 @@ from benchmarks.runtime import environment, files
 from benchmarks.stages._setup import conditioning_of, draw_noise, load_model, sampling_settings, seed_of, task_of
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
-from benchmarks.suite.params import Study, Suite, Task
+from benchmarks.suite.params import Suite
+from benchmarks.suite.sections import Study
+from benchmarks.suite.tasks import Task
 from tfmq.closure import code_hash
 from tfmq.network.backbone import Network
 from tfmq.network.calibration import CalibrationSet, collect_calibration

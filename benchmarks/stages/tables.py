@@ -28,8 +28,9 @@ from benchmarks.report.statistic import CANDIDATES, RANKED_BY
 from benchmarks.runtime import excerpt, files
 from benchmarks.stages import _drawn
 from benchmarks.stages._setup import prompts_of
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record, Value
+from benchmarks.suite.tasks import Task
 
 README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")

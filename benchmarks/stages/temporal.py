@@ -24,8 +24,9 @@ from benchmarks.metrics._interval import mean_with_interval
 from benchmarks.runtime import environment, files
 from benchmarks.stages._setup import load_model, task_of
 from benchmarks.stages._temporal_features import TabledSampling, nearest_steps, relative_error, sampled_steps
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import Cell
+from benchmarks.suite.tasks import Task
 from tfmq.checkpoint import load_quantized
 from tfmq.network.backbone import backbone_of
 from tfmq.plan import announce_step

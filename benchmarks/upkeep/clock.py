@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record
+from benchmarks.suite.tasks import Task
 
 # Of one core of the machine that the committed records are of: an image's features and comparisons, the metrics of a
 # cell, and what is loaded for one.

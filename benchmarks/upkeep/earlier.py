@@ -35,7 +35,8 @@ from benchmarks.suite import params
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.suite.params import Suite, Task
+    from benchmarks.suite.params import Suite
+    from benchmarks.suite.tasks import Task
 
 COMMIT = "c6241a7"
 PACKAGES = ("tfmq", "baselines")

@@ -19,8 +19,9 @@ from benchmarks.runtime import files
 from benchmarks.sources import catalogue
 from benchmarks.stages import convert, fetch
 from benchmarks.suite import discover, params
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import SIMULATED, Cell
+from benchmarks.suite.tasks import Task
 from benchmarks.upkeep.source_stages import source_stages
 from benchmarks.upkeep.stage import OF_TASKS, STAGES, WIDTH, Stage, code_of, entry
 from tfmq.closure import ROOT

@@ -26,8 +26,9 @@ import pandas as pd
 from benchmarks.planning.planner import QUANTIZED
 from benchmarks.runtime.workers import do_all
 from benchmarks.suite import params
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION
+from benchmarks.suite.tasks import Task
 
 PAPER = Path(__file__).parents[1] / "paper"
 HOUR = 3600.0

@@ -31,6 +31,8 @@ BYSTANDERS = tuple(
         "suite/discover.py",
         "suite/fields.py",
         "suite/params.py",
+        "suite/sections.py",
+        "suite/tasks.py",
     )
 )
 

@@ -14,8 +14,8 @@ from benchmarks.report.tables.comparison import QUALITY, Standing
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.outcome import TensorFloat32
-from benchmarks.suite.params import WITH_ETA
 from benchmarks.suite.record import FULL_PRECISION, SHARED, SIMULATED, Cell, Record, Value
+from benchmarks.suite.tasks import WITH_ETA
 
 NOTHING = "–"
 # Decimals of the ranking statistic.

@@ -8,7 +8,7 @@ from scipy.stats import multivariate_normal, norm
 
 from benchmarks.report.inference import adjusted
 from benchmarks.report.sequential import SPENDINGS, critical_values, decided, sequential_p
-from benchmarks.suite import params
+from benchmarks.suite import sections
 
 EVEN = (0.2, 0.4, 0.6, 0.8, 1.0)
 UNEQUAL = (0.005, 0.02, 0.1, 1.0)
@@ -133,4 +133,4 @@ def test_levels_are_between_0_and_1():
 
 
 def test_params_names_what_there_is():
-    assert tuple(SPENDINGS) == params.SPENDINGS
+    assert tuple(SPENDINGS) == sections.SPENDINGS

@@ -18,8 +18,9 @@ from benchmarks.runtime import excerpt, files
 from benchmarks.runtime.images import batch_name
 from benchmarks.stages import _evidence, reference, score
 from benchmarks.suite.outcome import Made, Outcome, Quantized
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import Cell, Record
+from benchmarks.suite.tasks import Task
 
 CPU = torch.device("cpu")
 COUNT = 21

@@ -18,7 +18,8 @@ from benchmarks.metrics._frechet import moments
 from benchmarks.runtime import files
 from benchmarks.small.data import Emoji, write_sheet, write_table
 from benchmarks.stages import _data_features, reference
-from benchmarks.suite.params import Suite, Task
+from benchmarks.suite.params import Suite
+from benchmarks.suite.tasks import Task
 
 CPU = torch.device("cpu")
 COUNT = 23

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.metrics import metrics
 from benchmarks.report import tables
-from benchmarks.suite import params
+from benchmarks.suite import params, sections
 from benchmarks.suite.record import Cost, Record, Value
 
 COLUMNS = ["task", "method", "precision", "metric", "value", "marker", "images", "source"]
@@ -196,7 +196,7 @@ def test_full_precision_gates_its_task_by_the_reported_number(suite):
 )
 def test_names_that_are_none_are_refused(suite, reported, message):
     wrong = dataclasses.replace(
-        suite, reported=params.Reported({k: tuple(v) for k, v in reported["tasks"].items()}, reported["tolerances"])
+        suite, reported=sections.Reported({k: tuple(v) for k, v in reported["tasks"].items()}, reported["tolerances"])
     )
     with pytest.raises(ValueError, match=message):
         tables.paper([], wrong, tables.numbers_of(frame(NUMBERS)))
@@ -209,9 +209,9 @@ def test_a_metric_without_a_column_is_refused():
 
 def test_a_suite_refuses_reported_numbers_of_no_task(suite):
     with pytest.raises(ValueError, match="did you mean 'rooms'"):
-        dataclasses.replace(suite, reported=params.Reported({"room": ("lsun",)}, {}))
+        dataclasses.replace(suite, reported=sections.Reported({"room": ("lsun",)}, {}))
     with pytest.raises(ValueError, match="at least 0"):
-        params.Reported({}, {"fd_data": -0.1})
+        sections.Reported({}, {"fd_data": -0.1})
 
 
 def test_this_repositorys_numbers_are_there_once_and_compare_with_metrics_that_exist(root):
