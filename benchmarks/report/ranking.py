@@ -209,7 +209,7 @@ def _repeats(statistic: Statistic, evidence: Evidence, task: str) -> float | Non
             [evidence.of(statistic, row[seed], half) for row in rows]
             for seed, half in zip((one, other), HALVES, strict=True)
         ]
-        found.append(_correlation(*orders))
+        found.append(correlation(*orders))
     return _mean(found)
 
 
@@ -230,11 +230,12 @@ def _agrees(statistic: Statistic, evidence: Evidence, task: str) -> float | None
                 for own, unseen in (HALVES, HALVES[::-1]):
                     order = [evidence.of(judged, cell, own) for cell in cells]
                     of_images = [sign * float(evidence.values[cell][name][unseen].mean()) for cell in cells]
-                    found.append(_correlation(order, of_images))
+                    found.append(correlation(order, of_images))
     return _mean(found)
 
 
-def _correlation(order: Sequence[float | None], other: Sequence[float | None]) -> float | None:
+def correlation(order: Sequence[float | None], other: Sequence[float | None]) -> float | None:
+    """Spearman's, of two numbers of each row; None where one is missing, or all are equal."""
     if None in order or None in other or len(set(order)) < 2 or len(set(other)) < 2:
         return None
     return float(spearmanr(order, other).statistic)

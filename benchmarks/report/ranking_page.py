@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import figures, simulation
-from benchmarks.report.ranking import BLOCK, FEWEST, KNOWN, Evidence, Outcome, places
+from benchmarks.report.ranking import BLOCK, FEWEST, KNOWN, Evidence, Outcome, correlation, places
 from benchmarks.report.statistic import CANDIDATES, RANKED_BY, Statistic
 from benchmarks.report.tables import label
+from benchmarks.report.words import line
+from benchmarks.suite.record import Cell
 
 BEFORE = "feature_mean"
 NOTHING = "–"
@@ -44,6 +47,16 @@ LIMITS = (
     " the records; [STUDY.md](STUDY.md) has their noise error. The noise of the scored images is the same at every"
     " seed, so other noise is in the intervals as other images are."
 )
+MANY = (
+    "## Against metrics of many images\n\n"
+    "The leaderboard's rows of a task at one precision and calibration seed 0 were made anew with many more images"
+    " (`python -m benchmarks.upkeep.many_images`). Spearman's correlation of the order of {rows} methods by each"
+    " candidate, from the task's own images, with their order by each metric of many: 1 is the same order. A candidate"
+    " shares its own images with the many, a part of them. Distances to the data also say how good a model is, and a"
+    " quantised one may come nearer by chance."
+)
+# Metrics of many images that an order is compared with.
+TARGETS = ("fd_fp", "kid_fp", "feature_distance", "perceptual", "psnr", "fd_data", "kid_data")
 SIMULATED = (
     "## Whether intervals hold\n\n"
     "Images are crossed with seeds, so the error of a difference has the mean squares of both (two random effects, with"
@@ -60,14 +73,22 @@ def page(
     outcomes: Mapping[str, Outcome],
     drawn: Sequence[tuple[str, str]],
     simulated: int = simulation.TASKS,
+    many: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Markdown; ``drawn`` has captions and paths of figures, and intervals are tried on so many ``simulated`` tasks."""
+    """Markdown; ``drawn`` has captions and paths of figures, and intervals are tried on so many ``simulated`` tasks.
+
+    ``many`` are the contents of files of `benchmarks.upkeep.many_images`.
+    """
     if not evidence.tasks:
         return f"{INTRODUCTION}\n\nNo cell has been measured yet.\n"
     chosen = f"Rows rank by **{RANKED_BY.label}**: {RANKED_BY.meaning}."
     parts = [INTRODUCTION, f"{chosen} {_support(evidence, outcomes)}"]
     parts.append(f"## The candidates\n\n{_tests(evidence)}\n\n{_table(evidence, outcomes)}")
     parts += [f"![{text}]({path})\n\n{text}" for text, path in drawn]
+    tables = [table for each in many if (table := _against_many(evidence, each))]
+    if tables:
+        rows = max(len(each["rows"]) for each in many)
+        parts += [MANY.format(rows=rows), *tables]
     if any(found.separation for found in outcomes.values()):
         parts.append(f"## By task\n\n{_by_task(evidence, outcomes)}")
         parts.append(f"{SIMULATED.format(tasks=simulated)}\n\n{simulation.table(tasks=simulated)}")
@@ -162,6 +183,32 @@ def _table(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> str:
         ]
         lines.append(f"| {' | '.join(fields)} |")
     return "\n".join(lines)
+
+
+def _against_many(evidence: Evidence, many: Mapping[str, Any]) -> str:
+    """Markdown of one task: each candidate's order against that by metrics of many images; empty of too few rows."""
+    cells = [Cell(many["task"], method, many["precision"]) for method in many["rows"]]
+    cells = [cell for cell in cells if cell in evidence.records]
+    targets = [name for name in TARGETS if all(name in many["rows"][cell.method] for cell in cells)]
+    if len(cells) < FEWEST or not targets:
+        return ""
+    metrics = evidence.metrics
+    heads = ["Candidate", *(metrics[name].label for name in targets)]
+    lines = [line(heads), line([":--"] + ["--:"] * len(targets))]
+    for candidate in CANDIDATES:
+        order = [evidence.of(candidate, cell) for cell in cells]
+        found = []
+        for name in targets:
+            sign = -1 if metrics[name].better == "higher" else 1
+            found.append(correlation(order, [sign * many["rows"][cell.method][name] for cell in cells]))
+        if any(value is not None for value in found):
+            name = f"**{candidate.label}**" if candidate.is_mean else candidate.label
+            lines.append(line([name, *(NOTHING if value is None else f"{value:.2f}" for value in found)]))
+    images = evidence.images(many["task"])
+    caption = (
+        f"{many['task']} at {many['precision']}: {images} or more images for the candidates, {many['images']:,} for"
+    )
+    return f"{caption} the metrics.\n\n" + "\n".join(lines)
 
 
 def _by_task(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> str:

@@ -36,6 +36,7 @@ README = Path("README.md")
 REPORTED = Path(baselines.__file__).with_name("reported.csv")
 LATENCY = files.RESULTS / "latency"
 LEADERBOARD = series.LEADERBOARD
+MANY_IMAGES = files.RESULTS / "many_images"
 
 Draw = Callable[[str, str, figures.Figure], None]
 
@@ -204,7 +205,8 @@ def _ranking(records: list[Record], images: dict[Cell, dict[str, np.ndarray]], k
     for name, text, figure in ranking_page.figures_of(evidence, outcomes):
         files.write_bytes(files.RESULTS / "figures" / f"{name}.png", figures.png(figure))
         drawn.append((text, f"figures/{name}.png"))
-    return ranking_page.page(evidence, outcomes, drawn)
+    many = [files.read_json(path) for path in sorted(MANY_IMAGES.glob("*.json"))]
+    return ranking_page.page(evidence, outcomes, drawn, many=many)
 
 
 def _figures(

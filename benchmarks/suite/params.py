@@ -10,7 +10,7 @@ from benchmarks.runtime.text import read_yaml
 from benchmarks.suite import discover
 from benchmarks.suite.fields import read
 from benchmarks.suite.record import FULL_PRECISION, SHARED, SIMULATED, Cell
-from benchmarks.suite.sections import TABLES, Deployment, Reported, Rounds, Study, Table, Temporal
+from benchmarks.suite.sections import TABLES, Deployment, ManyImages, Reported, Rounds, Study, Table, Temporal
 from benchmarks.suite.tasks import Task
 
 
@@ -28,6 +28,7 @@ class Suite:
         study: how error falls with the time that quantising takes.
         temporal: what quantisation does to the signal of the time step.
         rounds: how many images verdicts take; without it, each cell is drawn at once.
+        many_images: metrics of many images that the ranking is put beside.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Suite:
     study: Study | None = None
     temporal: Temporal | None = None
     rounds: Rounds | None = None
+    many_images: ManyImages | None = None
 
     def __post_init__(self) -> None:
         if FULL_PRECISION in self.methods:
@@ -58,9 +60,11 @@ class Suite:
         for task in self.study.tasks if self.study else ():
             if task not in self.tasks:
                 raise discover.unknown("task in study", task, self.tasks, "Tasks stand above.")
-        for task in self.temporal.tasks if self.temporal else ():
-            if task not in self.tasks:
-                raise discover.unknown("task in temporal", task, self.tasks, "Tasks stand above.")
+        for name in ("temporal", "many_images"):
+            found = getattr(self, name)
+            for task in found.tasks if found else ():
+                if task not in self.tasks:
+                    raise discover.unknown(f"task in {name}", task, self.tasks, "Tasks stand above.")
         for task, counts in self.rounds.images.items() if self.rounds else ():
             if task not in self.tasks:
                 raise discover.unknown("task in rounds.images", task, self.tasks, "Tasks stand above.")

@@ -194,6 +194,26 @@ class Temporal:
 
 
 @dataclass(frozen=True)
+class ManyImages:
+    """What the ranking is put beside: `python -m benchmarks.upkeep.many_images`.
+
+    Attributes:
+        tasks: whose rows of the leaderboard are made anew.
+        precision: of these rows, at calibration seed 0.
+        images: of each.
+    """
+
+    tasks: tuple[str, ...]
+    precision: str
+    images: int
+
+    def __post_init__(self) -> None:
+        Precision.parse(self.precision)
+        if self.images < 2:
+            raise ValueError(f"many_images.images is {self.images}, but must be at least 2 for distances of sets")
+
+
+@dataclass(frozen=True)
 class Rounds:
     """How many images verdicts take: `python -m benchmarks rounds`.
 

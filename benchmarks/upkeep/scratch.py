@@ -1,4 +1,4 @@
-"""The folder in which cells are reproduced: it holds links to what they are made from, and one process has it."""
+"""A folder in which cells are made beside the suite: one process has it, and it links to what they are made from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import torch
 from benchmarks.runtime import files
 
 SCRATCH = Path(".resume")
-PREFIX = "reproduce-"
 LOCK = ".lock"
 # What the suite's paths lead to, and the scratch folder has links to.
 LINKED = ("data", "benchmarks", "params.yaml")
 
 
-def open_scratch(root: Path, device: torch.device) -> tuple[Path, TextIOWrapper]:
-    """The scratch folder of this code, these settings and this place, and its lock; those of other ones are removed.
+def open_scratch(root: Path, device: torch.device, purpose: str = "reproduce") -> tuple[Path, TextIOWrapper]:
+    """The scratch folder for a purpose, with this code, these settings and this place, and its lock.
+
+    Folders of other code or settings for the same purpose are removed.
 
     Raises ValueError if another run is at work in it.
     """
@@ -30,8 +31,8 @@ def open_scratch(root: Path, device: torch.device) -> tuple[Path, TextIOWrapper]
     inputs += sorted((root / "benchmarks" / "prompts").rglob("*.txt"))
     versions = [platform.python_version(), torch.__version__, diffusers.__version__]
     key = files.fingerprint(files.source_hash(*packages, *filter(Path.is_file, inputs)), str(device), versions)
-    folder = root / SCRATCH / f"{PREFIX}{key}"
-    for superseded in folder.parent.glob(f"{PREFIX}*"):
+    folder = root / SCRATCH / f"{purpose}-{key}"
+    for superseded in folder.parent.glob(f"{purpose}-*"):
         if superseded != folder and (other := _locked(superseded)) is not None:
             shutil.rmtree(superseded)
             other.close()

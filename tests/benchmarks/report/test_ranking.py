@@ -95,6 +95,21 @@ def test_the_page_says_what_rows_rank_by_and_whether_the_data_support_it(evidenc
     assert "| one | 5 |" in text and "Calibrations do not matter" in text and "What was not tried" in text
 
 
+def test_orders_stand_beside_those_of_many_images(evidence, outcomes):
+    def many(values):
+        rows = {row: {"fd_fp": value, "psnr": -value} for row, value in zip(METHODS, values, strict=True)}
+        return {"task": "one", "precision": "w4a8", "images": 2048, "rows": rows}
+
+    text = ranking_page.page(evidence, outcomes, [], simulated=1, many=[many(range(5))])
+    body = text.split("## Against metrics of many images")[1].split("\n## ")[0]
+    assert "one at w4a8: 32 or more images for the candidates, 2,048 for the metrics." in body
+    assert f"| **{RANKED_BY.label}** | 1.00 | 1.00 |" in body, "both have the rows in this order; PSNR falls"
+    body = ranking_page.page(evidence, outcomes, [], simulated=1, many=[many([1, 0, 2, 3, 4])])
+    assert f"| **{RANKED_BY.label}** | 0.90 | 0.90 |" in body, "Spearman's with two of five exchanged"
+    few = many(range(5)) | {"rows": dict(list(many(range(5))["rows"].items())[:3])}
+    assert "Against metrics" not in ranking_page.page(evidence, outcomes, [], simulated=1, many=[few])
+
+
 def test_without_seeds_nothing_is_said_of_them(rows):
     assert "No cell has been measured yet." in ranking_page.page(Evidence([], {}, metrics()), {}, [])
     rows.add("tfmq", -2.0)

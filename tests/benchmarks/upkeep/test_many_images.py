@@ -1,0 +1,28 @@
+"""Rows with many images: all are made anew, only once, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from benchmarks.upkeep import many_images
+
+
+def test_rows_of_many_images_are_made_beside_the_suite(suite, monkeypatch, capsys):
+    path = Path("params.yaml")
+    document = yaml.safe_load(path.read_text()) | {"many_images": {"tasks": ["toy"], "precision": "w4a8", "images": 6}}
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    arguments = ["--task", "toy", "--device", "cpu", "--shards", "1"]
+    before = sorted(map(str, Path("results").rglob("*")))
+    assert many_images.main(arguments) == 0
+    found = json.loads(Path("results/many_images/toy.json").read_text())
+    assert (found["task"], found["precision"], found["images"]) == ("toy", "w4a8", 6)
+    assert set(found["rows"]) == {"nearest", "tfmq"} and found["rows"]["tfmq"]["feature_distance"] >= 0
+    after = {str(each) for each in Path("results").rglob("*")} - set(before)
+    assert after == {"results/many_images", "results/many_images/toy.json"}
+    monkeypatch.setattr(many_images.generate, "run", lambda *_: 1 / 0)
+    assert many_images.main(arguments) == 0, "what is finished is not made again"
+    assert many_images.main(["--task", "absent"]) == 1
+    assert "none of the tasks under `many_images` of params.yaml, which are toy" in capsys.readouterr().err
