@@ -32,10 +32,11 @@ their deviation, and whether the intervals hold what they promise.
 
 A claim says that one row is better than another. All rows denoise the same noise, so the two are compared image by
 image, at each calibration seed that both have. *Ratio* is that of their errors, the row that should be better over
-the other: 0.9 is 10 % less error. Its 95 % interval is over other images and other calibrations. At precisions with
-one seed the variance between calibrations is borrowed from the task's precision with several, in proportion to that
-between images: rows that are nearly the same network differ little from image to image, and little from seed to seed.
-Where no precision has several, intervals are over images alone. *p* is corrected for all comparisons of the task
+the other: 0.9 is 10 % less error. Its 95 % interval is over other images and other calibrations. Three seeds say
+little of the variance between calibrations, and one nothing: it is drawn towards what all comparisons of the task with
+several seeds have in common, in proportion to the variance between images, since rows that are nearly the same network
+differ little from image to image, and little from seed to seed. Where no precision has several, intervals are over
+images alone. *p* is corrected for all comparisons of the task
 (Holm), so that the chance of even one false verdict on a task is 5 %; the intervals are not corrected.
 
 - **confirmed**: better, with p below 0.05

@@ -89,23 +89,22 @@ class Judge:
         return by_image.mean(1), covariance
 
     def borrowed(self, measure: str, pairs: bool) -> Borrowed:
-        """What pairs of rows, or rows, have in common at the precision where most of them have several seeds."""
+        """What pairs of rows, or rows, have in common at all precisions where rows have as many seeds as any have."""
         if (measure, pairs) not in self._borrowed:
             self._borrowed[measure, pairs] = self._borrow(measure, pairs)
         return self._borrowed[measure, pairs]
 
     def _borrow(self, measure: str, pairs: bool) -> Borrowed:
-        best: list[np.ndarray] = []
-        for precision in self.precisions:
-            rows = [self._of(measure, row, at) for row, at in self.records if at == precision]
-            most = max((len(row) for row in rows), default=0)
-            stacked = [
-                _stack(list(row.values())) for row in rows if len(row) == most and list(row) == list(range(most))
-            ]
-            if most > 1:
-                best = max(best, stacked, key=len)
-        parts = [parts_of(a - b) for a, b in combinations(best, 2)] if pairs else [parts_of(row) for row in best]
-        return borrow(parts, len(best) if pairs else len(best) + 1)
+        rows = {key: self._of(measure, *key) for key in self.records}
+        most = max((len(row) for row in rows.values()), default=0)
+        parts: list[Parts] = []
+        independent = 0
+        for precision in self.precisions if most > 1 else ():
+            complete = [row for (_, at), row in rows.items() if at == precision and list(row) == list(range(most))]
+            found = [_stack(list(row.values())) for row in complete]
+            parts += [parts_of(a - b) for a, b in combinations(found, 2)] if pairs else map(parts_of, found)
+            independent += max(len(found) - pairs, 0)
+        return borrow(parts, independent + 1)
 
     def _of(self, measure: str, row: str, precision: str) -> dict[int, np.ndarray | float]:
         """What a row has at each seed: (N,) of images, or one number of a metric that has none."""

@@ -49,6 +49,18 @@ def test_a_precision_of_one_seed_borrows_from_that_of_several(rows):
     assert rows.judges["emoji-ldm4"].compare(MEASURE, "tfmq", "prev", "w8a8").estimate.p < 1e-3
 
 
+def test_all_precisions_with_several_seeds_are_borrowed_from(rows):
+    generator = np.random.default_rng(3)
+    for precision in ("w4a8", "w8a8"):
+        for row in ("tfmq", "prev", "tiar", "fsc", "cache"):
+            for seed in range(3):
+                rows.add(row, -2 + 0.2 * generator.normal(), noise=0.05, seed=seed, precision=precision)
+    both = rows.judges["emoji-ldm4"].borrowed(MEASURE, pairs=True)
+    rows.records = [record for record in rows.records if record.precision == "w4a8" or record.seed == 0]
+    one = rows.judges["emoji-ldm4"].borrowed(MEASURE, pairs=True)
+    assert both.degrees > one.degrees and 0.5 < both.ratio / one.ratio < 2
+
+
 def test_a_metric_without_images_is_judged_over_seeds(rows):
     for seed, (own, other) in enumerate(((1e-4, 3e-4), (2e-4, 5e-4), (1e-4, 4e-4))):
         rows.add("tfmq", -2.0, seed=seed, temporal=own)
