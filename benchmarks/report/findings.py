@@ -33,10 +33,10 @@ their deviation, and whether the intervals hold what they promise.
 A claim says that one row is better than another. All rows denoise the same noise, so the two are compared image by
 image, at each calibration seed that both have. *Ratio* is that of their errors, the row that should be better over
 the other: 0.9 is 10 % less error. Its 95 % interval is over other images and other calibrations. Three seeds say
-little of the variance between calibrations, and one nothing: it is drawn towards what all comparisons of the task with
-several seeds have in common, in proportion to the variance between images, since rows that are nearly the same network
-differ little from image to image, and little from seed to seed. Where no precision has several, intervals are over
-images alone. *p* is corrected for all comparisons of the task
+little of the variance between calibrations: it is drawn towards what all comparisons of the task at that precision have
+in common, in proportion to the variance between images, since rows that are nearly the same network differ little from
+image to image, and little from seed to seed. Where rows have one seed, what other precisions have in common stands for
+it; where none has several, intervals are over images alone. *p* is corrected for all comparisons of the task
 (Holm), so that the chance of even one false verdict on a task is 5 %; the intervals are not corrected.
 
 - **confirmed**: better, with p below 0.05
@@ -268,12 +268,18 @@ def _why_not(claim: Claim, task: str, records: Sequence[Record]) -> str:
 
 def _seeds(judge: Judge) -> str:
     """A sentence on how much calibrations matter beside images."""
-    borrowed = judge.borrowed(RANKED_BY.name, pairs=True)
-    if not borrowed.degrees:
+    several = [precision for precision in judge.precisions if judge.has_seeds(precision)]
+    found = {precision: judge.borrowed(RANKED_BY.name, True, precision) for precision in several}
+    told = [
+        f"{borrowed.ratio:.2g} at {precision} (worth {borrowed.degrees:.0f} degrees of freedom)"
+        for precision, borrowed in found.items()
+        if borrowed.degrees
+    ]
+    if not told:
         return " No precision has enough rows of several calibration seeds: all intervals are over images alone."
     return (
-        f" Between calibration seeds, the difference of two rows varies {borrowed.ratio:.2g} times as much as the"
-        f" images of one seed leave it uncertain (variances; worth {borrowed.degrees:.0f} degrees of freedom)."
+        " The variance of the difference of two rows between calibration seeds, in that which the images of one seed"
+        f" leave: {', '.join(told)}."
     )
 
 

@@ -132,13 +132,13 @@ def parts_of(values: np.ndarray) -> Parts:
     return Parts(mean, count, images, float(by_seed.var(ddof=1)), between_images, within, both)
 
 
-def borrow(comparisons: Sequence[Parts], rows: int) -> Borrowed:
-    """Fit the ratios of comparisons that have equally many seeds, which are between so many ``rows``.
+def borrow(comparisons: Sequence[Parts], independent: int) -> Borrowed:
+    """Fit the ratios of comparisons that have equally many seeds, of which so many are ``independent``.
 
     The logarithm of a ratio has the mean log(ratio) + digamma(s/2) - log(s/2) - digamma(d/2) + log(d/2) and the
     variance trigamma(s/2) + trigamma(d/2), with s its own degrees of freedom and d those looked for (Smyth, 2004,
-    section 6.2). Pairs of rows repeat what the rows say, so d is at most what the mean logarithm of as many independent
-    ratios as there are rows, less one, is known to: trigamma(d/2) = trigamma(s/2) / (rows - 1).
+    section 6.2). Pairs of n rows repeat what the rows say, n - 1 times, so d is at most what the mean logarithm of as
+    many ratios is known to: trigamma(d/2) = trigamma(s/2) / independent.
     """
     found = [part for part in comparisons if part.ratio is not None]
     if len(found) < FEWEST:
@@ -146,7 +146,7 @@ def borrow(comparisons: Sequence[Parts], rows: int) -> Borrowed:
     own = found[0].seeds - 1
     logarithms = np.log([part.ratio for part in found]) - digamma(own / 2) + np.log(own / 2)
     mean, spread = float(logarithms.mean()), float(logarithms.var(ddof=1) - polygamma(1, own / 2))
-    least = float(polygamma(1, own / 2)) / max(rows - 1, 1)
+    least = float(polygamma(1, own / 2)) / max(independent, 1)
     degrees = 2 * _trigamma_inverse(max(spread, least))
     # Where ratios differ by no more than chance, they are one number.
     ratio = float(np.exp(mean + (digamma(degrees / 2) - np.log(degrees / 2)) * (spread > least)))

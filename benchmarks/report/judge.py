@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ class Comparison:
 
     Attributes:
         parts: mean squares of the differences.
-        borrowed: what all comparisons of the task by this measure have in common.
+        borrowed: what comparisons of the task by this measure have in common.
         estimate: the mean difference; None where nothing says how it varies.
     """
 
@@ -42,12 +43,16 @@ class Judge:
         self.records: dict[tuple[str, str], dict[int, Record]] = {}
         for record in sorted(found, key=lambda record: record.seed):
             self.records.setdefault((record.cell.row, record.precision), {})[record.seed] = record
-        self._borrowed: dict[tuple[str, bool], Borrowed] = {}
+        self._borrowed: dict[tuple[str, bool, str], Borrowed] = {}
 
     @cached_property
     def precisions(self) -> list[str]:
         """All that any row is measured at."""
         return list(dict.fromkeys(precision for _, precision in self.records))
+
+    def has_seeds(self, precision: str) -> bool:
+        """Whether any row is measured with several calibration seeds there."""
+        return any(at == precision and len(seeds) > 1 for (_, at), seeds in self.records.items())
 
     def compare(self, measure: str, row: str, other: str, precision: str) -> Comparison | None:
         """``row`` less ``other``; None where no seed has both by this measure."""
@@ -56,7 +61,7 @@ class Judge:
         if not seeds:
             return None
         parts = parts_of(_stack([values[seed] for seed in seeds]) - _stack([others[seed] for seed in seeds]))
-        borrowed = self.borrowed(measure, pairs=True)
+        borrowed = self.borrowed(measure, True, precision)
         return Comparison(parts, borrowed, estimate(parts, borrowed))
 
     def is_error(self, measure: str) -> bool:
@@ -73,7 +78,7 @@ class Judge:
         values = self._of(measure, row, precision)
         if not values:
             return None
-        return estimate(parts_of(_stack(list(values.values()))), self.borrowed(measure, pairs=False))
+        return estimate(parts_of(_stack(list(values.values()))), self.borrowed(measure, False, precision))
 
     def joint(self, measure: str, rows: Sequence[str], precision: str) -> tuple[np.ndarray, np.ndarray]:
         """Means (M,) of rows that are measured, by images, and their covariance (M, M).
@@ -83,28 +88,33 @@ class Judge:
         found = [_stack(list(self._of(measure, row, precision).values())) for row in rows]
         parts = [parts_of(values) for values in found]
         by_image = np.array([values.mean(0) for values in found])
-        borrowed = self.borrowed(measure, pairs=False)
+        borrowed = self.borrowed(measure, False, precision)
         calibration = [estimate(part, borrowed).error ** 2 - part.between_images / part.images for part in parts]
         covariance = np.atleast_2d(np.cov(by_image)) / by_image.shape[1] + np.diag(calibration)
         return by_image.mean(1), covariance
 
-    def borrowed(self, measure: str, pairs: bool) -> Borrowed:
-        """What pairs of rows, or rows, have in common at all precisions where rows have as many seeds as any have."""
-        if (measure, pairs) not in self._borrowed:
-            self._borrowed[measure, pairs] = self._borrow(measure, pairs)
-        return self._borrowed[measure, pairs]
+    def borrowed(self, measure: str, pairs: bool, precision: str) -> Borrowed:
+        """What pairs of rows, or rows, have in common at a precision; where its rows have one seed, at all others."""
+        key = measure, pairs, precision
+        if key not in self._borrowed:
+            own = self._borrow(measure, pairs, [precision])
+            self._borrowed[key] = own if own.degrees else self._borrow(measure, pairs, self.precisions)
+        return self._borrowed[key]
 
-    def _borrow(self, measure: str, pairs: bool) -> Borrowed:
-        rows = {key: self._of(measure, *key) for key in self.records}
-        most = max((len(row) for row in rows.values()), default=0)
+    def _borrow(self, measure: str, pairs: bool, precisions: Sequence[str]) -> Borrowed:
+        """Of all rows at these precisions that have as many seeds as most of those with several."""
+        rows = {key: self._of(measure, *key) for key in self.records if key[1] in precisions}
+        complete = {key: row for key, row in rows.items() if list(row) == list(range(len(row))) and len(row) > 1}
+        counts = Counter(map(len, complete.values()))
+        most = max(counts, key=lambda count: (counts[count], count), default=0)
         parts: list[Parts] = []
         independent = 0
-        for precision in self.precisions if most > 1 else ():
-            complete = [row for (_, at), row in rows.items() if at == precision and list(row) == list(range(most))]
-            found = [_stack(list(row.values())) for row in complete]
+        for precision in precisions:
+            found = [_stack(list(r.values())) for (_, at), r in complete.items() if (at, len(r)) == (precision, most)]
+            drawing = sum(parts_of(row).ratio is not None for row in found)
             parts += [parts_of(a - b) for a, b in combinations(found, 2)] if pairs else map(parts_of, found)
-            independent += max(len(found) - pairs, 0)
-        return borrow(parts, independent + 1)
+            independent += max(drawing - pairs, 0)
+        return borrow(parts, independent)
 
     def _of(self, measure: str, row: str, precision: str) -> dict[int, np.ndarray | float]:
         """What a row has at each seed: (N,) of images, or one number of a metric that has none."""

@@ -51,8 +51,8 @@ class Outcome:
 
     Attributes:
         ordered: pairs of cells and blocks of images in the known order, and of how many.
-        separation: F, the variance between rows over that between calibration seeds.
-        spread: standard deviation over seeds, relative: the median over rows.
+        separation: F, the variance between rows over that between calibration seeds, geometric mean over precisions.
+        spread: standard deviation over seeds, relative: the median over rows, the mean over precisions.
         repeats: correlation of the order of rows on half of the images at one seed with that on the others at another.
         agrees: correlation of the order on half of the images with that of image metrics on the others.
     """
@@ -101,19 +101,20 @@ class Evidence:
                 found.setdefault(cell.precision, {}).setdefault(cell.seed, []).append(cell)
         return found
 
-    def seeded(self, task: str) -> list[list[Cell]]:
-        """The cells of each row that has several seeds, at the precision where most rows have, and that draws anything.
+    def seeded(self, task: str) -> dict[str, list[list[Cell]]]:
+        """The cells of each row that has several seeds and draws anything, by precision, where there are enough rows.
 
         A row whose seeds give the same images draws nothing while it is calibrated.
         """
-        best: list[list[Cell]] = []
-        for seeds in self.rows(task).values():
+        found: dict[str, list[list[Cell]]] = {}
+        for precision, seeds in self.rows(task).items():
             cells = [[cell for at in seeds.values() for cell in at if cell.method == row] for row in _methods(seeds)]
             cells = [sorted(row, key=lambda cell: cell.seed) for row in cells if len(row) > 1]
             most = max((len(row) for row in cells), default=0)
             cells = [row for row in cells if len(row) == most and not self._equal(row)]
-            best = max(best, cells, key=len)
-        return best
+            if len(cells) >= FEWEST:
+                found[precision] = cells
+        return found
 
     def _equal(self, row: Sequence[Cell]) -> bool:
         first, *others = (self.values[cell] for cell in row)
@@ -129,12 +130,15 @@ def outcome(statistic: Statistic, evidence: Evidence) -> Outcome:
     found = Outcome()
     for task in evidence.tasks:
         found.ordered[task] = _ordered(statistic, evidence, task)
-        rows = evidence.seeded(task)
-        if len(rows) >= FEWEST:
+        separations, spreads = [], []
+        for rows in evidence.seeded(task).values():
             numbers = [[evidence.of(statistic, cell) for cell in row] for row in rows]
             if not any(number is None for row in numbers for number in row):
-                found.separation[task] = float(f_oneway(*numbers).statistic)
-                found.spread[task] = float(np.median([np.std(row, ddof=1) for row in numbers]))
+                separations.append(float(f_oneway(*numbers).statistic))
+                spreads.append(float(np.median([np.std(row, ddof=1) for row in numbers])))
+        if separations:
+            found.separation[task] = float(np.exp(np.mean(np.log(separations))))
+            found.spread[task] = mean(spreads)
         for name, test in (("repeats", _repeats), ("agrees", _agrees)):
             correlation = test(statistic, evidence, task)
             if correlation is not None:
@@ -200,16 +204,16 @@ def _ordered(statistic: Statistic, evidence: Evidence, task: str) -> tuple[int, 
 
 
 def _repeats(statistic: Statistic, evidence: Evidence, task: str) -> float | None:
-    rows = evidence.seeded(task)
-    if len(rows) < FEWEST or statistic.location is None:
+    if statistic.location is None:
         return None
     found = []
-    for one, other in permutations(range(len(rows[0])), 2):
-        orders = [
-            [evidence.of(statistic, row[seed], half) for row in rows]
-            for seed, half in zip((one, other), HALVES, strict=True)
-        ]
-        found.append(correlation(*orders))
+    for rows in evidence.seeded(task).values():
+        for one, other in permutations(range(len(rows[0])), 2):
+            orders = [
+                [evidence.of(statistic, row[seed], half) for row in rows]
+                for seed, half in zip((one, other), HALVES, strict=True)
+            ]
+            found.append(correlation(*orders))
     return _mean(found)
 
 

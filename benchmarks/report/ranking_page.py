@@ -13,7 +13,7 @@ from benchmarks.report.ranking import BLOCK, FEWEST, KNOWN, Evidence, Outcome, c
 from benchmarks.report.statistic import CANDIDATES, RANKED_BY, Statistic
 from benchmarks.report.tables import label
 from benchmarks.report.words import line
-from benchmarks.suite.record import Cell
+from benchmarks.suite.record import Cell, Record
 
 BEFORE = "feature_mean"
 NOTHING = "–"
@@ -27,7 +27,8 @@ TESTS = (
     " (from all where a candidate has no values of images). One method at one seed has to be better at more bits:"
     f" {{precisions}}. And these rows have to be better than those: {{known}}.\n"
     "2. **F**: the variance between methods over that between calibration seeds of one method, of logarithms, so that"
-    " units and squares do not matter; geometric mean over tasks. *Over seeds* is the standard deviation over seeds.\n"
+    " units and squares do not matter; geometric mean over tasks and precisions with several seeds. *Over seeds* is the"
+    " standard deviation over seeds.\n"
     "3. **Repeats**: Spearman's correlation between the order of methods on half of the images at one seed and on the"
     " other half at another seed.\n"
     "4. **Agrees**: that between the order on half of the images and the order by the mean feature distance, perceptual"
@@ -50,10 +51,10 @@ LIMITS = (
 MANY = (
     "## Against metrics of many images\n\n"
     "The leaderboard's rows of a task at one precision and calibration seed 0 were made anew with many more images"
-    " (`python -m benchmarks.upkeep.many_images`). Spearman's correlation of the order of {rows} methods by each"
-    " candidate, from the task's own images, with their order by each metric of many: 1 is the same order. A candidate"
-    " shares its own images with the many, a part of them. Distances to the data also say how good a model is, and a"
-    " quantised one may come nearer by chance."
+    " (`python -m benchmarks.upkeep.many_images`). The tables have Spearman's correlation between the order of methods"
+    " by each candidate, from the task's own images, and that by each metric of many: 1 is the same order. The"
+    " candidate's images are among the many. Distances to the data also say how good a model is, and a quantised one"
+    " may come nearer by chance."
 )
 # Metrics of many images that an order is compared with.
 TARGETS = ("fd_fp", "kid_fp", "feature_distance", "perceptual", "psnr", "fd_data", "kid_data")
@@ -87,8 +88,7 @@ def page(
     parts += [f"![{text}]({path})\n\n{text}" for text, path in drawn]
     tables = [table for each in many if (table := _against_many(evidence, each))]
     if tables:
-        rows = max(len(each["rows"]) for each in many)
-        parts += [MANY.format(rows=rows), *tables]
+        parts += [MANY, *tables]
     if any(found.separation for found in outcomes.values()):
         parts.append(f"## By task\n\n{_by_task(evidence, outcomes)}")
         parts.append(f"{SIMULATED.format(tasks=simulated)}\n\n{simulation.table(tasks=simulated)}")
@@ -108,12 +108,14 @@ def figures_of(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> list[tupl
         text = "How well each candidate separates methods, and how well it agrees with images it has not seen"
         axes = ("F: between methods over between seeds", "agreement with image metrics")
         drawn.append(("ranking-candidates", text, figures.scatter(points, *axes, RANKED_BY.label)))
-    seeded = {task: evidence.seeded(task) for task in evidence.tasks}
+    # Of several precisions the last one, which has the fewest bits.
+    seeded = {task: list(found.items())[-1] for task in evidence.tasks if (found := evidence.seeded(task))}
     shown = [c for c in CANDIDATES if c.name in (BEFORE, RANKED_BY.name)]
     strips = {
-        (task, candidate.label): {label(row[0].method): [evidence.of(candidate, cell) for cell in row] for row in rows}
-        for task, rows in seeded.items()
-        if len(rows) >= FEWEST
+        (f"{task} at {precision}", candidate.label): {
+            label(row[0].method): [evidence.of(candidate, cell) for cell in row] for row in rows
+        }
+        for task, (precision, rows) in seeded.items()
         for candidate in shown
     }
     if strips:
@@ -181,15 +183,19 @@ def _table(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> str:
             NOTHING if agrees is None else f"{agrees:.3f}",
             f"{ranks[candidate]:.2f}" if candidate in ranks else NOTHING,
         ]
-        lines.append(f"| {' | '.join(fields)} |")
+        lines.append(line(fields))
     return "\n".join(lines)
 
 
 def _against_many(evidence: Evidence, many: Mapping[str, Any]) -> str:
-    """Markdown of one task: each candidate's order against that by metrics of many images; empty of too few rows."""
+    """Markdown of one task: each candidate's order against that by metrics of many images; empty of too few rows.
+
+    Rows count whose record is of the same version of the task and the same settings of the method.
+    """
     cells = [Cell(many["task"], method, many["precision"]) for method in many["rows"]]
-    cells = [cell for cell in cells if cell in evidence.records]
-    targets = [name for name in TARGETS if all(name in many["rows"][cell.method] for cell in cells)]
+    cells = [cell for cell in cells if cell in evidence.records and _same(evidence.records[cell], many)]
+    of_many = {cell: many["rows"][cell.method]["metrics"] for cell in cells}
+    targets = [name for name in TARGETS if all(name in values for values in of_many.values())]
     if len(cells) < FEWEST or not targets:
         return ""
     metrics = evidence.metrics
@@ -200,27 +206,31 @@ def _against_many(evidence: Evidence, many: Mapping[str, Any]) -> str:
         found = []
         for name in targets:
             sign = -1 if metrics[name].better == "higher" else 1
-            found.append(correlation(order, [sign * many["rows"][cell.method][name] for cell in cells]))
+            found.append(correlation(order, [sign * values[name] for values in of_many.values()]))
         if any(value is not None for value in found):
             name = f"**{candidate.label}**" if candidate.is_mean else candidate.label
             lines.append(line([name, *(NOTHING if value is None else f"{value:.2f}" for value in found)]))
-    images = evidence.images(many["task"])
-    caption = (
-        f"{many['task']} at {many['precision']}: {images} or more images for the candidates, {many['images']:,} for"
-    )
-    return f"{caption} the metrics.\n\n" + "\n".join(lines)
+    few, found = evidence.images(many["task"]), f"{many['images']:,}"
+    caption = f"{many['task']} at {many['precision']}, {len(cells)} methods: {few} or more images for the candidates,"
+    return f"{caption} {found} for the metrics.\n\n" + "\n".join(lines)
+
+
+def _same(record: Record, many: Mapping[str, Any]) -> bool:
+    settings = many["rows"][record.method]["settings"]
+    return (record.task_version, record.settings["method"]) == (many["task_version"], settings)
 
 
 def _by_task(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> str:
     """F and agreement of the chosen one, the one before, and noise error, task by task."""
     shown = [c for c in CANDIDATES if c.name in (RANKED_BY.name, BEFORE, "noise_mean", "kid_fp")]
     head = ["Task", "Rows", *(f"F, {c.label}" for c in shown), *(f"Agrees, {c.label}" for c in shown if c.location)]
-    lines = [f"| {' | '.join(head)} |", f"|:--|{'--:|' * (len(head) - 1)}"]
+    lines = [line(head), line([":--"] + ["--:"] * (len(head) - 1))]
     for task in evidence.tasks:
         separation = [outcomes[c.name].separation.get(task) for c in shown]
         agrees = [outcomes[c.name].agrees.get(task) for c in shown if c.location]
-        fields = [task, str(len(evidence.seeded(task)))]
+        rows = [f"{len(found)} at {precision}" for precision, found in evidence.seeded(task).items()]
+        fields = [task, ", ".join(rows) or NOTHING]
         fields += [NOTHING if value is None else f"{value:.0f}" for value in separation]
         fields += [NOTHING if value is None else f"{value:.2f}" for value in agrees]
-        lines.append(f"| {' | '.join(fields)} |")
+        lines.append(line(fields))
     return "*Rows* are methods with several seeds that draw anything while they are calibrated.\n\n" + "\n".join(lines)

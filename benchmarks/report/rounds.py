@@ -23,6 +23,7 @@ from benchmarks.report.sequential import critical_values, sequential_p
 from benchmarks.report.statistic import RANKED_BY, Values
 from benchmarks.report.tables import label
 from benchmarks.report.tables.markdown import heading, measured, number
+from benchmarks.report.words import line
 from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record
 from benchmarks.suite.sections import Rounds
@@ -215,7 +216,7 @@ def page(task: str, decision: Decision, rounds: Rounds) -> str:
         " calibration seed are compared over images alone: another calibration may move what is near.",
     ]
     if decision.claims:
-        parts.append("\n".join([_line(HEAD), _line([":--"] * len(HEAD)), *map(_row, decision.claims)]))
+        parts.append("\n".join([line(HEAD), line([":--"] * len(HEAD)), *map(_row, decision.claims)]))
     if decision.next:
         cells = [f"- {cell.name.split('/', 1)[1]}: {images:,} images" for cell, images in decision.next.items()]
         parts.append("Next, by `--draw`:\n\n" + "\n".join(cells))
@@ -228,11 +229,11 @@ def full_counts(records: Sequence[Record], metrics: Mapping[str, Metric]) -> str
     """Markdown: what the features of all images of some cells of one task say, a line a cell."""
     columns = measured(metrics, records)
     head = ["All images of", "Images", *(heading(metric, records) for metric in columns.values()), "Note"]
-    lines = [_line(head), _line([":--", *["--:"] * (len(head) - 2), ":--"])]
+    lines = [line(head), line([":--", *["--:"] * (len(head) - 2), ":--"])]
     for record in records:
         values = [number(record.metrics.get(name), metric.digits, interval=True) for name, metric in columns.items()]
         images = f"{record.settings['task']['images']:,}" if record.metrics else NOTHING
-        lines.append(_line([record.cell.name.split("/", 1)[1], images, *values, record.reason]))
+        lines.append(line([record.cell.name.split("/", 1)[1], images, *values, record.reason]))
     return "\n".join(lines)
 
 
@@ -246,7 +247,7 @@ def _row(judged: JudgedClaim) -> str:
         low, high = (float(np.exp(end)) for end in judged.interval)
         ratio = f"{judged.ratio:.3g} [{low:.3g}, {high:.3g}]"
     rows = [_label(row) for row in (claim.better, claim.worse)]
-    return _line([claim.text, judged.precision, *rows, ratio, f"{images:,}", _p(judged), judged.verdict])
+    return line([claim.text, judged.precision, *rows, ratio, f"{images:,}", _p(judged), judged.verdict])
 
 
 def _p(judged: JudgedClaim) -> str:
@@ -256,7 +257,3 @@ def _p(judged: JudgedClaim) -> str:
 def _label(row: str) -> str:
     method, *differences = row.split("-")
     return label(method) + (f" ({', '.join(differences)})" if differences else "")
-
-
-def _line(fields: Sequence[str]) -> str:
-    return f"| {' | '.join(fields)} |"

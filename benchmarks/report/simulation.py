@@ -2,8 +2,8 @@
 
 Rows are drawn from the model of `benchmarks.report.inference`, and from others that break it: seeds that matter more
 for some rows than for others, and values of images that are not normal. Each task has one precision with several seeds
-and one with a single seed, as the suite has. `results/RANKING.md` has the outcome; `python -m
-benchmarks.report.simulation 2000` prints that of more tasks.
+and one with a single seed. `results/RANKING.md` has the outcome; `python -m benchmarks.report.simulation 2000` prints
+that of more tasks.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def coverage(scenario: Scenario, tasks: int = TASKS) -> Coverage:
         one = _draw(scenario, generator, means, scale, own, 1)
         pairs = list(combinations(range(scenario.rows), 2))
         parts = [parts_of(several[a] - several[b]) for a, b in pairs]
-        borrowed = borrow(parts, scenario.rows)
+        borrowed = borrow(parts, scenario.rows - 1)
         for (a, b), part in zip(pairs, parts, strict=True):
             single = parts_of(one[a] - one[b])
             truth = means[a] - means[b]

@@ -47,24 +47,14 @@ class Suite:
     def __post_init__(self) -> None:
         if FULL_PRECISION in self.methods:
             raise ValueError(f"methods has {FULL_PRECISION}: the full-precision row is always there, remove it")
-        for task in self.reported.tasks if self.reported else ():
-            if task not in self.tasks:
-                raise discover.unknown("task in reported", task, self.tasks, "Tasks stand above.")
-        if self.deployment is not None:
-            for task in self.deployment.tasks:
-                if task not in self.tasks:
-                    raise discover.unknown("task in deployment", task, self.tasks, "Tasks stand above.")
-            if self.deployment.method not in self.methods:
-                advice = "Those under `methods` are meant."
-                raise discover.unknown("method in deployment", self.deployment.method, self.methods, advice)
-        for task in self.study.tasks if self.study else ():
-            if task not in self.tasks:
-                raise discover.unknown("task in study", task, self.tasks, "Tasks stand above.")
-        for name in ("temporal", "many_images"):
+        for name in ("reported", "deployment", "study", "temporal", "many_images"):
             found = getattr(self, name)
             for task in found.tasks if found else ():
                 if task not in self.tasks:
                     raise discover.unknown(f"task in {name}", task, self.tasks, "Tasks stand above.")
+        if self.deployment is not None and self.deployment.method not in self.methods:
+            advice = "Those under `methods` are meant."
+            raise discover.unknown("method in deployment", self.deployment.method, self.methods, advice)
         for task, counts in self.rounds.images.items() if self.rounds else ():
             if task not in self.tasks:
                 raise discover.unknown("task in rounds.images", task, self.tasks, "Tasks stand above.")

@@ -1,4 +1,4 @@
-"""How much less work than an earlier version takes the recommended recipe to the error of that version's TFMQ-DM?
+"""How much less work does the recommended recipe need to reach the error of an earlier version's TFMQ-DM?
 
 `python -m benchmarks.upkeep.earlier --task emoji-ldm4` quantises a task's network by TFMQ-DM as it was at a commit, in
 a process of its own, and by today's recommended recipe with more and more calibration, all on one thread. All get the
@@ -6,7 +6,8 @@ same calibration pool, and their noise error is measured as `python -m benchmark
 no cell uses. CPU seconds are those of the whole quantisation.
 
 The commit has to be one of this repository's history whose `tfmq` and `baselines` quantise diffusers' UNets as c6241a7
-did; it knows no transformers. Its packages are unpacked into a temporary folder.
+did; it knows no transformers. Its packages are unpacked into a temporary folder. Nothing is kept of a run that is
+stopped.
 """
 
 from __future__ import annotations
@@ -31,18 +32,20 @@ from benchmarks.runtime import environment
 from benchmarks.stages import study
 from benchmarks.stages._setup import seed_of, task_of
 from benchmarks.suite import params
+from tfmq.precision import Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from benchmarks.suite.params import Suite
     from benchmarks.suite.tasks import Task
+    from tfmq.passes import Recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "c6241a7"
 PACKAGES = ("tfmq", "baselines")
 IMAGES = 64
-# As the suite's rows, with as many iterations as are asked for.
-SETTINGS = {"images": IMAGES, "range_images": IMAGES, "learning_rate": 0.02, "batch": 16, "temporal_iterations": 400}
+METHOD = "recommended"
 # Of the recommended recipe, from the cheapest to its default.
 VARIANTS: tuple[dict[str, object], ...] = (
     {"per_step": False, "rows": 160, "range_images": 16},
@@ -100,7 +103,7 @@ class Measured:
 
 def unpack(commit: str, folder: Path) -> None:
     """The packages of a commit, in ``folder``. Raises ValueError where this repository does not have them."""
-    command = ["git", "archive", "--format=tar", commit, "--", *PACKAGES]
+    command = ["git", "-C", str(ROOT), "archive", "--format=tar", commit, "--", *PACKAGES]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         raise ValueError(
@@ -111,8 +114,9 @@ def unpack(commit: str, folder: Path) -> None:
         archive.extractall(folder, filter="data")
 
 
-def by_earlier(tree: Path, task: Task, bench: study.Bench, precision: str, iterations: int) -> Measured:
+def by_earlier(tree: Path, bench: study.Bench, precision: str, settings: Mapping[str, object]) -> Measured:
     """TFMQ-DM as the packages in ``tree`` do it. Raises ValueError where they cannot."""
+    task = bench.task
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # The fields that it knows are all of a UNet's pool.
@@ -123,7 +127,7 @@ def by_earlier(tree: Path, task: Task, bench: study.Bench, precision: str, itera
         job = {
             "precision": precision,
             "sampling": [task.steps, task.eta, task.guidance_scale],
-            "settings": SETTINGS | {"iterations": iterations},
+            "settings": dict(settings),
             "seed": seed_of(task.name, task.version, "quantize", 0),
         }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -137,17 +141,25 @@ def by_earlier(tree: Path, task: Task, bench: study.Bench, precision: str, itera
         exact = bench.held_out.noise
         errors = (predicted - exact).flatten(2).norm(dim=2) / exact.flatten(2).norm(dim=2)
         seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
-    return Measured(f"TFMQ-DM then, {iterations} iterations", seconds, errors.mean().item())
+    return Measured(f"TFMQ-DM then, {settings['iterations']} iterations", seconds, errors.mean().item())
 
 
-def by_recommended(
-    suite: Suite, task: Task, bench: study.Bench, precision: str, settings: dict[str, object]
-) -> Measured:
-    """The recommended recipe, with its own settings but for ``settings``."""
-    what = "Recommended" + "".join(f", {name} {value}" for name, value in settings.items())
-    point = study.Point(what, "recommended", settings, "shared", precision, 0)
-    found = bench.measure(point, study.recipe_of(suite, task, point))
-    return Measured(what, found["cpu_seconds"], found["noise_error"]["value"])
+def variants(suite: Suite, task: Task, precision: str) -> dict[str, tuple[study.Point, Recipe]]:
+    """What the recommended recipe is measured with, by its label: each of `VARIANTS` that is unlike those before it.
+
+    Raises ValueError for a precision that does not exist, or that the recipe does not apply to.
+    """
+    Precision.parse(precision)
+    found: dict[str, tuple[study.Point, Recipe]] = {}
+    seen = []
+    for settings in VARIANTS:
+        what = "Recommended" + "".join(f", {name} {value}" for name, value in settings.items())
+        point = study.Point(what, METHOD, settings, "shared", precision, 0)
+        recipe = study.recipe_of(suite, task, point)
+        if recipe not in seen:
+            found[what] = point, recipe
+            seen.append(recipe)
+    return found
 
 
 def page(task: str, precision: str, earlier: Sequence[Measured], recommended: Sequence[Measured]) -> str:
@@ -165,15 +177,28 @@ def page(task: str, precision: str, earlier: Sequence[Measured], recommended: Se
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.upkeep.earlier", description=__doc__)
-    parser.add_argument("--task", nargs="+", default=["emoji-ldm4"], metavar="TASK")
-    parser.add_argument("--precision", default="w4a8")
+    parser.add_argument(
+        "--task", nargs="+", default=["emoji-ldm4"], help="tasks whose network is a UNet (default: emoji-ldm4)"
+    )
+    parser.add_argument("--precision", default="w4a8", help="such as w8a8 (default: w4a8)")
     parser.add_argument("--commit", default=COMMIT, help=f"whose TFMQ-DM is compared with (default: {COMMIT})")
-    parser.add_argument("--iterations", nargs="+", type=int, default=[400], metavar="N", help="of that TFMQ-DM")
+    parser.add_argument(
+        "--iterations",
+        nargs="+",
+        type=int,
+        default=[400],
+        metavar="N",
+        help="of the earlier TFMQ-DM, one run each (default: 400); other settings are those of the suite's rows",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
         suite = params.load(Path("params.yaml"))
         tasks = [task_of(suite, name) for name in options.task]
+        for task in tasks:
+            if not (Path(task.checkpoint) / "unet").is_dir():
+                raise ValueError(f"{task.checkpoint} has no unet: the earlier version quantises no other network")
+        chosen = {task.name: variants(suite, task, options.precision) for task in tasks}
         with tempfile.TemporaryDirectory() as name:
             tree = Path(name)
             unpack(options.commit, tree)
@@ -181,10 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{machine['cpu']}, {machine['instructions']}, one thread, torch {torch.__version__}", flush=True)
             for task in tasks:
                 bench = study.Bench(task, IMAGES)
-                runs = tqdm(options.iterations, "TFMQ-DM then")
-                earlier = [by_earlier(tree, task, bench, options.precision, iterations) for iterations in runs]
-                runs = tqdm(VARIANTS, "recommended now")
-                recommended = [by_recommended(suite, task, bench, options.precision, settings) for settings in runs]
+                earlier, recommended = [], []
+                for iterations in tqdm(options.iterations, "TFMQ-DM then"):
+                    settings = suite.settings(task.name, "tfmq") | {"iterations": iterations}
+                    earlier.append(by_earlier(tree, bench, options.precision, settings))
+                for what, (point, recipe) in tqdm(chosen[task.name].items(), "recommended now"):
+                    found = bench.measure(point, recipe)
+                    recommended.append(Measured(what, found["cpu_seconds"], found["noise_error"]["value"]))
                 print(page(task.name, options.precision, earlier, recommended), flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""Does what rows rank by, from few images, agree with image metrics of many? Writes `results/many_images/TASK.json`.
+"""Does the ranking, which is made from few images, agree with image metrics of many?
 
 `python -m benchmarks.upkeep.many_images --task emoji-ldm8` makes the leaderboard's cells of a task anew, as
-`many_images` of params.yaml says, with many images instead of the task's, and keeps all their metrics; `python -m
-benchmarks tables` puts them beside the ranking in `results/RANKING.md`. It works in a folder inside .resume/, all else
-stays as it is, and a run that was stopped goes on there with the same code.
+`many_images` of params.yaml says, with many images instead of the task's, and writes all their metrics to
+`results/many_images/TASK.json`; `python -m benchmarks tables` puts them beside the ranking in `results/RANKING.md`. It
+works in a folder inside .resume/; all else stays as it is, and a run that was stopped goes on there with the same code.
 """
 
 from __future__ import annotations
@@ -30,61 +30,58 @@ from benchmarks.upkeep.scratch import open_scratch
 
 if TYPE_CHECKING:
     from benchmarks.suite.params import Suite
-    from benchmarks.suite.record import Cell
+    from benchmarks.suite.tasks import Task
 
 
-def run(suite: Suite, task_name: str, device_name: str, shards: int) -> dict[str, object]:
-    """Make the cells in the current folder; returns what is kept of them.
-
-    Raises ValueError for a task that is not under ``many_images``, and for what the leaderboard does not have.
-    """
+def task_with_many(suite: Suite, name: str) -> Task:
+    """The task with as many images as ``many_images`` says. Raises ValueError for one that does not stand there."""
     wanted = suite.many_images
-    if wanted is None or task_name not in wanted.tasks:
+    if wanted is None or name not in wanted.tasks:
         known = ", ".join(wanted.tasks) if wanted else "none"
-        raise ValueError(f"{task_name} is none of the tasks under `many_images` of params.yaml, which are {known}")
-    precision = wanted.precision
-    task = dataclasses.replace(task_of(suite, task_name), images=wanted.images)
+        raise ValueError(f"{name} is none of the tasks under `many_images` of params.yaml, which are {known}")
+    return dataclasses.replace(task_of(suite, name), images=wanted.images)
+
+
+def run(suite: Suite, task: Task, precision: str, device_name: str, shards: int) -> dict[str, object]:
+    """Make the leaderboard's cells of a task at a precision in the current folder; returns what is kept of them.
+
+    Raises ValueError for a task or precision that the leaderboard does not have.
+    """
     suite = dataclasses.replace(suite, tasks=suite.tasks | {task.name: task})
-    cells = [
-        *cells_of(suite, None, task.name, FULL_PRECISION),
-        *(
-            cell
-            for method in suite.tables[LEADERBOARD].methods
-            for cell in cells_of(suite, LEADERBOARD, task.name, method, [precision], 0)
-        ),
-    ]
+    full = cells_of(suite, None, task.name, FULL_PRECISION)
+    methods = suite.tables[LEADERBOARD].methods
+    cells = [each for name in methods for each in cells_of(suite, LEADERBOARD, task.name, name, [precision], 0)]
     if not files.calibration(task.name).is_dir():
         calibrate.run(suite, task.name, device_name, shards)
     if not files.reference(task.name).is_dir():
         reference.run(suite, task.name, device_name, shards)
-    for cell in tqdm(cells, desc=f"{task.name}: cells of {wanted.images} images", unit="cell"):
+    for cell in tqdm([*full, *cells], desc=f"{task.name}: cells of {task.images} images", unit="cell"):
         if not files.record_file(cell).is_file():
             generate.run(suite, [cell], device_name, shards)
             score.run(suite, [cell], device_name, shards)
-    return {
-        "task": task.name,
-        "precision": precision,
-        "images": wanted.images,
-        "environment": environment.describe(),
-        "rows": _rows(cells[1:]),
-    }
-
-
-def _rows(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
-    """The metrics of each row that is measured."""
     records = [Record.from_json(files.record_file(cell).read_text(encoding="utf-8")) for cell in cells]
-    return {
-        record.method: {name: value.value for name, value in record.metrics.items() if value is not None}
+    rows = {
+        record.method: {
+            "settings": record.settings["method"],
+            "metrics": {name: value.value for name, value in record.metrics.items()},
+        }
         for record in records
         if record.status == "measured"
     }
+    described = {"task": task.name, "task_version": task.version, "precision": precision, "images": task.images}
+    return described | {"environment": environment.describe(), "rows": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.upkeep.many_images", description=__doc__)
     parser.add_argument("--task", required=True, help="a task under `many_images` of params.yaml")
-    parser.add_argument("--device", default=os.environ.get(DEVICE_VARIABLE, "auto"), choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default=os.environ.get(DEVICE_VARIABLE, "auto"),
+        choices=("auto", "cpu", "cuda"),
+        help=f"where to compute (default: the variable {DEVICE_VARIABLE})",
+    )
     parser.add_argument("--shards", type=int, metavar="N", help="processes (default: one a core, or one a GPU)")
     options = parser.parse_args(arguments)
     root, code = Path.cwd(), 1
@@ -92,9 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         suite = params.load(Path("params.yaml"))
         params.check_methods(suite)
         device = device_of(options.device)
+        task = task_with_many(suite, options.task)
         folder, lock = open_scratch(root, device, f"many_images-{options.task}")
         os.chdir(folder)
-        found = run(suite, options.task, options.device, options.shards or workers.default_shards(device))
+        shards = options.shards or workers.default_shards(device)
+        found = run(suite, task, suite.many_images.precision, options.device, shards)
         files.write_json(root / MANY_IMAGES / f"{options.task}.json", found)
         lock.close()
         code = 0

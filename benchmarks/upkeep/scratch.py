@@ -32,7 +32,7 @@ def open_scratch(root: Path, device: torch.device, purpose: str = "reproduce") -
     versions = [platform.python_version(), torch.__version__, diffusers.__version__]
     key = files.fingerprint(files.source_hash(*packages, *filter(Path.is_file, inputs)), str(device), versions)
     folder = root / SCRATCH / f"{purpose}-{key}"
-    for superseded in folder.parent.glob(f"{purpose}-*"):
+    for superseded in folder.parent.glob(f"{purpose}-{'?' * len(key)}"):
         if superseded != folder and (other := _locked(superseded)) is not None:
             shutil.rmtree(superseded)
             other.close()

@@ -76,11 +76,11 @@ def ablation(records: Sequence[Record], metrics: Mapping[str, Metric], judges: J
 OWN_LAYERS = {
     "published": (
         "How much of a method's result is its choice of layers: under `shared` all quantise the same ones, under"
-        " `published` those of its own code or paper. First and last layer have 8 bits where nothing else is said."
+        " `published` those of its own code or paper."
     ),
     "as_run": (
         "What released codes quantise when they run, and that is not always what their papers say: `as_run` beside"
-        " `shared`. First and last layer have 8 bits where nothing else is said."
+        " `shared`."
     ),
 }
 
@@ -162,10 +162,11 @@ def left_out(method: str, name: str) -> str:
     protocol = discover.method(method).protocol(name) if known else None
     if protocol is None:
         return NOTHING
-    parts = _in_words(protocol.bits) + [f"inputs of {part}" for part in _in_words(protocol.inputs)]
+    parts = _in_words(protocol.bits) or ["all layers at the stated bits, the first and last too"]
+    parts += [f"inputs of {part}" for part in _in_words(protocol.inputs)]
     if protocol.softmax_bits:
-        parts.append(f"attention probabilities at least at {protocol.softmax_bits} bits")
-    return "; ".join(parts) or "all layers at the stated bits, the first and last too"
+        parts.append(f"attention probabilities at {protocol.softmax_bits} bits or more")
+    return "; ".join(parts)
 
 
 def _in_words(bits: Mapping[str, int]) -> list[str]:

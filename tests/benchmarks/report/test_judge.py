@@ -49,16 +49,33 @@ def test_a_precision_of_one_seed_borrows_from_that_of_several(rows):
     assert rows.judges["emoji-ldm4"].compare(MEASURE, "tfmq", "prev", "w8a8").estimate.p < 1e-3
 
 
-def test_all_precisions_with_several_seeds_are_borrowed_from(rows):
+def seeded(rows, precision, spread, count=3, names=("tfmq", "prev", "tiar", "fsc", "cache")):
+    """Add rows whose calibration seeds move them by so much."""
     generator = np.random.default_rng(3)
-    for precision in ("w4a8", "w8a8"):
-        for row in ("tfmq", "prev", "tiar", "fsc", "cache"):
-            for seed in range(3):
-                rows.add(row, -2 + 0.2 * generator.normal(), noise=0.05, seed=seed, precision=precision)
-    both = rows.judges["emoji-ldm4"].borrowed(MEASURE, pairs=True)
-    rows.records = [record for record in rows.records if record.precision == "w4a8" or record.seed == 0]
-    one = rows.judges["emoji-ldm4"].borrowed(MEASURE, pairs=True)
-    assert both.degrees > one.degrees and 0.5 < both.ratio / one.ratio < 2
+    for row in names:
+        for seed in range(count):
+            rows.add(row, -2 + spread * generator.normal(), noise=0.05, seed=seed, precision=precision)
+
+
+def test_a_precision_with_seeds_of_its_own_borrows_from_no_other(rows):
+    seeded(rows, "w4a8", 0.02)
+    alone = rows.judges["emoji-ldm4"].borrowed(MEASURE, True, "w4a8")
+    seeded(rows, "w8a8", 0.2)
+    for row in ("tfmq", "prev"):
+        rows.add(row, -1.0, noise=0.05, precision="w4a4")
+    judge = rows.judges["emoji-ldm4"]
+    other, mixed = (judge.borrowed(MEASURE, True, precision) for precision in ("w8a8", "w4a4"))
+    assert judge.borrowed(MEASURE, True, "w4a8") == alone
+    assert other.ratio > 20 * alone.ratio and alone.ratio < mixed.ratio < other.ratio
+    assert [judge.has_seeds(precision) for precision in ("w4a8", "w8a8", "w4a4")] == [True, True, False]
+
+
+def test_one_row_with_more_seeds_leaves_what_the_others_lend(rows):
+    seeded(rows, "w4a8", 0.2)
+    rows.add("tfmq", -1.0, precision="w4a4")
+    before = rows.judges["emoji-ldm4"].borrowed(MEASURE, True, "w4a4")
+    seeded(rows, "w8a8", 0.2, count=4, names=("groupwise",))
+    assert rows.judges["emoji-ldm4"].borrowed(MEASURE, True, "w4a4") == before and before.degrees > 1
 
 
 def test_a_metric_without_images_is_judged_over_seeds(rows):

@@ -51,7 +51,7 @@ def test_only_neighbouring_precisions_and_known_rows_are_ordered():
 
 
 def test_separation_is_an_analysis_of_variance(evidence, outcomes):
-    rows = evidence.seeded("one")
+    rows = evidence.seeded("one")["w4a8"]
     # A row that is the same at every seed draws nothing, and says nothing of seeds.
     assert [row[0].method for row in rows] == list(METHODS) and all(len(row) == 3 for row in rows)
     numbers = np.array([[np.log(evidence.values[cell]["noise_error"]).mean() for cell in row] for row in rows])
@@ -59,6 +59,22 @@ def test_separation_is_an_analysis_of_variance(evidence, outcomes):
     assert outcomes["noise_log"].separation["one"] == pytest.approx(expected)
     assert outcomes["noise_log"].spread["one"] == pytest.approx(np.median(numbers.std(axis=1, ddof=1)))
     assert outcomes[RANKED_BY.name].repeats["one"] == pytest.approx(1.0)
+
+
+def test_all_precisions_with_several_seeds_count_alike(rows):
+    generator = np.random.default_rng(1)
+    for precision, spread in (("w8a8", 0.3), ("w4a8", 0.03)):
+        for place, row in enumerate(METHODS):
+            for seed in range(3):
+                rows.add(row, -3 + 0.3 * place + spread * generator.normal(), seed=seed, precision=precision)
+    both = Evidence(rows.records, rows.values, metrics())
+    assert list(both.seeded("emoji-ldm4")) == ["w8a8", "w4a8"]
+    alone = []
+    for precision in ("w8a8", "w4a8"):
+        records = [record for record in rows.records if record.precision == precision]
+        alone.append(outcome(RANKED_BY, Evidence(records, rows.values, metrics())).separation["emoji-ldm4"])
+    found = outcome(RANKED_BY, both)
+    assert found.separation["emoji-ldm4"] == pytest.approx((alone[0] * alone[1]) ** 0.5) and alone[1] > 10 * alone[0]
 
 
 def test_a_candidate_is_not_compared_with_itself(rows):
@@ -92,22 +108,24 @@ def test_the_page_says_what_rows_rank_by_and_whether_the_data_support_it(evidenc
     assert "These records support it" in text or "These records do not support that" in text
     for candidate in CANDIDATES:
         assert candidate.label in text
-    assert "| one | 5 |" in text and "Calibrations do not matter" in text and "What was not tried" in text
+    assert "| one | 5 at w4a8 |" in text and "Calibrations do not matter" in text and "What was not tried" in text
 
 
 def test_orders_stand_beside_those_of_many_images(evidence, outcomes):
     def many(values):
-        rows = {row: {"fd_fp": value, "psnr": -value} for row, value in zip(METHODS, values, strict=True)}
-        return {"task": "one", "precision": "w4a8", "images": 2048, "rows": rows}
+        metrics = {row: {"fd_fp": value, "psnr": -value} for row, value in zip(METHODS, values, strict=True)}
+        rows = {row: {"settings": {}, "metrics": found} for row, found in metrics.items()}
+        return {"task": "one", "task_version": 1, "precision": "w4a8", "images": 2048, "rows": rows}
 
     text = ranking_page.page(evidence, outcomes, [], simulated=1, many=[many(range(5))])
     body = text.split("## Against metrics of many images")[1].split("\n## ")[0]
-    assert "one at w4a8: 32 or more images for the candidates, 2,048 for the metrics." in body
+    assert "one at w4a8, 5 methods: 32 or more images for the candidates, 2,048 for the metrics." in body
     assert f"| **{RANKED_BY.label}** | 1.00 | 1.00 |" in body, "both have the rows in this order; PSNR falls"
     body = ranking_page.page(evidence, outcomes, [], simulated=1, many=[many([1, 0, 2, 3, 4])])
     assert f"| **{RANKED_BY.label}** | 0.90 | 0.90 |" in body, "Spearman's with two of five exchanged"
     few = many(range(5)) | {"rows": dict(list(many(range(5))["rows"].items())[:3])}
-    assert "Against metrics" not in ranking_page.page(evidence, outcomes, [], simulated=1, many=[few])
+    changed = many(range(5)) | {"task_version": 2}
+    assert "Against metrics" not in ranking_page.page(evidence, outcomes, [], simulated=1, many=[few, changed])
 
 
 def test_without_seeds_nothing_is_said_of_them(rows):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
+import yaml
 
 from benchmarks.upkeep import earlier
 from benchmarks.upkeep.earlier import Measured
@@ -25,3 +29,24 @@ def test_a_commit_that_is_missing_is_named(tmp_path, capsys):
         earlier.unpack("0000000", tmp_path)
     assert earlier.main(["--task", "emoji-ldm5"]) == 1
     assert "did you mean 'emoji-ldm8'" in capsys.readouterr().err
+    assert earlier.main(["--task", "emoji-dit"]) == 1
+    assert "emoji-dit has no unet" in capsys.readouterr().err
+
+
+def test_both_versions_are_measured_on_the_same_pool(suite, monkeypatch, capsys):
+    known = ["git", "-C", str(earlier.ROOT), "cat-file", "-e", earlier.COMMIT]
+    if subprocess.run(known, capture_output=True, check=False).returncode:
+        pytest.skip(f"the history of this clone does not reach {earlier.COMMIT}")
+    monkeypatch.setattr(earlier, "IMAGES", 2)
+    monkeypatch.setattr(earlier, "VARIANTS", ({"rows": 8, "range_images": 2}, {"rows": 8, "range_images": 2}))
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["methods"] |= {"recommended": {}}
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    assert earlier.main(["--task", "toy", "--iterations", "2"]) == 0
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [line[0].strip() for line in lines] == [
+        "TFMQ-DM then, 2 iterations",
+        "Recommended, rows 8, range_images 2",
+    ], "the same recipe is measured once"
+    then, now = (float(line[1]) for line in lines)
+    assert 0.5 < then / now < 2, "errors of one network at one precision"

@@ -173,7 +173,7 @@ def test_what_released_codes_run_stands_beside_the_shared_layers(make_record):
     text = tables.own_layers(cells, COLUMNS, "as_run")
     lines = [line for line in text.splitlines() if line.startswith("| w4a8")]
     assert "KID to FP ↓, as_run" in text and all("0.0100 [" in line and "0.0050 [" in line for line in lines)
-    assert "attention probabilities at least at 8 bits" in lines[0]
+    assert "the first and last too; attention probabilities at 8 bits or more" in lines[0]
     assert "inputs of second time layer, first block convolution in full precision" in lines[1]
 
 
