@@ -24,12 +24,19 @@ class Config(Settings):
     per_step: bool = True
     tuning_iterations: int = 200
     memory_gib: float = 64.0
+    range_margin: float = 0.0
 
     def recipe(self) -> Recipe:
         """See `Settings`."""
         memory = int(self.memory_gib * 2**30)
         return recommended_recipe(
-            self.rows, self.range_images, self.per_step, self.tuning_iterations, deployable=False, memory_bytes=memory
+            self.rows,
+            self.range_images,
+            self.per_step,
+            self.tuning_iterations,
+            deployable=False,
+            memory_bytes=memory,
+            range_margin=self.range_margin,
         )
 
 

@@ -43,6 +43,7 @@ _HOMES = {
     "Protocol": "plan",
     "QuantizationAwareTraining": "passes.training",
     "QuantizationReport": "session",
+    "RangeMargin": "passes.range_margin",
     "Recalibration": "passes.recalibration",
     "Rectification": "passes.rectification",
     "RoundToNearest": "passes.weight_ranges",

@@ -9,6 +9,7 @@ from tfmq.passes import Pass, Recipe
 from tfmq.passes.activation_ranges import ActivationRanges
 from tfmq.passes.deployable import Deployable
 from tfmq.passes.noise_distillation import NoiseDistillation
+from tfmq.passes.range_margin import RangeMargin
 from tfmq.passes.second_order_rounding import SecondOrderRounding
 
 BATCH = 16
@@ -23,6 +24,7 @@ def recommended_recipe(
     deployable: bool = True,
     batch: int | None = None,
     memory_bytes: int = 8 * 2**30,
+    range_margin: float = 0.0,
 ) -> Recipe:
     """The passes for `quantize_`, in their order.
 
@@ -40,6 +42,8 @@ def recommended_recipe(
             that each layer of a block is rounded by what it sees once those before it are. A network of the size of
             Stable Diffusion's needs a number, such as 8.
         memory_bytes: as in `BlockReconstruction`.
+        range_margin: share by which ranges of 6 bits or more are widened. With 0.2, 16 images do nearly what 128 do, in
+            about half the time.
 
     Raises ValueError for a number out of its range. `quantize_` refuses a pool that was recorded with a ControlNet.
     """
@@ -53,6 +57,8 @@ def recommended_recipe(
         passes.append(SecondOrderRounding(data=data, in_turn=False, batch=batch, memory_bytes=memory_bytes))
     at_once = batch or BATCH
     passes.append(ActivationRanges(ranges, "by_bits", momentum=0.95, batch=at_once, per_step=per_step))
+    if range_margin:
+        passes.append(RangeMargin(range_margin))
     if tuning_iterations:
         data, few = FreshNoise(tuning_iterations * at_once), FEW_BITS - 1
         passes.append(NoiseDistillation(tuning_iterations, at_once, **RATES, data=data, most_activation_bits=few))

@@ -48,10 +48,9 @@ IMAGES = 64
 METHOD = "recommended"
 # Of the recommended recipe, from the cheapest to its default.
 VARIANTS: tuple[dict[str, object], ...] = (
-    {"per_step": False, "rows": 160, "range_images": 16},
     {"rows": 320, "range_images": 16},
-    {"range_images": 16},
-    {"range_images": 64},
+    {"rows": 320, "range_images": 16, "range_margin": 0.2},
+    {"range_images": 16, "range_margin": 0.2},
     {},
 )
 # Runs with the earlier packages on its path; arguments are the folder of the job and that of the network.
