@@ -263,7 +263,8 @@ class Pipeline:
         if not self.is_paper:
             pages, code = [*pages, *SERIES, SITE], code | SITE_FILES
             beside += ["results/latency"] * (self.suite.deployment is not None)
-            beside += ["results/many_images"] * (self.suite.many_images is not None)
+            measured = (self.folder / "results" / "many_images").is_dir()
+            beside += ["results/many_images"] * measured
         return Stage(
             "tables",
             "This stage first measures all that is missing; `python -m benchmarks tables` shows what there is. It also"
