@@ -278,8 +278,8 @@ def _seeds(judge: Judge) -> str:
     if not told:
         return " No precision has enough rows of several calibration seeds: all intervals are over images alone."
     return (
-        " The variance of the difference of two rows between calibration seeds, in that which the images of one seed"
-        f" leave: {', '.join(told)}."
+        " The variance of the difference of two rows between calibration seeds, relative to that which the images of"
+        f" one seed leave: {', '.join(told)}."
     )
 
 
