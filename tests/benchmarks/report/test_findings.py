@@ -94,7 +94,7 @@ def test_calibrations_are_part_of_what_is_uncertain(rows):
             rows.add(row, -2 + 0.1 * generator.normal(), noise=0.01, seed=seed)
     text = show(rows, [Claim("first", "us", "tfmq", "qdiffusion")])
     (row,) = lines(text, "### emoji-ldm4: open")
-    assert row[7] == "3" and "seeds of 32 images" in row[-1] and "Between calibration seeds" in text
+    assert row[7] == "3" and "seeds of 32 images" in row[-1] and "between calibration seeds, relative to" in text
 
 
 def test_the_more_is_claimed_the_more_it_takes(rows):
