@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import ClassVar
 
 from tfmq.passes import Recipe
 from tfmq.passes.deployable import deployable
@@ -23,7 +24,19 @@ DEPLOYABLE = replace(SHARED, name="deployable")
 
 @dataclass(frozen=True)
 class Settings(ABC):
-    """What the settings of every method have: a frozen dataclass extends this."""
+    """What the settings of every method have: a frozen dataclass extends this.
+
+    Attributes:
+        later: fields that came when there were records of the method already.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    def described(self) -> dict[str, object]:
+        """The fields, as records hold them: `later` ones only off their defaults, so that older records stay valid."""
+        defaults = {field.name: field.default for field in fields(self)}
+        found = asdict(self).items()
+        return {name: value for name, value in found if name not in self.later or value != defaults[name]}
 
     @abstractmethod
     def recipe(self) -> Recipe:

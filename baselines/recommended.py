@@ -19,6 +19,8 @@ from tfmq.recommended import recommended_recipe
 class Config(Settings):
     """Settings: see `tfmq.recommended_recipe`; ``memory_gib`` is as in `prev`."""
 
+    later = ("range_margin",)
+
     rows: int = 640
     range_images: int = 128
     per_step: bool = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.report.statistic import Values
@@ -62,5 +61,5 @@ def _is_of(suite: Suite, record: Record) -> bool:
     if record.method != FULL_PRECISION:
         overrides = suite.settings(record.task, record.method)
         config = read(discover.method(record.method).config, overrides, f"methods.{record.method}")
-        settings = json.loads(json.dumps(asdict(config)))
+        settings = json.loads(json.dumps(config.described()))
     return record.settings["method"] in ({}, settings) and record.task_version == suite.tasks[record.task].version

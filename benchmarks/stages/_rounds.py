@@ -170,7 +170,7 @@ class Bench:
         overrides, settings, inputs = self.suite.settings(cell.task, cell.method), {}, {"checkpoint": self.checkpoint}
         entries = []
         if cell.method != FULL_PRECISION:
-            settings = asdict(config_of(discover.method(cell.method), cell, overrides))
+            settings = config_of(discover.method(cell.method), cell, overrides).described()
             inputs["calibration"] = files.sha256(files.calibration(self.task.name) / files.pool(cell.seed))
             entries = [discover.file(discover.METHODS, cell.method), discover.file(discover.BACKENDS, cell.backend)]
         key = files.fingerprint(self.key, asdict(cell), settings, inputs, code_hash(*entries) if entries else "")

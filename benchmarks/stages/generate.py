@@ -112,7 +112,7 @@ def _prepare(suite: Suite, cell: Cell, device: torch.device) -> Work | None:
     if cell.method != FULL_PRECISION:
         method = discover.method(cell.method)
         config = config_of(method, cell, overrides)
-        settings = asdict(config)
+        settings = config.described()
         objection = _objection(method, cell) or _refusal(task, cell, config, device)
         if objection:
             with files.new_folder(files.cell_folder(cell)) as folder:

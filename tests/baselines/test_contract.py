@@ -129,3 +129,10 @@ def test_has_frozen_settings_label_source_and_a_docstring(name):
 def test_labels_are_different():
     labels = [discover.method(name).label for name in METHODS]
     assert len(set(labels)) == len(labels)
+
+
+def test_a_later_setting_is_in_records_only_off_its_default():
+    config = discover.method("recommended").config
+    plain, wide = config().described(), config(range_margin=0.2).described()
+    assert "range_margin" not in plain and plain["range_images"] == 128, "records from before the setting stay valid"
+    assert wide == plain | {"range_margin": 0.2}
