@@ -60,5 +60,7 @@ def run_card(settings: Settings) -> None:
     figures = json.loads((LOGS / "figures.json").read_text(encoding="utf-8"))
     text = card.table(figures, LOGS, PUBLISHED)
     for name in GUIDED:
-        text += f"\n\n### Guidance of {name}\n\n{guidance.table(guidance.read(guidance_log(name)))}"
+        rows = guidance.read(guidance_log(name))
+        if rows:  # what `measure` has come to
+            text += f"\n\n### Guidance of {name}\n\n{guidance.table(rows)}"
     card.write(HERE / "README.md", text)
