@@ -50,7 +50,7 @@ from tfmq.quantization import quantize_
 FAMILIES = ("ldm", "ddpm", "dit", "text", "inpainting", "controlnet", "sdxl", "lcm")
 # Those of DiTPipeline, whose class for no class is the one after the last.
 CLASSES = 1000
-DRAWS = int(os.environ.get("TFMQ_DRAWS", "304"))
+DRAWS = int(os.environ.get("TFMQ_DRAWS", "160"))
 # Largest relative difference from the stock pipeline, in the Euclidean norm. Samplers of few steps amplify rounding;
 # tables of temporal features are float32, which in half precision is another rounding than the network's own.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
