@@ -24,7 +24,8 @@ Each point quantises the network from nothing, on one thread; a line joins the p
 setting. *CPU seconds* are those of the whole quantisation: ranges, learning, activations. *Noise error* is that of the
 predicted noise to full precision along full precision's trajectory, relative, a mean over time steps and images with
 its 95 % interval over images; *deviation* the relative distance of the final latents, *steps* those of the optimiser,
-*evaluations* those of the whole network that are no part of such a step. Images are of noise that no cell and no
+*evaluations* those of the whole network that are no part of such a step. *Pool* is the number of calibration images
+where it is not the task's own. Images are of noise that no cell and no
 calibration uses. Where there are several calibration seeds, a figure shows each, paler, and their means; a table has
 the means. Seconds compare within one task, whose points one run has measured, beside other work of the machine.
 """
@@ -66,7 +67,8 @@ def _lines(rows: Sequence[Mapping]) -> dict[str, dict[str, list[Mapping]]]:
     """Points by the label of their curve, and by settings, one for each seed."""
     found: dict[str, dict[str, list[Mapping]]] = {}
     for row in rows:
-        settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+        varied = row["settings"] | ({"pool": row["pool"]} if row.get("pool") else {})
+        settings = ", ".join(f"{name} {value}" for name, value in varied.items())
         found.setdefault(row["curve"], {}).setdefault(settings, []).append(row)
     return found
 

@@ -54,6 +54,7 @@ class Point:
         method, settings: what quantises, with what differs from the method's settings in the suite.
         protocol: which layers, and on which grids.
         precision, seed: of the quantisation.
+        pool: calibration images; none means as many as the task has.
     """
 
     curve: str
@@ -62,12 +63,13 @@ class Point:
     protocol: str
     precision: str
     seed: int
+    pool: int | None = None
 
 
 def points(found: Study, task: str) -> list[Point]:
     """All points of a task: seed by seed, so that a run that was stopped has whole curves."""
     return [
-        Point(label, curve.method, curve.settings | varied, curve.protocol, precision, seed)
+        Point(label, curve.method, curve.settings | varied, curve.protocol, precision, seed, curve.pool)
         for seed in range(found.seeds)
         for label, curve in found.curves.items()
         if task in (curve.tasks or found.tasks) and (not seed or curve.seeds)
@@ -110,7 +112,7 @@ class Bench:
     def __init__(self, task: Task, images: int) -> None:
         self.task, self.images = task, images
         self.model = load_model(task, torch.device("cpu"))
-        self.calibration = cache(lambda seed: self._pool(CALIBRATION, seed, task.calibration_images))
+        self.calibration = cache(lambda seed, images: self._pool(CALIBRATION, seed, images or task.calibration_images))
 
     @cached_property
     def held_out(self) -> CalibrationSet:
@@ -131,7 +133,7 @@ class Bench:
 
     def measure(self, point: Point, recipe: Recipe) -> dict[str, object]:
         """Quantise once; what that takes, and how near to full precision it comes."""
-        pool = self.calibration(point.seed)
+        pool = self.calibration(point.seed, point.pool)
         network = load_model(self.task, torch.device("cpu")).unet
         generator = torch.Generator().manual_seed(seed_of(self.task.name, self.task.version, "quantize", point.seed))
         start = time.process_time()
@@ -204,4 +206,6 @@ def _address(task: Task, wanted: Study, point: Point, recipe: Recipe) -> str:
         code,
         [machine["cpu"], machine["instructions"]],
     ]
+    if point.pool is not None:
+        described.append(point.pool)
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

@@ -125,6 +125,7 @@ class Curve:
         points: settings that differ from point to point; none is one point.
         protocol: which layers are quantised, and on which grids.
         tasks, precisions: where it is measured; none means those of the study.
+        pool: calibration images; none means as many as the task has.
         seeds: whether it is measured on each calibration seed of the study, or on the first alone.
     """
 
@@ -134,11 +135,14 @@ class Curve:
     protocol: str = SHARED
     tasks: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
+    pool: int | None = None
     seeds: bool = True
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise discover.unknown("protocol", self.protocol, PROTOCOLS, "Choose one of them.")
+        if self.pool is not None and self.pool < 1:
+            raise ValueError(f"pool of a curve is {self.pool}, but must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ STUDY = {
     "curves": {
         "To nearest": {"method": "nearest"},
         "AdaRound": {"method": "prev", "points": [{"iterations": 2}, {"iterations": 4}], "seeds": False},
+        "More images": {"method": "nearest", "pool": 5, "seeds": False},
     },
 }
+LARGE = ("More images", 0, None)
 
 
 @pytest.fixture
@@ -36,12 +38,13 @@ def test_every_point_is_measured_once_and_kept(studied, run, monkeypatch):
     assert run("study", "--task", "toy") == (0, [])
     found = json.loads(Path("results/study/toy.json").read_text())
     by = {(row["curve"], row["seed"], row["settings"].get("iterations")): row for row in found["points"]}
-    assert set(by) == {("To nearest", 0, None), ("To nearest", 1, None), ("AdaRound", 0, 2), ("AdaRound", 0, 4)}
+    assert set(by) == {("To nearest", 0, None), ("To nearest", 1, None), ("AdaRound", 0, 2), ("AdaRound", 0, 4), LARGE}
+    assert by[LARGE]["noise_error"] != by["To nearest", 0, None]["noise_error"], "calibrated on other images"
     assert by["AdaRound", 0, 4]["optimizer_steps"] == 2 * by["AdaRound", 0, 2]["optimizer_steps"]
     for row in found["points"]:
         assert 0 < row["noise_error"]["value"] < 1 and row["median_deviation"] > 0 and row["cpu_seconds"] > 0
     page = Path("results/STUDY.md").read_text()
-    assert "## toy, w4a8" in page and "iterations 4" in page
+    assert "## toy, w4a8" in page and "iterations 4" in page and "pool 5" in page
     assert Path("results/study/toy-w4a8.png").read_bytes().startswith(b"\x89PNG")
 
     measured = []
@@ -56,7 +59,7 @@ def test_every_point_is_measured_once_and_kept(studied, run, monkeypatch):
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     assert run("study", "--task", "toy") == (0, [])
     kept = json.loads(Path("results/study/toy.json").read_text())["points"]
-    assert {row["curve"] for row in kept} == {"To nearest", "Renamed"} and len(measured) == 1
+    assert {row["curve"] for row in kept} == {"To nearest", "Renamed", "More images"} and len(measured) == 1
 
 
 def by_any(by):
@@ -80,6 +83,7 @@ def test_mistakes_are_one_line_each(studied, run):
         ({"seeds": 0}, "study.seeds is 0, but must be at least 1"),
         ({"tasks": ["toi"]}, "did you mean 'toy'"),
         ({"curves": {"A": {"method": "prew"}}}, "did you mean 'prev'"),
+        ({"curves": {"A": {"method": "prev", "pool": 0}}}, "pool of a curve is 0, but must be at least 1"),
         ({"curves": {"A": {"method": "prev", "points": [{"iteration": 1}]}}}, "did you mean 'iterations'"),
     ):
         with pytest.raises(ValueError, match=text):
