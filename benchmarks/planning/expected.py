@@ -117,7 +117,7 @@ def _play(
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = counts**0.5 / deviation[:, None]
         differ = np.nan_to_num(np.abs(found) * scale, nan=0.0)
-        near = np.nan_to_num((np.log1p(suite.rounds.margin) - np.abs(found)) * scale, nan=-np.inf)
+        near = np.nan_to_num((np.log1p(suite.equal_within) - np.abs(found)) * scale, nan=-np.inf)
     fractions = (counts / counts[-1]).tolist()
     open_after = np.zeros(found.shape, dtype=bool)
     for look in range(1, len(counts) + 1):

@@ -10,8 +10,8 @@ import pandas as pd
 from benchmarks.planning.expected import REPLICATES, USUAL, Expected
 from benchmarks.planning.planner import GIB, LEARNED, LEARNED_ON_GPU, Item
 from benchmarks.report.tables.markdown import NOTHING
+from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION
-from benchmarks.suite.sections import Rounds
 
 HOUR = 3600
 
@@ -37,13 +37,13 @@ class Budget:
     whole: Sequence[Item]
 
 
-def part(budgets: Mapping[str, Budget], rounds: Rounds, donors: Sequence[str]) -> str:
+def part(budgets: Mapping[str, Budget], suite: Suite, donors: Sequence[str]) -> str:
     """Markdown: hours of verdicts and of FIDs by task, and what they are made of; ``donors`` are who lends effects."""
     numbers = {task: _numbers(found) for task, found in budgets.items()}
     summed = {name: sum(found[name] for found in numbers.values()) for name in next(iter(numbers.values()))}
     lines = []
     for task, found in [*numbers.items(), ("all tasks", summed)]:
-        counts = rounds.images.get(task)
+        counts = suite.rounds.images.get(task)
         lines.append(
             {
                 "Verdicts on": task,
@@ -62,7 +62,7 @@ def part(budgets: Mapping[str, Budget], rounds: Rounds, donors: Sequence[str]) -
         )
     align = ["left" if name in ("Verdicts on", "Rounds") else "right" for name in lines[0]]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True, colalign=align)
-    return f"## Verdicts and FIDs\n\n{_introduction(rounds, donors)}\n\n{table}"
+    return f"## Verdicts and FIDs\n\n{_introduction(suite.equal_within, donors)}\n\n{table}"
 
 
 def _numbers(found: Budget) -> dict[str, float]:
@@ -82,7 +82,7 @@ def _numbers(found: Budget) -> dict[str, float]:
     }
 
 
-def _introduction(rounds: Rounds, donors: Sequence[str]) -> str:
+def _introduction(equal_within: float, donors: Sequence[str]) -> str:
     if donors:
         assumed = (
             f"how many images that takes is expected from the effects on {', '.join(donors)} in the small suite: each"
@@ -92,7 +92,7 @@ def _introduction(rounds: Rounds, donors: Sequence[str]) -> str:
         )
     else:
         assumed = "no results of the small suite are here to expect effects from, so that every cell takes all rounds"
-    margin = f" or shown to be nearer than {rounds.margin:.0%}" if rounds.margin else ""
+    margin = f" or shown to be nearer than {equal_within:.0%}" if equal_within else ""
     return (
         "*Verdicts*: `python -m benchmarks rounds --task TASK --draw` draws cells in rounds until each claim is"
         f" confirmed, contradicted{margin}; {assumed}. Each of these images is drawn by the quantised network and has"

@@ -2,7 +2,8 @@
 
 A claim says that one row is better than another by one measure. Rows are compared over all images and calibration seeds
 that both have, with the interval of `benchmarks.report.inference`. All comparisons of a task are one family: their
-probabilities are Holm's, so that the chance of any false verdict on a task is at most 5 %.
+probabilities are Holm's, so that the chance of any false difference on a task is at most 5 %, and so is that of calling
+any rows equal that are not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.report.tables import label
 from benchmarks.report.words import line
 from benchmarks.suite.record import Cell, Record
 
-CONFIRMED, CONTRADICTED, OPEN = VERDICTS = ("confirmed", "contradicted", "open")
+CONFIRMED, CONTRADICTED, EQUAL, OPEN = VERDICTS = ("confirmed", "contradicted", "equal", "open")
 NOT_APPLICABLE, NOTHING = "not applicable", "–"
 HEAD = ("Claim", "By", "Precision", "Measure", "Should be better", "Than", "Ratio", "Seeds", "p")
 PLAN = "Would be decided by"
@@ -37,13 +38,17 @@ little of the variance between calibrations: it is drawn towards what all compar
 in common, in proportion to the variance between images, since rows that are nearly the same network differ little from
 image to image, and little from seed to seed. Where rows have one seed, what other precisions have in common stands for
 it; where none has several, intervals are over images alone. *p* is corrected for all comparisons of the task
-(Holm), so that the chance of even one false verdict on a task is 5 %; the intervals are not corrected.
+(Holm), so that the chance of even one false difference on a task is 5 %; the intervals are not corrected.
 
 - **confirmed**: better, with p below 0.05
 - **contradicted**: worse, with p below 0.05
-- **open**: neither. *Would be decided by* says how many seeds and images would do, with a chance of 80 %, if the
-  observed ratio is the true one
+{equal}- **open**: none of these. *Would be decided by* says how many seeds and images would do, with a chance of 80 %,
+  if the observed ratio is the true one
 - **not applicable**: one of the rows is not made for that task; – is not measured"""
+NEAR = """- **equal**: shown to be nearer than {margin:.0%} to one another, by two one-sided tests, whose *p* this is.
+  The chance that even one pair of a task is falsely called equal is 5 % too. A sure difference comes first, however
+  small
+"""
 IN_ROUNDS = """
 - **in rounds**: decided by `python -m benchmarks rounds` on so many images of each row. Its *p* holds at all rounds and
   for all comparisons of the task together, which is a family of its own; rows that are **equal** are shown to be nearer
@@ -137,7 +142,7 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim at a precision of a task: what was found, the corrected probability, and the verdict."""
+    """A claim at a precision of a task: what was found, the corrected probability of the verdict, and the verdict."""
 
     claim: Claim
     precision: str
@@ -169,8 +174,11 @@ def verdict(found: Estimate | None, p: float, direction: str) -> str:
     return CONFIRMED if (found.mean < 0) == (direction == "lower") else CONTRADICTED
 
 
-def judge(claims: Sequence[Claim], judge: Judge, metrics: Mapping[str, Metric]) -> list[Judged]:
-    """Every claim at every precision that has both of its rows, as one family."""
+def judge(claims: Sequence[Claim], judge: Judge, metrics: Mapping[str, Metric], margin: float = 0.0) -> list[Judged]:
+    """Every claim at every precision that has both of its rows, as one family.
+
+    Errors that are shown to differ by less than a share of ``margin`` are equal.
+    """
     found = [
         (claim, precision, compared)
         for claim in claims
@@ -179,12 +187,16 @@ def judge(claims: Sequence[Claim], judge: Judge, metrics: Mapping[str, Metric]) 
     ]
     known = [index for index, (_, _, compared) in enumerate(found) if compared.estimate is not None]
     corrected = dict(zip(known, adjusted([found[index][2].estimate.p for index in known]), strict=True))
+    room = float(np.log1p(margin))
+    ratios = [index for index in known if judge.is_error(found[index][0].metric)]
+    near = dict(zip(ratios, adjusted([found[index][2].estimate.p_near(room) for index in ratios]), strict=True))
     judged = []
     for index, (claim, precision, compared) in enumerate(found):
         p = corrected.get(index, 1.0)
-        judged.append(
-            Judged(claim, precision, compared, p, verdict(compared.estimate, p, _direction(claim.metric, metrics)))
-        )
+        said = verdict(compared.estimate, p, _direction(claim.metric, metrics))
+        if said == OPEN and near.get(index, 1.0) < LEVEL:
+            said, p = EQUAL, near[index]
+        judged.append(Judged(claim, precision, compared, p, said))
     return judged
 
 
@@ -196,17 +208,19 @@ def page(
     steps: Mapping[Cell, np.ndarray] | None = None,
     small: bool = True,
     drawn: Mapping[str, Sequence[Drawn]] | None = None,
+    margin: float = 0.0,
     compared: Sequence[str] = (),
 ) -> str:
     """Markdown: what the ablation says in words, a verdict on each claim and task, and every comparison behind it.
 
     ``judges`` has what is measured of each task, ``steps`` the temporal error of cells at each step (T,), and ``drawn``
-    what rounds have decided of each task. ``small`` says that the models are not the papers'. ``compared`` are the rows
-    beside which the recommended recipe stands.
+    what rounds have decided of each task. ``small`` says that the models are not the papers'. Rows nearer than
+    ``margin`` are equal. ``compared`` are the rows beside which the recommended recipe stands.
     """
     drawn = {task: found for task, found in (drawn or {}).items() if found}
-    parts = [INTRODUCTION + IN_ROUNDS * bool(drawn) + SMALL * small]
-    judged = {task: judge(claims, found, metrics) for task, found in judges.items()}
+    introduction = INTRODUCTION.format(equal=NEAR.format(margin=margin) if margin else "")
+    parts = [introduction + IN_ROUNDS * bool(drawn) + SMALL * small]
+    judged = {task: judge(claims, found, metrics, margin) for task, found in judges.items()}
     if not any(judged.values()) and not drawn:
         parts.append("No two rows of a claim have been measured yet.")
         return "\n\n".join(parts) + "\n"
@@ -217,12 +231,13 @@ def page(
     if stands:
         parts.append(f"## {recommended.TITLE}\n\n{stands}")
     parts.append(f"## Verdicts\n\n{_overview(claims, judged, records, drawn)}")
+    names = [name for name in VERDICTS if name != EQUAL or margin]
     for task, found in judged.items():
         if not found:
             continue
-        counts = ", ".join(f"{sum(each.verdict == name for each in found)} {name}" for name in VERDICTS)
+        counts = ", ".join(f"{sum(each.verdict == name for each in found)} {name}" for name in names)
         parts.append(f"## {task}\n\nOf {len(found)} comparisons: {counts}.{_seeds(judges[task])}")
-        parts += [f"### {task}: {name}\n\n{_details(name, found, judges[task], metrics)}" for name in VERDICTS]
+        parts += [f"### {task}: {name}\n\n{_details(name, found, judges[task], metrics, margin)}" for name in names]
     return "\n\n".join(parts) + "\n"
 
 
@@ -283,7 +298,7 @@ def _seeds(judge: Judge) -> str:
     )
 
 
-def _details(name: str, judged: Sequence[Judged], judge: Judge, metrics: Mapping[str, Metric]) -> str:
+def _details(name: str, judged: Sequence[Judged], judge: Judge, metrics: Mapping[str, Metric], margin: float) -> str:
     """Every comparison with one verdict."""
     found = [each for each in judged if each.verdict == name]
     if not found:
@@ -300,19 +315,17 @@ def _details(name: str, judged: Sequence[Judged], judge: Judge, metrics: Mapping
         fields = [claim.text, claim.source, each.precision, measure, *rows, shown, str(each.found.parts.seeds)]
         fields.append(f"{each.p:.2g}" if each.p >= 0.001 else "< 0.001")
         if name == OPEN:
-            fields.append(_plan(each, LEVEL / len(found)))
+            fields.append(_plan(each, LEVEL / len(found), margin if judge.is_error(claim.metric) else 0.0))
         lines.append(line(fields))
     return "\n".join(lines)
 
 
-def _plan(each: Judged, level: float) -> str:
+def _plan(each: Judged, level: float, margin: float) -> str:
     """What would decide an open comparison at the level that Holm's method leaves to the open ones."""
-    plan = needed(each.found.parts, each.found.borrowed, level)
-    if plan is None:
-        return (
-            f"more than {_count(MOST_SEEDS, MOST_IMAGES, each)}" if each.found.parts.mean else "nothing: they are equal"
-        )
-    return _count(*plan, each)
+    plan = needed(each.found.parts, each.found.borrowed, level, float(np.log1p(margin)), level)
+    if plan is None and each.found.parts.mean == 0:
+        return "nothing: they are equal"
+    return _count(*plan, each) if plan else f"more than {_count(MOST_SEEDS, MOST_IMAGES, each)}"
 
 
 def _count(seeds: int, images: int, each: Judged) -> str:

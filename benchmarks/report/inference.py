@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import digamma, polygamma, stdtr, stdtrit
-from statsmodels.stats.multitest import multipletests
 
 from benchmarks.suite.record import Value
 
@@ -103,6 +102,16 @@ class Estimate:
             return 1.0 if self.mean == 0 else 0.0
         return float(2 * stdtr(self.degrees, -abs(self.mean) / self.error))
 
+    def p_near(self, margin: float) -> float:
+        """One-sided probability of a mean so near to 0 where the truth is ``margin`` or further off.
+
+        The larger one of two one-sided tests (Schuirmann, 1987, Journal of Pharmacokinetics and Biopharmaceutics 15).
+        """
+        room = margin - abs(self.mean)
+        if room <= 0:
+            return 0.5
+        return float(stdtr(self.degrees, -room / self.error)) if self.error else 0.0
+
     @property
     def value(self) -> Value:
         """The mean with its 95 % interval."""
@@ -178,14 +187,22 @@ def estimate(part: Parts, borrowed: Borrowed) -> Estimate | None:
 
 def adjusted(probabilities: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted probabilities: those below a level are false with at most that chance, all together."""
-    return multipletests(probabilities, method="holm")[1].tolist() if len(probabilities) else []
+    p = np.asarray(probabilities, float)
+    order = np.argsort(p)
+    found = np.empty_like(p)
+    found[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return found.tolist()
 
 
-def needed(part: Parts, borrowed: Borrowed, level: float) -> tuple[int, int] | None:
-    """Seeds and images that would decide a comparison at a two-sided level with the chance `POWER`.
+def needed(
+    part: Parts, borrowed: Borrowed, level: float, margin: float = 0.0, near_level: float = LEVEL
+) -> tuple[int, int] | None:
+    """Seeds and images that would decide a comparison with the chance `POWER`.
 
-    The effect is taken to be the observed one, and variances as estimated. Neither count falls below what there is, and
-    seeds times images is smallest. None where `MOST_SEEDS` and `MOST_IMAGES` would not do, or where there is no effect.
+    It is decided by a difference, at a two-sided ``level``, or by showing that it is smaller than ``margin``, at
+    the one-sided ``near_level``. The effect is taken to be the observed one, and variances as estimated. Neither
+    count falls below what there is, and seeds times images is smallest. None where `MOST_SEEDS` and `MOST_IMAGES`
+    would not do, or where there is neither an effect nor a margin.
     """
     seed, degrees, both = _seed_variance(part, borrowed)
     images = max(part.images, 1)
@@ -202,9 +219,12 @@ def needed(part: Parts, borrowed: Borrowed, level: float) -> tuple[int, int] | N
             return False
         lost += ((of_seed + both / images) / seeds) ** 2 / free if free else 0.0
         if not lost:
-            return part.mean != 0
-        reach = stdtrit(total**2 / lost, [1 - level / 2, POWER]).sum()
-        return abs(part.mean) >= reach * total**0.5
+            return part.mean != 0 or margin > 0
+        freedom = total**2 / lost
+        differs = stdtrit(freedom, [1 - level / 2, POWER]).sum()
+        # Where the effect is 0, either side may be missed.
+        near = stdtrit(freedom, [1 - near_level, (1 + POWER) / 2]).sum()
+        return abs(part.mean) >= differs * total**0.5 or margin - abs(part.mean) >= near * total**0.5
 
     plans = []
     for seeds in range(part.seeds, MOST_SEEDS + 1):

@@ -21,13 +21,15 @@ QUALITY = ("fid", "sfid", "is", "clip")
 def methods(suite: Suite, reported: pd.DataFrame) -> str:
     """Markdown with every row of the tables: where it comes from, its file's text, the settings that differ.
 
-    Below them stands what papers report of it, from ``reported`` with the columns task, method, precision, metric,
-    value, marker and source, all text.
+    Methods that the study alone measures come last. Below each stands what papers report of it, from ``reported`` with
+    the columns task, method, precision, metric, value, marker and source, all text.
     """
     places: dict[str, list[str]] = {}
     for name, table in suite.tables.items():
         for method in dict.fromkeys((*table.methods, *table.beside)):
             places.setdefault(method, []).append(name)
+    for curve in suite.study.curves.values() if suite.study is not None else ():
+        places.setdefault(curve.method, [])
     suite_name, compares = "this suite", "[README.md](README.md) has those of this suite's tasks beside ours."
     if suite.reported is None:
         suite_name, compares = "the small suite", "none of them was measured here, and none compares with our tables."
@@ -39,7 +41,8 @@ def methods(suite: Suite, reported: pd.DataFrame) -> str:
     ]
     for name, found in places.items():
         method = discover.method(name)
-        shown = f"`baselines/{name}.py` · {method.source} · in {', '.join(found)}"
+        where = f"in {', '.join(found)}" if found else "in no table: [STUDY.md](STUDY.md) has what it takes"
+        shown = f"`baselines/{name}.py` · {method.source} · {where}"
         parts.append(f"## {method.label}\n\n{shown}\n\n{discover.text(discover.METHODS, name)}")
         used = read(method.config, suite.methods[name], f"methods.{name}")
         parts.append(f"Settings here: {_differences(method.config(), used)}.")

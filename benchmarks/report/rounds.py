@@ -2,9 +2,8 @@
 
 A claim compares two rows, and is looked at after each round that both have. It is decided when it is *confirmed* or
 *contradicted* by its sequential probability, or when the rows are shown to be *equal*, nearer to one another than a
-margin (two one-sided tests; Schuirmann, 1987, Journal of Pharmacokinetics and Biopharmaceutics 15). All comparisons of
-a task are one family, those not measured yet among them: the chance of any false difference is at most 5 %, whenever
-one looks, and so is that of calling any rows equal that are not.
+margin. All comparisons of a task are one family, those not measured yet among them: the chance of any false difference
+is at most 5 %, whenever one looks, and so is that of calling any rows equal that are not.
 """
 
 from __future__ import annotations
@@ -13,10 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr, stdtr, stdtrit
+from scipy.special import ndtr, stdtrit
 
 from benchmarks.metrics import Metric
-from benchmarks.report.findings import CLAIMS, CONFIRMED, CONTRADICTED, NOTHING, OPEN, Claim, Drawn, verdict
+from benchmarks.report.findings import (
+    CLAIMS,
+    CONFIRMED,
+    CONTRADICTED,
+    EQUAL,
+    NOT_APPLICABLE,
+    NOTHING,
+    OPEN,
+    Claim,
+    Drawn,
+    verdict,
+)
 from benchmarks.report.inference import LEVEL, Estimate, adjusted
 from benchmarks.report.judge import Judge
 from benchmarks.report.sequential import critical_values, sequential_p
@@ -27,9 +37,6 @@ from benchmarks.report.words import line
 from benchmarks.suite.params import Suite
 from benchmarks.suite.record import FULL_PRECISION, Cell, Record
 from benchmarks.suite.sections import Rounds
-
-EQUAL = "equal"
-NOT_APPLICABLE = "not applicable"
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,13 @@ class Decision:
         claims: of every claim that the suite has both rows of.
         images: of each cell that has any.
         next: cells that are drawn on, full precision among them, and how many images each has after that.
+        margin: rows that differ by less than this share are equal.
     """
 
     claims: tuple[JudgedClaim, ...]
     images: dict[Cell, int]
     next: dict[Cell, int]
+    margin: float
 
 
 def asked(suite: Suite, task: str, claims: Sequence[Claim] = CLAIMS) -> list[tuple[Claim, str, tuple[Cell, ...]]]:
@@ -119,7 +128,7 @@ def decide(
         for count in counts
     ]
     looks = [_looks(judges, claim, precision) for claim, precision, _ in family]
-    judged_claims = _judged_claims(family, looks, rounds, counts)
+    judged_claims = _judged_claims(family, looks, counts, rounds.spending, suite.equal_within)
     following = {
         cell: counts[0]
         for cell in suite.cells()
@@ -134,7 +143,7 @@ def decide(
     if following:
         full = next(cell for cell in suite.cells() if cell.task == task and cell.method == FULL_PRECISION)
         following = {full: max(following.values())} | following
-    return Decision(judged_claims, images, following)
+    return Decision(judged_claims, images, following, suite.equal_within)
 
 
 def _looks(judges: Sequence[Judge], claim: Claim, precision: str) -> tuple[Estimate, ...]:
@@ -150,15 +159,15 @@ def _looks(judges: Sequence[Judge], claim: Claim, precision: str) -> tuple[Estim
 def _judged_claims(
     family: Sequence[tuple[Claim, str, tuple[Cell, ...]]],
     looks: Sequence[tuple[Estimate, ...]],
-    rounds: Rounds,
     counts: Sequence[int],
+    spending: str,
+    margin: float,
 ) -> tuple[JudgedClaim, ...]:
     fractions = [count / counts[-1] for count in counts]
-    differ = adjusted([sequential_p([look.p for look in each], fractions, rounds.spending) for each in looks])
+    differ = adjusted([sequential_p([look.p for look in each], fractions, spending) for each in looks])
     # A one-sided test has half of the probability of both sides.
-    near = [
-        sequential_p([2 * p_near(look, rounds.margin) for look in each], fractions, rounds.spending) for each in looks
-    ]
+    room = float(np.log1p(margin))
+    near = [sequential_p([2 * look.p_near(room) for look in each], fractions, spending) for each in looks]
     equal = adjusted([p / 2 if p < 1 else 1.0 for p in near])
     left = max(sum(p >= LEVEL for p in differ), 1)
     judged_claims = []
@@ -166,17 +175,9 @@ def _judged_claims(
         said = verdict(each[-1], p, "lower") if each else OPEN
         if said == OPEN and each and same < LEVEL:
             said = EQUAL
-        interval = _interval(each, LEVEL / left, fractions, rounds.spending) if each else None
+        interval = _interval(each, LEVEL / left, fractions, spending) if each else None
         judged_claims.append(JudgedClaim(claim, precision, cells, each, p, said, interval))
     return tuple(judged_claims)
-
-
-def p_near(found: Estimate, margin: float) -> float:
-    """One-sided probability of a ratio so near to 1 where the truth is off by a share of ``margin`` or more."""
-    room = np.log1p(margin) - abs(found.mean)
-    if room <= 0:
-        return 0.5
-    return float(stdtr(found.degrees, -room / found.error)) if found.error else 0.0
 
 
 def _interval(
@@ -188,7 +189,7 @@ def _interval(
     return last.mean - reach, last.mean + reach
 
 
-def decided(decision: Decision, rounds: Rounds) -> list[Drawn]:
+def decided(decision: Decision) -> list[Drawn]:
     """The claims that rounds have decided, as the page of findings shows them."""
     return [
         Drawn(
@@ -196,7 +197,7 @@ def decided(decision: Decision, rounds: Rounds) -> list[Drawn]:
             judged.precision,
             judged.verdict,
             judged.looks[-1].images,
-            f"within {rounds.margin:.0%}" if judged.verdict == EQUAL else f"p {_p(judged)}",
+            f"within {decision.margin:.0%}" if judged.verdict == EQUAL else f"p {_p(judged)}",
         )
         for judged in decision.claims
         if judged.verdict != OPEN
@@ -208,7 +209,7 @@ def page(task: str, decision: Decision, rounds: Rounds) -> str:
     counts = rounds.images[task]
     said = [judged.verdict for judged in decision.claims]
     tally = ", ".join(f"{said.count(name)} {name}" for name in (CONFIRMED, CONTRADICTED, EQUAL, OPEN))
-    near = f"; nearer than {rounds.margin:.0%} is equal" if rounds.margin else ""
+    near = f"; nearer than {decision.margin:.0%} is equal" if decision.margin else ""
     parts = [
         f"# {task}, in rounds of {', '.join(f'{count:,}' for count in counts)} images",
         f"Of {len(said)} comparisons: {tally}. The level of {LEVEL:.0%} is spent over the rounds ({rounds.spending}),"

@@ -1,4 +1,4 @@
-"""Whether intervals hold what they promise, on rows whose truth is known: how often the true difference is inside.
+"""Whether intervals and verdicts hold what they promise, on rows whose truth is known.
 
 Rows are drawn from the model of `benchmarks.report.inference`, and from others that break it: seeds that matter more
 for some rows than for others, and values of images that are not normal. Each task has one precision with several seeds
@@ -8,6 +8,7 @@ that of more tasks.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from itertools import combinations
 
 import numpy as np
 
-from benchmarks.report.inference import Parts, borrow, estimate, parts_of
+from benchmarks.report.inference import LEVEL, Parts, adjusted, borrow, estimate, parts_of
+from benchmarks.report.words import line
 
 TASKS = 200
+# How far apart rows are that may not be called equal, in standard deviations of an image.
+MARGIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,29 @@ SCENARIOS = (
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares of the true differences that 95 % intervals hold: with several seeds, with one, and over images alone."""
+    """Of 95 % intervals, and of verdicts at a level of 5 %.
+
+    Attributes:
+        several, one, images_alone: shares of the true differences that intervals hold: with several seeds, with one,
+            and over images alone.
+        false_differences: share of tasks on which any two rows are called different that are not.
+        false_equals: share of tasks on which any two rows are called equal that differ by `MARGIN`.
+    """
 
     several: float
     one: float
     images_alone: float
+    false_differences: float
+    false_equals: float
 
 
 def coverage(scenario: Scenario, tasks: int = TASKS) -> Coverage:
     """Coverage over all pairs of rows of so many tasks; the same numbers each time."""
     generator = np.random.default_rng(0)
     inside: list[tuple[bool, bool, bool]] = []
+    wrong: list[tuple[bool, bool]] = []
+    means = MARGIN * (np.arange(scenario.rows) % 2)
     for _ in range(tasks):
-        means = generator.normal(size=scenario.rows)
         # Rows differ in how far they are from full precision, by some tenths.
         scale = np.exp(generator.normal(0, 0.3, scenario.rows))
         own = scale * scenario.seed * np.exp(generator.normal(0, scenario.unequal, scenario.rows))
@@ -77,6 +91,11 @@ def coverage(scenario: Scenario, tasks: int = TASKS) -> Coverage:
         pairs = list(combinations(range(scenario.rows), 2))
         parts = [parts_of(several[a] - several[b]) for a, b in pairs]
         borrowed = borrow(parts, scenario.rows - 1)
+        differ = means[[a for a, _ in pairs]] != means[[b for _, b in pairs]]
+        found = [estimate(part, borrowed) for part in parts]
+        different = np.array(adjusted([each.p for each in found])) < LEVEL
+        equal = np.array(adjusted([each.p_near(MARGIN) for each in found])) < LEVEL
+        wrong.append((bool((different & ~differ).any()), bool((equal & ~different & differ).any())))
         for (a, b), part in zip(pairs, parts, strict=True):
             single = parts_of(one[a] - one[b])
             truth = means[a] - means[b]
@@ -84,16 +103,16 @@ def coverage(scenario: Scenario, tasks: int = TASKS) -> Coverage:
             inside.append(
                 (_holds(part, borrowed, truth), _holds(single, borrowed, truth), abs(single.mean - truth) <= alone)
             )
-    return Coverage(*np.mean(inside, axis=0).tolist())
+    return Coverage(*np.mean(inside, axis=0).tolist(), *np.mean(wrong, axis=0).tolist())
 
 
 def table(scenarios: Sequence[Scenario] = SCENARIOS, tasks: int = TASKS) -> str:
     """Markdown of the coverage of each scenario."""
-    rows = ["| Scenario | Three seeds | One seed, borrowing | One seed, over images alone |", "|:--|--:|--:|--:|"]
+    heads = ["Scenario", "Three seeds", "One seed, borrowing", "One seed, over images alone"]
+    rows = [line([*heads, "Falsely different", "Falsely equal"]), line([":--"] + 5 * ["--:"])]
     for scenario in scenarios:
         found = coverage(scenario, tasks)
-        shown = " | ".join(f"{share:.1%}" for share in (found.several, found.one, found.images_alone))
-        rows.append(f"| {scenario.text} | {shown} |")
+        rows.append(line([scenario.text, *(f"{share:.1%}" for share in dataclasses.astuple(found))]))
     return "\n".join(rows)
 
 

@@ -111,7 +111,7 @@ def run(
         planned[task.name] = [*found, *steps]
         if suite.rounds is not None and task.name in suite.rounds.images and not methods:
             budgets[task.name] = _budget(planner, steps, known)
-    told = rounds_page.part(budgets, suite.rounds, list(known)) if budgets else ""
+    told = rounds_page.part(budgets, suite, list(known)) if budgets else ""
     return plan(planned, rates, told)
 
 

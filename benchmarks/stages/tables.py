@@ -102,6 +102,7 @@ def run(suite: Suite) -> str:
         steps=steps,
         small=suite.reported is None,
         drawn=decided,
+        margin=suite.equal_within,
         compared=_compared(suite),
     )
     files.write_text(files.RESULTS / "FINDINGS.md", found)
@@ -136,7 +137,7 @@ def _decided(suite: Suite, known: Mapping[str, Metric]) -> dict[str, list[findin
     for task in suite.rounds.images if suite.rounds else ():
         records, values = _drawn.in_rounds(suite, task)
         decision = rounds.decide(suite, task, list(records.values()), values, known)
-        found[task] = rounds.decided(decision, suite.rounds)
+        found[task] = rounds.decided(decision)
     return found
 
 

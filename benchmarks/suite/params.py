@@ -23,6 +23,8 @@ class Suite:
         overrides: those that a method has on one task alone, ``{method: {task: {iterations: 200}}}``.
         gates: bounds of metrics of a task's full-precision row, ``{task: {fd_data: [low, high]}}``. Where it is
             outside, all cells of the task are shown as unverified.
+        equal_within: rows whose errors are shown to differ by less than this share are as good as equal; with 0, none
+            are.
         reported: which numbers of papers stand beside the suite's.
         deployment: what of it is executed, and timed.
         study: how error falls with the time that quantising takes.
@@ -37,6 +39,7 @@ class Suite:
     methods: dict[str, dict[str, object]]
     overrides: dict[str, dict[str, dict[str, object]]] = field(default_factory=dict)
     gates: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    equal_within: float = 0.0
     reported: Reported | None = None
     deployment: Deployment | None = None
     study: Study | None = None
@@ -47,6 +50,10 @@ class Suite:
     def __post_init__(self) -> None:
         if FULL_PRECISION in self.methods:
             raise ValueError(f"methods has {FULL_PRECISION}: the full-precision row is always there, remove it")
+        if not 0 <= self.equal_within < 1:
+            raise ValueError(
+                f"equal_within is {self.equal_within}, but must be at least 0 and below 1, such as 0.05 for 5 %"
+            )
         for name in ("reported", "deployment", "study", "temporal", "many_images"):
             found = getattr(self, name)
             for task in found.tasks if found else ():

@@ -225,22 +225,15 @@ class Rounds:
 
     Attributes:
         images: by task, how many images a cell has after each round; what the last one leaves open stays open.
-        margin: two rows whose errors are shown to differ by less than this share are as good as equal, and decided;
-            with 0, only a difference decides.
         spending: how the level is spent over the rounds, as `benchmarks.report.sequential` has it.
     """
 
     images: dict[str, tuple[int, ...]]
-    margin: float = 0.0
     spending: str = "pocock"
 
     def __post_init__(self) -> None:
         for task, counts in self.images.items():
             if not counts or not all(a < b for a, b in zip((1, *counts), counts, strict=False)):
                 raise ValueError(f"rounds.images.{task} is {list(counts)}: give rising counts of images, each above 1")
-        if not 0 <= self.margin < 1:
-            raise ValueError(
-                f"rounds.margin is {self.margin}, but must be at least 0 and below 1, such as 0.05 for 5 %"
-            )
         if self.spending not in SPENDINGS:
             raise discover.unknown("rounds.spending", self.spending, SPENDINGS, "Choose one of them.")

@@ -275,6 +275,8 @@ class Pipeline:
             params=sorted(
                 {"methods", "tables", "tasks", "reported" if self.is_paper else "gates"}
                 | ({"overrides"} if self.suite.overrides else set())
+                | ({"equal_within"} if self.suite.equal_within else set())
+                | ({"study"} if self.suite.study is not None else set())
             ),
             outs={f"results/{name}": "{cache: false}" for name in sorted(pages)},
         )

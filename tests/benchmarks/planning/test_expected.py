@@ -17,8 +17,8 @@ FULL, TFMQ, NEAREST = Cell("toy", FULL_PRECISION, "w32a32"), Cell("toy", "tfmq",
 
 def suite(margin=0.05):
     task = PARAMS["tasks"]["toy"] | {"images": 5000, "batch": 50}
-    chosen = {"images": {"toy": [250, 1000, 5000]}, "margin": margin}
-    return params.parse(PARAMS | {"tasks": {"toy": task}, "rounds": chosen})
+    chosen = {"equal_within": margin, "rounds": {"images": {"toy": [250, 1000, 5000]}}}
+    return params.parse(PARAMS | {"tasks": {"toy": task}} | chosen)
 
 
 def test_large_effects_are_decided_at_once():

@@ -97,6 +97,25 @@ def test_calibrations_are_part_of_what_is_uncertain(rows):
     assert row[7] == "3" and "seeds of 32 images" in row[-1] and "between calibration seeds, relative to" in text
 
 
+def test_rows_that_are_shown_to_be_near_are_equal(rows):
+    for row, level in (("tfmq", -2.0), ("qdiffusion", -2.01), ("ptqd", -1.995), ("nearest", -1.0)):
+        rows.add(row, level, noise={"tfmq": 0.001, "nearest": 0.001}.get(row, 0.05))
+    claims = [
+        Claim("near", "us", "qdiffusion", "tfmq"),
+        Claim("far", "us", "tfmq", "nearest"),
+        Claim("noise", "us", "ptqd", "qdiffusion"),
+    ]
+    text = show(rows, claims, margin=0.1)
+    overview = {row[0]: row[2] for row in lines(text, "## Verdicts")}
+    assert overview == {"near": "**equal** w4a8", "far": "**confirmed** w4a8", "noise": "**equal** w4a8"}
+    assert (
+        "shown to be nearer than 10% to one another" in text and "1 confirmed, 0 contradicted, 2 equal, 0 open" in text
+    )
+    strict = show(rows, claims, margin=0.015)
+    assert {row[0]: row[2] for row in lines(strict, "## Verdicts")}["near"] == "open w4a8"
+    assert "equal" not in show(rows, claims).split("## Verdicts")[0], "without a margin none are"
+
+
 def test_the_more_is_claimed_the_more_it_takes(rows):
     """A p of 0.02 decides one claim, and not one of many."""
     rows.add("tfmq", -2.0, noise=0.05)
@@ -161,7 +180,7 @@ def test_a_page_without_rounds_does_not_know_of_them(rows):
     claims = [Claim("first", "us", "tfmq", "qdiffusion")]
     text = show(rows, claims)
     assert text == show(rows, claims, drawn={}) == show(rows, claims, drawn={"emoji-ldm4": []})
-    assert "in rounds" not in text and text.startswith(findings.INTRODUCTION + findings.SMALL + "\n\n")
+    assert "in rounds" not in text and text.startswith(findings.INTRODUCTION.format(equal="") + findings.SMALL)
 
 
 def test_every_claim_is_about_rows_and_metrics_that_exist():

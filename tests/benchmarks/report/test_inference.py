@@ -1,5 +1,7 @@
 """Intervals over images and calibration seeds, against other ways to the same numbers and against a known truth."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +9,8 @@ from scipy.special import polygamma
 from scipy.stats import norm, t, ttest_1samp
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
 
 from benchmarks.report import simulation
 from benchmarks.report.inference import (
@@ -42,6 +46,15 @@ def test_the_error_has_the_mean_squares_of_the_two_way_layout(values):
     margin = t.ppf(0.975, found.degrees) * found.error
     assert (found.value.low, found.value.high) == pytest.approx((values.mean() - margin, values.mean() + margin))
     assert found.p == pytest.approx(2 * t.sf(values.mean() / found.error, found.degrees))
+
+
+def test_nearness_is_two_one_sided_t_tests(values):
+    found = estimate(parts_of(values[:1]), Borrowed())
+    for margin in (abs(found.mean) + 0.1, abs(found.mean) + 1.0):
+        expected, *_ = ttost_paired(values[0], np.zeros_like(values[0]), -margin, margin)
+        assert found.p_near(margin) == pytest.approx(expected)
+    assert found.p_near(abs(found.mean) / 2) == 0.5, "what is not near is not shown to be"
+    assert estimate(parts_of(np.zeros((1, 9))), Borrowed()).p_near(0.1) == 0.0
 
 
 def test_one_seed_with_nothing_borrowed_is_the_paired_t_test(values):
@@ -105,6 +118,8 @@ def test_too_few_comparisons_lend_nothing():
 def test_holm_by_hand():
     assert adjusted([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     assert adjusted([]) == []
+    many = np.random.default_rng(0).uniform(size=40) ** 4
+    assert adjusted(many) == pytest.approx(multipletests(many, method="holm")[1])
 
 
 def test_images_that_would_decide_are_those_of_the_textbook():
@@ -138,11 +153,27 @@ def test_nothing_decides_what_is_equal_or_drowned():
     assert plan is not None and plan[1] < MOST_IMAGES
 
 
+def test_images_that_would_show_rows_to_be_equal():
+    """Without seeds and a difference, n = ((z(1 - a) + z(1 - (1 - power) / 2)) sd / margin)^2."""
+    part = Parts(0.0, 1, 50, None, 1.0, 1.0, None)
+    seeds, images = needed(part, Borrowed(), 0.05, margin=0.1, near_level=0.01)
+    expected = ((norm.ppf(0.99) + norm.ppf((1 + POWER) / 2)) / 0.1) ** 2
+    assert seeds == 1 and expected < images < expected + 5
+    small = dataclasses.replace(part, mean=0.02)
+    assert needed(small, Borrowed(), 0.05, 0.1, 0.01) < needed(small, Borrowed(), 0.05), (
+        "that it is small is seen first"
+    )
+    assert needed(dataclasses.replace(part, mean=0.1), Borrowed(), 0.05, 0.1) == needed(
+        dataclasses.replace(part, mean=0.1), Borrowed(), 0.05
+    )
+
+
 @pytest.mark.parametrize("seed", [0.0, 0.1, 0.3])
 def test_intervals_hold_the_truth_as_often_as_they_say(seed):
     found = simulation.coverage(Scenario("", seed), tasks=40)
     assert 0.925 < found.several < 0.975 and 0.925 < found.one < 0.98
     assert (found.images_alone < 0.92) == (seed > 0)
+    assert found.false_differences <= 0.1 and found.false_equals <= 0.1, "5 %, of 40 tasks"
 
 
 def test_intervals_bear_rows_that_are_not_alike():

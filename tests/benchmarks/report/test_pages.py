@@ -31,7 +31,14 @@ def suite(task_settings):
                 "ablation": table | {"methods": ["prev"], "beside": ["tfmq"]},
                 "published": table | {"protocol": "published", "methods": ["tfmq"], "beside": ["tfmq"]},
             },
-            "methods": {"nearest": {"images": 8}, "tfmq": {}, "prev": {}},
+            "methods": {"nearest": {"images": 8}, "tfmq": {}, "prev": {}, "tdq_qat": {"iterations": 40}},
+            "study": {
+                "tasks": ["emoji-ldm4"],
+                "precisions": ["w4a8"],
+                "seeds": 1,
+                "images": 8,
+                "curves": {"Nearest": {"method": "nearest"}, "Training": {"method": "tdq_qat"}},
+            },
         }
     )
 
@@ -48,6 +55,8 @@ def test_every_row_has_its_text_its_places_and_its_settings(suite):
     assert cells[0] == ["task", "precision", "fid", "sfid", "source"]
     assert cells[2:] == [["ffhq", "w4a8", "9.97\\*", "–", "a poster"], ["ffhq", "w8a8", "9.46", "8.7", "a poster"]]
     assert text.count("Reported:") == 1
+    studied = text.split("## TDQ (training)")[1]
+    assert "in no table: [STUDY.md](STUDY.md)" in studied and "`iterations` 40 (default 200000)" in studied
 
 
 def test_rows_of_equal_coverage_share_a_line(make_record):

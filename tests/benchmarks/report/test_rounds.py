@@ -29,8 +29,8 @@ FULL = Cell("toy", FULL_PRECISION, "w32a32")
 def suite():
     task = PARAMS["tasks"]["toy"] | {"images": 500, "batch": 20}
     tables = {name: table | {"precisions": ["w4a8"]} for name, table in PARAMS["tables"].items() if name != "published"}
-    chosen = {"images": {"toy": COUNTS}, "margin": 0.05}
-    return params.parse(PARAMS | {"tasks": {"toy": task}, "tables": tables, "rounds": chosen})
+    chosen = {"equal_within": 0.05, "rounds": {"images": {"toy": COUNTS}}}
+    return params.parse(PARAMS | {"tasks": {"toy": task}, "tables": tables} | chosen)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_rows_that_are_near_enough_are_equal_and_none_goes_on(decide):
 
 
 def test_a_margin_of_nothing_leaves_them_open(decide, suite, monkeypatch):
-    monkeypatch.setitem(vars(suite), "rounds", dataclasses.replace(suite.rounds, margin=0.0))
+    monkeypatch.setitem(vars(suite), "equal_within", 0.0)
     decision = decide(nearest=(-1.0, 0.1, 60), tfmq=(-2.0, 0.02, 60), temporal_feature_matters=(-2.0, 0.02, 60))
     assert verdicts(decision) == ["confirmed", "open"] and decision.next == {FULL: 240, TFMQ: 240, CACHE: 240}
 
@@ -116,15 +116,15 @@ def test_what_is_not_applicable_is_in_no_claim(suite, make_record):
     assert len(decision.claims) == 1 and CACHE not in decision.next
 
 
-def test_findings_have_what_is_decided(decide, suite):
+def test_findings_have_what_is_decided(decide):
     decision = decide(nearest=(-1.0, 0.1, 20), tfmq=(-2.0, 0.02, 60), temporal_feature_matters=(-2.0, 0.02, 60))
-    found = rounds.decided(decision, suite.rounds)
+    found = rounds.decided(decision)
     assert [(each.verdict, each.images, each.level) for each in found] == [
         ("confirmed", 20, "p < 0.001"),
         ("equal", 60, "within 5%"),
     ]
     decision = decide(nearest=(-1.0, 0.1, 20), tfmq=(-2.0, 0.1, 20), temporal_feature_matters=(-2.03, 0.1, 20))
-    assert [each.claim.text for each in rounds.decided(decision, suite.rounds)] == ["reconstruction helps"]
+    assert [each.claim.text for each in rounds.decided(decision)] == ["reconstruction helps"]
 
 
 def test_the_page_says_what_is_decided_and_what_is_next(decide, suite):

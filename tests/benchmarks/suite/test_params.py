@@ -206,7 +206,6 @@ def test_a_task_may_have_settings_of_its_own_for_a_method(document):
         ({"images": {"emoji-ldm4": [1, 128]}}, "each above 1"),
         ({"images": {"emoji-ldm4": [100, 256]}}, "has 100: give multiples of the task's batch, 32"),
         ({"images": {"emoji-ldm4": [128, 6400]}}, "ends at 6400, but the task has 512 images at most"),
-        ({"images": {"emoji-ldm4": [128]}, "margin": 1.5}, "rounds.margin is 1.5, but must be at least 0 and below 1"),
         (
             {"images": {"emoji-ldm4": [128]}, "spending": "pocok"},
             "unknown rounds.spending 'pocok': did you mean 'pocock'",
@@ -221,5 +220,5 @@ def test_rounds_are_checked(document, rounds, message):
 
 def test_the_last_round_may_be_all_images(document):
     document["tasks"]["emoji-ldm4"]["images"] = 500
-    chosen = parse(document | {"rounds": {"images": {"emoji-ldm4": [64, 500]}, "margin": 0.05}}).rounds
+    chosen = parse(document | {"rounds": {"images": {"emoji-ldm4": [64, 500]}}}).rounds
     assert chosen.images == {"emoji-ldm4": (64, 500)} and chosen.spending == "pocock"
