@@ -166,9 +166,12 @@ def borrow(comparisons: Sequence[Parts], independent: int) -> Borrowed:
 def estimate(part: Parts, borrowed: Borrowed) -> Estimate | None:
     """The mean of a comparison, or of a row, with the error that its seeds and images leave.
 
-    None where nothing says how it varies: one seed without images, and nothing borrowed.
+    None where nothing says how it varies: one seed without images, and nothing borrowed. Differences that are all 0 are
+    of one network, which no other image or calibration would tell apart.
     """
     seed, degrees, both = _seed_variance(part, borrowed)
+    if part.mean == 0 and not part.between_images and not part.between_seeds:
+        return Estimate(0.0, 0.0, 1.0, part.images, part.seeds)
     if part.images == 0:
         if degrees == 0:
             return None
@@ -202,9 +205,11 @@ def needed(
     It is decided by a difference, at a two-sided ``level``, or by showing that it is smaller than ``margin``, at
     the one-sided ``near_level``. The effect is taken to be the observed one, and variances as estimated. Neither
     count falls below what there is, and seeds times images is smallest. None where `MOST_SEEDS` and `MOST_IMAGES`
-    would not do, or where there is neither an effect nor a margin.
+    would not do, where there is neither an effect nor a margin, and where nothing says how the comparison varies.
     """
     seed, degrees, both = _seed_variance(part, borrowed)
+    if not part.images and not degrees:
+        return None
     images = max(part.images, 1)
     of_seed = max(seed - both / images, 0.0) if part.images else seed
     of_image = max(part.between_images - both / part.seeds, 0.0)
@@ -217,14 +222,15 @@ def needed(
         free = before + seeds - 1
         if from_seeds and not free:
             return False
-        lost += ((of_seed + both / images) / seeds) ** 2 / free if free else 0.0
+        lost += ((of_seed + both / count) / seeds) ** 2 / free if free else 0.0
         if not lost:
             return part.mean != 0 or margin > 0
-        freedom = total**2 / lost
-        differs = stdtrit(freedom, [1 - level / 2, POWER]).sum()
-        # Where the effect is 0, either side may be missed.
-        near = stdtrit(freedom, [1 - near_level, (1 + POWER) / 2]).sum()
-        return abs(part.mean) >= differs * total**0.5 or margin - abs(part.mean) >= near * total**0.5
+        freedom, effect, room = total**2 / lost, abs(part.mean) / total**0.5, margin / total**0.5
+        if effect >= stdtrit(freedom, [1 - level / 2, POWER]).sum():
+            return True
+        # It is near if both of the tests say so.
+        reach = stdtrit(freedom, 1 - near_level)
+        return stdtr(freedom, room - effect - reach) + stdtr(freedom, room + effect - reach) - 1 >= POWER
 
     plans = []
     for seeds in range(part.seeds, MOST_SEEDS + 1):

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import figures, simulation
+from benchmarks.report.inference import LEVEL
 from benchmarks.report.ranking import BLOCK, FEWEST, KNOWN, Evidence, Outcome, correlation, places
 from benchmarks.report.statistic import CANDIDATES, RANKED_BY, Statistic
 from benchmarks.report.tables import label
@@ -35,9 +36,9 @@ TESTS = (
     " distance and PSNR on the other half, over precisions; a candidate is compared with none of these that it is made"
     " of, but its other parts with it.\n\n"
     "Only a mean over images of a number of one image can be judged image by image, so only such a candidate can be"
-    " chosen; they are in **bold**. *Mean rank* is among these, over the tests; 1 is best. Amplitudes of feature"
-    " distance and perceptual distance are their roots, since both are squares of differences; values below the last"
-    " decimal that tables show count as that."
+    " chosen; they are in **bold**. *Mean rank* is the mean, over the tests, of a candidate's rank among these; 1 is"
+    " best. Amplitudes of feature distance and perceptual distance are their roots, since both are squares of"
+    " differences; values below the last decimal that tables show count as that."
 )
 LIMITS = (
     "## What was not tried\n\n"
@@ -65,9 +66,12 @@ SIMULATED = (
     " usually is, beside that of images, in all pairs of rows of the task, as far as these agree; where a precision has"
     " one seed, that stands for it. Below, rows are drawn whose true differences are known: the share of 95 % intervals"
     " that hold them, over all pairs of 8 rows on {tasks} tasks, and what intervals over images alone would do. The"
-    " last two columns are the shares of tasks with any false verdict, from three seeds and after Holm's correction;"
-    " 5 % are promised. Pairs that do not differ at all may be called different, and those that differ by just the"
-    " margin may be called equal. `python -m benchmarks.report.simulation 2000` does the same with more tasks."
+    " last two columns are the shares of tasks with any false verdict, after Holm's correction over all pairs of both"
+    " precisions; at most 5 % is promised, and {tasks} tasks leave a standard error of {chance:.1%}. Half of the rows"
+    " are worse than the others by just the margin, here a standard deviation of an image: calling two of one half"
+    " different is false, and so is calling two of different halves equal. Where rows are not alike, or tails heavy,"
+    " the model behind all this does not hold, and the scenario says what is left of the promise. `python -m"
+    " benchmarks.report.simulation 2000` does the same with more tasks."
 )
 
 
@@ -93,7 +97,8 @@ def page(
         parts += [MANY, *tables]
     if any(found.separation for found in outcomes.values()):
         parts.append(f"## By task\n\n{_by_task(evidence, outcomes)}")
-        parts.append(f"{SIMULATED.format(tasks=simulated)}\n\n{simulation.table(tasks=simulated)}")
+        introduced = SIMULATED.format(tasks=simulated, chance=(LEVEL * (1 - LEVEL) / simulated) ** 0.5)
+        parts.append(f"{introduced}\n\n{simulation.table(tasks=simulated)}")
     parts.append(LIMITS)
     return "\n\n".join(parts) + "\n"
 
@@ -154,8 +159,9 @@ def _support(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> str:
     first = min(ranks, key=lambda c: (among_all[c.name], c != RANKED_BY))
     if first != RANKED_BY:
         text += (
-            f" The choice is a close one: where candidates that cannot be chosen take places too, {first.label} comes"
-            f" before it ({among_all[first.name]:.2f} against {among_all[RANKED_BY.name]:.2f})."
+            " The choice is a close one: ranked together with the candidates that cannot be chosen, "
+            f"{first.label} has the better mean rank ({among_all[first.name]:.2f} against"
+            f" {among_all[RANKED_BY.name]:.2f})."
         )
     return text
 

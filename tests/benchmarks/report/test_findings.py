@@ -109,11 +109,31 @@ def test_rows_that_are_shown_to_be_near_are_equal(rows):
     overview = {row[0]: row[2] for row in lines(text, "## Verdicts")}
     assert overview == {"near": "**equal** w4a8", "far": "**confirmed** w4a8", "noise": "**equal** w4a8"}
     assert (
-        "shown to be nearer than 10% to one another" in text and "1 confirmed, 0 contradicted, 2 equal, 0 open" in text
+        "shown to be less than 10% above the smaller one" in text
+        and "1 confirmed, 0 contradicted, 2 equal, 0 open" in text
     )
     strict = show(rows, claims, margin=0.015)
     assert {row[0]: row[2] for row in lines(strict, "## Verdicts")}["near"] == "open w4a8"
     assert "equal" not in show(rows, claims).split("## Verdicts")[0], "without a margin none are"
+
+
+def test_plans_are_at_the_levels_that_are_left(rows):
+    """Equal rows still count among those that do not differ, and rows that differ among those that are not near."""
+    for row, level, noise in (
+        ("tfmq", -2.0, 0.001),
+        ("ptqd", -2.0, 0.01),
+        ("nearest", -1.0, 0.001),
+        ("gptq", -2.05, 0.3),
+    ):
+        rows.add(row, level, noise=noise)
+    claims = [
+        Claim("equal", "us", "ptqd", "tfmq"),
+        Claim("open", "us", "gptq", "tfmq"),
+        Claim("far", "us", "tfmq", "nearest"),
+    ]
+    judged = findings.judge(claims, rows.judges["emoji-ldm4"], metrics(), 0.1)
+    assert [each.verdict for each in judged] == ["equal", "open", "confirmed"]
+    assert {each.levels for each in judged} == {(0.05 / 2, 0.05 / 2)}
 
 
 def test_the_more_is_claimed_the_more_it_takes(rows):

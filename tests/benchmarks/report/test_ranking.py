@@ -1,5 +1,7 @@
 """The tests that candidates for the ranking statistic take, and the page about them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -109,6 +111,17 @@ def test_the_page_says_what_rows_rank_by_and_whether_the_data_support_it(evidenc
     for candidate in CANDIDATES:
         assert candidate.label in text
     assert "| one | 5 at w4a8 |" in text and "Calibrations do not matter" in text and "What was not tried" in text
+
+
+def test_a_choice_that_others_would_change_is_called_close(evidence):
+    """The chosen one is first of those that can be chosen in three tests of four, and all others are between them."""
+    told = {c.name: (0, 0, 0, index) for index, c in enumerate(CANDIDATES) if not c.is_mean}
+    told |= {c.name: (-1, -1, -1, -2) for c in CANDIDATES if c.is_mean}
+    told |= {RANKED_BY.name: (2, 2, 2, -1), "perceptual_log": (1, 1, 1, 99)}
+    outcomes = {name: SimpleNamespace(scores=lambda _, found=found: found) for name, found in told.items()}
+    text = ranking_page._support(evidence, outcomes)
+    assert "These records support it" in text
+    assert "The choice is a close one: ranked together with" in text and "Perceptual distance, logarithm has" in text
 
 
 def test_orders_stand_beside_those_of_many_images(evidence, outcomes):

@@ -218,6 +218,13 @@ def test_rounds_are_checked(document, rounds, message):
         parse(document | {"rounds": rounds})
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_rows_are_equal_within_a_share(document, share):
+    assert parse(document).equal_within == 0 and parse(document | {"equal_within": 0.1}).equal_within == 0.1
+    with pytest.raises(ValueError, match=f"equal_within is {share}, but must be at least 0 and below 1"):
+        parse(document | {"equal_within": share})
+
+
 def test_the_last_round_may_be_all_images(document):
     document["tasks"]["emoji-ldm4"]["images"] = 500
     chosen = parse(document | {"rounds": {"images": {"emoji-ldm4": [64, 500]}}}).rounds
