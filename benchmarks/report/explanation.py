@@ -191,13 +191,17 @@ def _moved(found: Estimate) -> str:
 
 
 def _moves(found: Estimate, what: str) -> str:
+    if f"{abs(1 - np.exp(found.mean)):.0%}" == "0%":
+        return f"leaves {what} as it is {_range(found)}"
     return f"{'lowers' if found.mean < 0 else 'raises'} {what} {_by(found)}"
 
 
 def _by(found: Estimate) -> str:
-    value = found.value
-    ends = f"[{np.exp(value.low) - 1:+.0%}, {np.exp(value.high) - 1:+.0%}]"
-    return f"by {abs(1 - np.exp(found.mean)):.0%} {ends}"
+    return f"by {abs(1 - np.exp(found.mean)):.0%} {_range(found)}"
+
+
+def _range(found: Estimate) -> str:
+    return f"[{np.exp(found.value.low) - 1:+.0%}, {np.exp(found.value.high) - 1:+.0%}]"
 
 
 def _uncertain(found: Estimate) -> str:

@@ -56,3 +56,9 @@ def test_gains_are_told_by_bits_and_model_and_error(rows):
 def test_without_rows_there_is_nothing_to_say(rows):
     rows.add("tfmq", -2.0)
     assert explanation.text(rows.judges, {}) == explanation.text({}, {}) == ""
+
+
+def test_what_changes_nothing_leaves_it_as_it_is(rows):
+    for row, gain in {"prev": 0.0, "full_precision_temporal": -0.1, "tfmq": -0.2, "tiar": -0.2, "fsc": 0.001}.items():
+        rows.add(row, -2.0 + gain, noise=0.0001)
+    assert "its calibration alone leaves it as it is [" in explanation.text(rows.judges, {})
