@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.features import extractor
 from benchmarks.report import figures, simulation
 from benchmarks.report.inference import LEVEL
 from benchmarks.report.ranking import BLOCK, FEWEST, KNOWN, Evidence, Outcome, correlation, places
@@ -145,16 +146,23 @@ def _support(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> str:
             f"**These records do not support that**: {best.label} has the better mean rank over the tests"
             f" ({ranks[best]:.2f} against {ranks[RANKED_BY]:.2f})."
         )
-    text = (
-        f"These records support it: over the tests below it has a mean rank of {ranks[best]:.2f}, and the next of those"
-        f" that can be judged image by image, {second.label}, {ranks[second]:.2f}."
-    )
+    equal = [c.label for c in ranks if c != RANKED_BY and ranks[c] == ranks[best]]
+    if equal:
+        text = (
+            f"These records support it as well as {' and '.join(equal)}: each has a mean rank of {ranks[best]:.2f} over"
+            " the tests below, the best of those that can be judged image by image."
+        )
+    else:
+        text = (
+            f"These records support it: over the tests below it has a mean rank of {ranks[best]:.2f}, and the next of"
+            f" those that can be judged image by image, {second.label}, {ranks[second]:.2f}."
+        )
     if len(evidence.tasks) >= 3:
         kept = 0
         for left in evidence.tasks:
             rest = _places(outcomes, [task for task in evidence.tasks if task != left])
-            kept += min(rest, key=rest.get, default=None) == RANKED_BY
-        text += f" With one task left out it stays first in {kept} of {len(evidence.tasks)} cases."
+            kept += RANKED_BY in rest and rest[RANKED_BY] == min(rest.values())
+        text += f" With one task left out none is ahead of it in {kept} of {len(evidence.tasks)} cases."
     among_all = places(outcomes, evidence.tasks)
     first = min(ranks, key=lambda c: (among_all[c.name], c != RANKED_BY))
     if first != RANKED_BY:
@@ -214,7 +222,8 @@ def _against_many(evidence: Evidence, many: Mapping[str, Any]) -> str:
     if len(cells) < FEWEST or not targets:
         return ""
     metrics = evidence.metrics
-    heads = ["Candidate", *(metrics[name].label for name in targets)]
+    distance = extractor(evidence.records[cells[0]].settings["task"]["evaluator"]).distance_label
+    heads = ["Candidate", *(metrics[name].title(distance, many["images"]) for name in targets)]
     lines = [line(heads), line([":--"] + ["--:"] * len(targets))]
     for candidate in CANDIDATES:
         order = [evidence.of(candidate, cell) for cell in cells]

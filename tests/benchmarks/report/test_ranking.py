@@ -120,8 +120,16 @@ def test_a_choice_that_others_would_change_is_called_close(evidence):
     told |= {RANKED_BY.name: (2, 2, 2, -1), "perceptual_log": (1, 1, 1, 99)}
     outcomes = {name: SimpleNamespace(scores=lambda _, found=found: found) for name, found in told.items()}
     text = ranking_page._support(evidence, outcomes)
-    assert "These records support it" in text
+    assert "These records support it: over the tests" in text
     assert "The choice is a close one: ranked together with" in text and "Perceptual distance, logarithm has" in text
+
+
+def test_a_tie_is_called_one(evidence):
+    told = {c.name: (-1, -1, -1, -1) for c in CANDIDATES} | dict.fromkeys((RANKED_BY.name, "noise_mean"), (1, 1, 1, 1))
+    outcomes = {name: SimpleNamespace(scores=lambda _, found=found: found) for name, found in told.items()}
+    assert "support it as well as Noise error, mean: each has a mean rank of 1.50" in ranking_page._support(
+        evidence, outcomes
+    )
 
 
 def test_orders_stand_beside_those_of_many_images(evidence, outcomes):
@@ -133,6 +141,7 @@ def test_orders_stand_beside_those_of_many_images(evidence, outcomes):
     text = ranking_page.page(evidence, outcomes, [], simulated=1, many=[many(range(5))])
     body = text.split("## Against metrics of many images")[1].split("\n## ")[0]
     assert "one at w4a8, 5 methods: 32 or more images for the candidates, 2,048 for the metrics." in body
+    assert "| Candidate | FD2048 to FP | PSNR (dB) |" in body
     assert f"| **{RANKED_BY.label}** | 1.00 | 1.00 |" in body, "both have the rows in this order; PSNR falls"
     body = ranking_page.page(evidence, outcomes, [], simulated=1, many=[many([1, 0, 2, 3, 4])])
     assert f"| **{RANKED_BY.label}** | 0.90 | 0.90 |" in body, "Spearman's with two of five exchanged"
