@@ -166,12 +166,12 @@ def borrow(comparisons: Sequence[Parts], independent: int) -> Borrowed:
 def estimate(part: Parts, borrowed: Borrowed) -> Estimate | None:
     """The mean of a comparison, or of a row, with the error that its seeds and images leave.
 
-    None where nothing says how it varies: one seed without images, and nothing borrowed. Differences that are all 0 are
-    of one network, which no other image or calibration would tell apart.
+    None where nothing says how it varies: one seed without images, and nothing borrowed. Differences that are 0 at all
+    of several seeds are of one network, which no other calibration would tell apart.
     """
     seed, degrees, both = _seed_variance(part, borrowed)
-    if part.mean == 0 and not part.between_images and not part.between_seeds:
-        return Estimate(0.0, 0.0, 1.0, part.images, part.seeds)
+    if not part.images and part.mean == 0 and part.between_seeds == 0:
+        return Estimate(0.0, 0.0, 1.0, 0, part.seeds)
     if part.images == 0:
         if degrees == 0:
             return None

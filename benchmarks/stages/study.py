@@ -112,7 +112,9 @@ class Bench:
     def __init__(self, task: Task, images: int) -> None:
         self.task, self.images = task, images
         self.model = load_model(task, torch.device("cpu"))
-        self.calibration = cache(lambda seed, images: self._pool(CALIBRATION, seed, images or task.calibration_images))
+        self.calibration = cache(
+            lambda seed, images=None: self._pool(CALIBRATION, seed, images or task.calibration_images)
+        )
 
     @cached_property
     def held_out(self) -> CalibrationSet:
