@@ -281,9 +281,11 @@ def conditioning_of(case: Drawn, pipeline: DiffusionPipeline) -> Conditioning | 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pipeline_quantised_without_loss_makes_its_own_images(family):
     count = {"made": 0, "refused": 0}
+    # Two in five of what is drawn for LCM are refused.
+    draws = DRAWS // len(FAMILIES) * (2 if family == "lcm" else 1)
 
     @settings(
-        max_examples=DRAWS // len(FAMILIES),
+        max_examples=draws,
         derandomize=True,
         database=None,
         deadline=None,
@@ -296,7 +298,7 @@ def test_a_pipeline_quantised_without_loss_makes_its_own_images(family):
 
     holds()
     print(family, count)
-    assert count["made"] > sum(count.values()) / 4
+    assert count["made"] > sum(count.values()) / 3
 
 
 def check(case: Drawn) -> str:
