@@ -2,8 +2,8 @@
 
 A claim says that one row is better than another by one measure. Rows are compared over all images and calibration seeds
 that both have, with the interval of `benchmarks.report.inference`. All comparisons of a task are one family: their
-probabilities are Holm's, so that the chance of any false difference on a task is at most 5 %, as far as intervals hold,
-and so is that of calling any rows equal that are not.
+probabilities are Holm's, so that the chance of any false difference on a task is at most 5 %, as far as intervals hold;
+so is that of calling any rows equal that are not, and that of denying any gain that is there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from benchmarks.report.tables import label
 from benchmarks.report.words import line
 from benchmarks.suite.record import Cell, Record
 
-CONFIRMED, CONTRADICTED, EQUAL, OPEN = VERDICTS = ("confirmed", "contradicted", "equal", "open")
+VERDICTS = ("confirmed", "contradicted", "equal", "little or no gain", "open")
+CONFIRMED, CONTRADICTED, EQUAL, LITTLE, OPEN = VERDICTS
 NOT_APPLICABLE, NOTHING = "not applicable", "–"
 HEAD = ("Claim", "By", "Precision", "Measure", "Should be better", "Than", "Ratio", "Seeds", "p")
 PLAN = "Would be decided by"
@@ -50,6 +51,8 @@ intervals are not corrected.
 NEAR = """- **equal**: the larger error is shown to be less than {margin:.0%} above the smaller one. *p* is then that of
   two one-sided tests, corrected over all comparisons of the task in the same way. Rows that are surely different,
   by however little, count as confirmed or contradicted
+- **little or no gain**: none of these, but that the other row's error is {margin:.0%} or more above its own is ruled
+  out, by a one-sided test that is corrected in the same way; it may be a little better, equal or worse
 """
 IN_ROUNDS = """
 - **in rounds**: decided by `python -m benchmarks rounds` on so many images of each row. Its *p* holds at all rounds and
@@ -147,9 +150,9 @@ class Judged:
 
     Attributes:
         found: the difference.
-        p: the corrected probability of the difference, or of nearness where the verdict is equal.
+        p: the corrected probability of the difference, or that which the verdict is by.
         verdict: one of VERDICTS.
-        levels: at which a difference would have to be seen, and nearness, by what Holm's method leaves.
+        levels: at which a difference would have to be seen, nearness, and little gain, by what Holm's method leaves.
     """
 
     claim: Claim
@@ -157,7 +160,7 @@ class Judged:
     found: Comparison
     p: float
     verdict: str
-    levels: tuple[float, float]
+    levels: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,8 @@ def verdict(found: Estimate | None, p: float, direction: str) -> str:
 def judge(claims: Sequence[Claim], judge: Judge, metrics: Mapping[str, Metric], margin: float = 0.0) -> list[Judged]:
     """Every claim at every precision that has both of its rows, as one family.
 
-    Errors that are shown to differ by less than a share of ``margin`` are equal.
+    Errors that are shown to differ by less than a share of ``margin`` are equal; where only the gain is shown to be
+    less, it is little or none.
     """
     found = [
         (claim, precision, compared)
@@ -199,13 +203,16 @@ def judge(claims: Sequence[Claim], judge: Judge, metrics: Mapping[str, Metric], 
     room = float(np.log1p(margin))
     ratios = [index for index in known if judge.is_error(found[index][0].metric)]
     near = dict(zip(ratios, adjusted([found[index][2].estimate.p_near(room) for index in ratios]), strict=True))
-    levels = tuple(LEVEL / max(sum(p >= LEVEL for p in each.values()), 1) for each in (corrected, near))
+    little = dict(zip(ratios, adjusted([found[index][2].estimate.p_above(-room) for index in ratios]), strict=True))
+    levels = tuple(LEVEL / max(sum(p >= LEVEL for p in each.values()), 1) for each in (corrected, near, little))
     judged = []
     for index, (claim, precision, compared) in enumerate(found):
         p = corrected.get(index, 1.0)
         said = verdict(compared.estimate, p, _direction(claim.metric, metrics))
         if said == OPEN and near.get(index, 1.0) < LEVEL:
             said, p = EQUAL, near[index]
+        elif said == OPEN and margin and little.get(index, 1.0) < LEVEL:
+            said, p = LITTLE, little[index]
         judged.append(Judged(claim, precision, compared, p, said, levels))
     return judged
 
@@ -241,7 +248,7 @@ def page(
     if stands:
         parts.append(f"## {recommended.TITLE}\n\n{stands}")
     parts.append(f"## Verdicts\n\n{_overview(claims, judged, records, drawn)}")
-    names = [name for name in VERDICTS if name != EQUAL or margin]
+    names = [name for name in VERDICTS if name not in (EQUAL, LITTLE) or margin]
     for task, found in judged.items():
         if not found:
             continue
@@ -334,8 +341,8 @@ def _plan(each: Judged, margin: float) -> str:
     """What would decide an open comparison at the levels that Holm's method leaves to those that are not decided."""
     if each.found.estimate is None:
         return "unknown: one number says nothing of how it varies"
-    level, near_level = each.levels
-    plan = needed(each.found.parts, each.found.borrowed, level, float(np.log1p(margin)), near_level)
+    level, *others = each.levels
+    plan = needed(each.found.parts, each.found.borrowed, level, float(np.log1p(margin)), *others)
     if plan is None and each.found.parts.mean == 0 and not margin:
         return "nothing: they are equal"
     return _count(*plan, each) if plan else f"more than {_count(MOST_SEEDS, MOST_IMAGES, each)}"

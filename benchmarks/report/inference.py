@@ -112,6 +112,12 @@ class Estimate:
             return 0.5
         return float(stdtr(self.degrees, -room / self.error)) if self.error else 0.0
 
+    def p_above(self, bound: float) -> float:
+        """One-sided probability of a mean so far above ``bound`` where the truth is ``bound`` or less."""
+        if self.error == 0:
+            return float(self.mean <= bound)
+        return float(stdtr(self.degrees, (bound - self.mean) / self.error))
+
     @property
     def value(self) -> Value:
         """The mean with its 95 % interval."""
@@ -198,13 +204,19 @@ def adjusted(probabilities: Sequence[float]) -> list[float]:
 
 
 def needed(
-    part: Parts, borrowed: Borrowed, level: float, margin: float = 0.0, near_level: float = LEVEL
+    part: Parts,
+    borrowed: Borrowed,
+    level: float,
+    margin: float = 0.0,
+    near_level: float = LEVEL,
+    above_level: float = LEVEL,
 ) -> tuple[int, int] | None:
     """Seeds and images that would decide a comparison with the chance `POWER`.
 
-    It is decided by a difference, at a two-sided ``level``, or by showing that it is smaller than ``margin``, at
-    the one-sided ``near_level``. The effect is taken to be the observed one, and variances as estimated. Neither
-    count falls below what there is, and seeds times images is smallest. None where `MOST_SEEDS` and `MOST_IMAGES`
+    It is decided by a difference, at a two-sided ``level``; by showing that it is smaller than ``margin``, at the
+    one-sided ``near_level``; or by showing that it is above -``margin``, at the one-sided ``above_level``. The effect
+    is taken to be the observed one, and variances as estimated. Neither count falls below what there is, and seeds
+    times images is smallest. None where `MOST_SEEDS` and `MOST_IMAGES`
     would not do, where there is neither an effect nor a margin, and where nothing says how the comparison varies.
     """
     seed, degrees, both = _seed_variance(part, borrowed)
@@ -227,6 +239,8 @@ def needed(
             return part.mean != 0 or margin > 0
         freedom, effect, room = total**2 / lost, abs(part.mean) / total**0.5, margin / total**0.5
         if effect >= stdtrit(freedom, [1 - level / 2, POWER]).sum():
+            return True
+        if margin and (part.mean + margin) / total**0.5 >= stdtrit(freedom, [1 - above_level, POWER]).sum():
             return True
         # It is near if both of the tests say so.
         reach = stdtrit(freedom, 1 - near_level)

@@ -67,12 +67,12 @@ SIMULATED = (
     " usually is, beside that of images, in all pairs of rows of the task, as far as these agree; where a precision has"
     " one seed, that stands for it. Below, rows are drawn whose true differences are known: the share of 95 % intervals"
     " that hold them, over all pairs of 8 rows on {tasks} tasks, and what intervals over images alone would do. The"
-    " last two columns are the shares of tasks with any false verdict, after Holm's correction over all pairs of both"
-    " precisions; at most 5 % is promised, and {tasks} tasks leave a standard error of {chance:.1%}. Half of the rows"
-    " are worse than the others by just the margin, here a standard deviation of an image: calling two of one half"
-    " different is false, and so is calling two of different halves equal. Where rows are not alike, or tails heavy,"
-    " the model behind all this does not hold, and the scenario says what is left of the promise. `python -m"
-    " benchmarks.report.simulation 2000` does the same with more tasks."
+    " last three columns are the shares of tasks with any false verdict, after Holm's correction over all pairs of both"
+    " precisions; at most 5 % is promised of each, and {tasks} tasks leave a standard error of {chance:.1%}. Half of"
+    " the rows are worse than the others by just the margin, here a standard deviation of an image: calling two of one"
+    " half different is false, and so is calling two of different halves equal, or the gain of the better one little."
+    " Where rows are not alike, or tails heavy, the model behind all this does not hold, and the scenario says what is"
+    " left of the promise. `python -m benchmarks.report.simulation 2000` does the same with more tasks."
 )
 
 

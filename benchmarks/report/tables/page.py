@@ -22,7 +22,8 @@ def section(name: str, records: Sequence[Record], metrics: Mapping[str, Metric],
         return deployed(records, metrics, images)
     if name in OWN_LAYERS:
         return own_layers(records, metrics, name)
-    return {"leaderboard": leaderboard, "newer": newer, "ablation": ablation}[name](records, metrics, judges)
+    render = {"leaderboard": leaderboard, "newer": newer, "ablation": ablation, "parts": ablation}[name]
+    return render(records, metrics, judges)
 
 
 def title(name: str) -> str:

@@ -110,11 +110,25 @@ def test_rows_that_are_shown_to_be_near_are_equal(rows):
     assert overview == {"near": "**equal** w4a8", "far": "**confirmed** w4a8", "noise": "**equal** w4a8"}
     assert (
         "shown to be less than 10% above the smaller one" in text
-        and "1 confirmed, 0 contradicted, 2 equal, 0 open" in text
+        and "1 confirmed, 0 contradicted, 2 equal, 0 little or no gain, 0 open" in text
     )
     strict = show(rows, claims, margin=0.015)
     assert {row[0]: row[2] for row in lines(strict, "## Verdicts")}["near"] == "open w4a8"
     assert "equal" not in show(rows, claims).split("## Verdicts")[0], "without a margin none are"
+
+
+def test_where_only_a_gain_is_ruled_out_it_is_little_or_none(rows):
+    """It may be worse by more than the margin; a gain may not."""
+    for row, level, noise in (("tfmq", -2.0, 0.001), ("ptqd", -1.94, 0.2), ("gptq", -2.06, 0.2)):
+        rows.add(row, level, noise=noise)
+    claims = [Claim("loses", "us", "ptqd", "tfmq"), Claim("gains", "us", "gptq", "tfmq")]
+    text = show(rows, claims, margin=0.1)
+    overview = {row[0]: row[2] for row in lines(text, "## Verdicts")}
+    assert overview == {"loses": "**little or no gain** w4a8", "gains": "open w4a8"}
+    assert "0 equal, 1 little or no gain, 1 open" in text
+    (row,) = lines(text, "### emoji-ldm4: little or no gain")
+    assert row[0] == "loses" and row[8] == "< 0.001"
+    assert "no gain" not in show(rows, claims), "without a margin there is none"
 
 
 def test_plans_are_at_the_levels_that_are_left(rows):
@@ -133,7 +147,8 @@ def test_plans_are_at_the_levels_that_are_left(rows):
     ]
     judged = findings.judge(claims, rows.judges["emoji-ldm4"], metrics(), 0.1)
     assert [each.verdict for each in judged] == ["equal", "open", "confirmed"]
-    assert {each.levels for each in judged} == {(0.05 / 2, 0.05 / 2)}
+    # Of none but the first is a gain ruled out: the far row gains, and of the open one nothing is known.
+    assert {each.levels for each in judged} == {(0.05 / 2, 0.05 / 2, 0.05 / 2)}
 
 
 def test_the_more_is_claimed_the_more_it_takes(rows):

@@ -57,6 +57,14 @@ def test_nearness_is_two_one_sided_t_tests(values):
     assert estimate(parts_of(np.zeros((1, 9))), Borrowed()).p_near(0.1) == 0.0
 
 
+def test_a_gain_is_ruled_out_by_a_one_sided_t_test(values):
+    found = estimate(parts_of(values[:1]), Borrowed())
+    for bound in (found.mean - 0.1, found.mean + 0.1):
+        assert found.p_above(bound) == pytest.approx(ttest_1samp(values[0], bound, alternative="greater").pvalue)
+    none = estimate(parts_of(np.zeros((1, 9))), Borrowed())
+    assert none.p_above(-0.1) == 0.0 and none.p_above(0.1) == none.p_above(0.0) == 1.0
+
+
 def test_one_seed_with_nothing_borrowed_is_the_paired_t_test(values):
     expected = ttest_1samp(values[0], 0)
     found = estimate(parts_of(values[:1]), Borrowed())
@@ -166,19 +174,30 @@ def test_what_has_no_known_variance_has_no_plan():
     assert estimate(same, Borrowed(1.0, 5, 0)).p_near(0.1) == 0.0, "one network has one number"
 
 
+def test_images_that_would_rule_out_a_gain():
+    """Of one seed, n = ((z(1 - a) + z(power)) sd / (mean + margin))^2; a loss rules a gain out the sooner."""
+    part = Parts(0.0, 1, 50, None, 1.0, 1.0, None)
+    expected = ((norm.ppf(0.99) + norm.ppf(POWER)) / 0.1) ** 2
+    seeds, images = needed(part, Borrowed(), 1e-9, 0.1, 1e-9, 0.01)
+    assert seeds == 1 and expected < images < expected + 5
+    loss, gain = (dataclasses.replace(part, mean=mean) for mean in (0.02, -0.02))
+    assert (
+        needed(loss, Borrowed(), 1e-9, 0.1, 1e-9, 0.01) < (1, images) < needed(gain, Borrowed(), 1e-9, 0.1, 1e-9, 0.01)
+    )
+
+
 def test_images_that_would_show_rows_to_be_equal():
     """Without seeds and a difference, n = ((z(1 - a) + z(1 - (1 - power) / 2)) sd / margin)^2."""
     part = Parts(0.0, 1, 50, None, 1.0, 1.0, None)
-    seeds, images = needed(part, Borrowed(), 0.05, margin=0.1, near_level=0.01)
+    seeds, images = needed(part, Borrowed(), 0.05, 0.1, 0.01, 1e-9)
     expected = ((norm.ppf(0.99) + norm.ppf((1 + POWER) / 2)) / 0.1) ** 2
     assert seeds == 1 and expected < images < expected + 5
     small = dataclasses.replace(part, mean=0.02)
-    assert needed(small, Borrowed(), 0.05, 0.1, 0.01) < needed(small, Borrowed(), 0.05), (
+    assert needed(small, Borrowed(), 0.05, 0.1, 0.01, 1e-9) < needed(small, Borrowed(), 0.05), (
         "that it is small is seen first"
     )
-    assert needed(dataclasses.replace(part, mean=0.1), Borrowed(), 0.05, 0.1) == needed(
-        dataclasses.replace(part, mean=0.1), Borrowed(), 0.05
-    )
+    large = dataclasses.replace(part, mean=0.1)
+    assert needed(large, Borrowed(), 0.05, 0.1, 0.05, 1e-9) == needed(large, Borrowed(), 0.05)
 
 
 @pytest.mark.parametrize("seed", [0.0, 0.1, 0.3])
@@ -187,7 +206,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seed):
     assert 0.925 < found.several < 0.975 and 0.925 < found.one < 0.98
     assert (found.images_alone < 0.92) == (seed > 0)
     # At most 5 % is promised; of 40 tasks, 4 are no surprise.
-    assert found.false_differences <= 0.1 and found.false_equals <= 0.1
+    assert max(found.false_differences, found.false_equals, found.false_littles) <= 0.1
 
 
 def test_intervals_bear_rows_that_are_not_alike():
