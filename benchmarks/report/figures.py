@@ -15,6 +15,7 @@ from benchmarks.suite.record import Value
 # Errors below this are drawn here: a feature that is looked up in full precision has none.
 SMALLEST_ERROR = 1e-8
 STYLES = ("-", "--", ":")
+MARKERS = ("o", "s", "^")
 
 
 def temporal_error(curves: Mapping[str, np.ndarray], timesteps: np.ndarray, title: str) -> Figure:
@@ -118,20 +119,18 @@ def selection(cached: np.ndarray, projections: Sequence[str], timesteps: Sequenc
 
 
 def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, chosen: str) -> Figure:
-    """A labelled point each, ``chosen`` in another colour; the horizontal axis is logarithmic."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    """A point each, named in the legend from top to bottom, ``chosen`` as a star; the horizontal axis is logarithmic."""
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    left, right = min(at for at, _ in points.values()), max(at for at, _ in points.values())
-    # Labels of neighbours stand above and below in turn, and point to the inside.
-    for index, (name, (across, up)) in enumerate(sorted(points.items(), key=lambda point: point[1])):
-        colour = "C3" if name == chosen else "C0"
-        axes.plot(across, up, "o", color=colour, markersize=5)
-        inward = "left" if across < (left * right) ** 0.5 else "right"
-        offset = (5 if inward == "left" else -5, 5 if index % 2 else -9)
-        axes.annotate(name, (across, up), offset, textcoords="offset points", fontsize=8, ha=inward, color=colour)
+    for index, (name, at) in enumerate(sorted(points.items(), key=lambda point: -point[1][1])):
+        marker = "*" if name == chosen else MARKERS[index // 10 % len(MARKERS)]
+        axes.plot(*at, marker, color=f"C{index % 10}", markersize=13 if name == chosen else 7, label=name)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel=x, ylabel=y)
     axes.grid(linewidth=0.4, alpha=0.6)
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

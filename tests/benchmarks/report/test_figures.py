@@ -84,10 +84,14 @@ def test_prompts_stand_above_their_columns():
     assert axes.get_position().y1 < 1
 
 
-def test_the_chosen_point_is_of_another_colour():
-    axes = figures.scatter({"a": (3.0, 0.5), "b": (200.0, 0.9)}, "F", "agreement", "b").axes[0]
-    colours = {text.get_text(): text.get_color() for text in axes.texts}
-    assert colours["a"] != colours["b"] and axes.get_xscale() == "log"
+def test_every_point_is_told_apart_and_the_chosen_one_stands_out():
+    points = {str(index): (3.0 + index, 0.5 + index) for index in range(13)}
+    figure = figures.scatter(points, "F", "agreement", "4")
+    lines = figure.axes[0].lines
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == sorted(points, key=points.get, reverse=True)
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(points)
+    assert [line.get_label() for line in lines if line.get_marker() == "*"] == ["4"]
+    assert figure.axes[0].get_xscale() == "log"
 
 
 def test_strips_compare_spreads_in_one_unit():
