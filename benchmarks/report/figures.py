@@ -119,7 +119,7 @@ def selection(cached: np.ndarray, projections: Sequence[str], timesteps: Sequenc
 
 
 def scatter(points: Mapping[str, tuple[float, float]], x: str, y: str, chosen: str) -> Figure:
-    """A point each, named in the legend from top to bottom, ``chosen`` as a star; the horizontal axis is logarithmic."""
+    """A point each, named in the legend from top to bottom, ``chosen`` a star; the horizontal axis is logarithmic."""
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, at) in enumerate(sorted(points.items(), key=lambda point: -point[1][1])):
