@@ -8,7 +8,7 @@ from benchmarks.suite import discover
 from benchmarks.suite.record import BACKENDS, PROTOCOLS, SHARED, SIMULATED
 from tfmq.precision import Precision
 
-TABLES = ("leaderboard", "newer", "ablation", "parts", "published", "as_run", "deployed")
+TABLES = ("leaderboard", "newer", "ablation", "variants", "published", "as_run", "deployed")
 SPENDINGS = ("pocock", "obrien_fleming")
 
 

@@ -22,7 +22,7 @@ def section(name: str, records: Sequence[Record], metrics: Mapping[str, Metric],
         return deployed(records, metrics, images)
     if name in OWN_LAYERS:
         return own_layers(records, metrics, name)
-    render = {"leaderboard": leaderboard, "newer": newer, "ablation": ablation, "parts": ablation}[name]
+    render = {"leaderboard": leaderboard, "newer": newer, "ablation": ablation, "variants": ablation}[name]
     return render(records, metrics, judges)
 
 
