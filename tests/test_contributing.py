@@ -99,19 +99,19 @@ def test_every_addition_of_the_page_is_followed_here(sections):
 
 def test_a_method_with_a_pass_of_its_own(suite, add, sections, run, generate, score):
     (row,) = re.findall(r"^dvc repro (score_\S+)$", sections["Add a method"], re.MULTILINE)
-    assert row == "score_ablation@emoji-ldm4-clipped"
+    assert row == "score_variants@emoji-ldm4-clipped"
     add("Add a method")
-    assert generate("clipped", table="ablation") == (0, [])
-    record = score("clipped", table="ablation")["w4a8"]
+    assert generate("clipped", table="variants") == (0, [])
+    record = score("clipped", table="variants")["w4a8"]
     assert record.status == "measured"
     assert record.settings["method"] == {"deviations": 2.5, "steps": 20, "images": 64}
     names = ["clip weights", "weight ranges", "round to nearest", "activation ranges"]
     assert list(record.cost.seconds) == ["calibrate", *names, "sample"]
     assert run("tables") == (0, [])
     cells = pd.read_csv("results/cells.csv").set_index("method")
-    assert cells.loc["clipped", "table"] == "ablation" and cells.loc["clipped", "psnr"] > 0
-    ablation = Path("results/README.md").read_text().split("## Ablation")[1].split("\n## ")[0]
-    assert "Clipped weights" in ablation
+    assert cells.loc["clipped", "table"] == "variants" and cells.loc["clipped", "psnr"] > 0
+    variants = Path("results/README.md").read_text().split("## Variants")[1].split("\n## ")[0]
+    assert "Clipped weights" in variants
     assert "after outliers of each output channel are cut off" in Path("results/METHODS.md").read_text()
 
 

@@ -2,8 +2,8 @@
 
 A claim says that one row is better than another by one measure. Rows are compared over all images and calibration seeds
 that both have, with the interval of `benchmarks.report.inference`. All comparisons of a task are one family: their
-probabilities are Holm's, so that the chance of any false difference on a task is at most 5 %, as far as intervals hold;
-so is that of calling any rows equal that are not, and that of denying any gain that is there.
+probabilities are Holm's, so that the chance of any false difference on a task is at most 5 %, as far as intervals hold.
+So is, by itself, that of denying any gain of the margin or more, be it by calling the rows equal or the gain little.
 """
 
 from __future__ import annotations
@@ -45,18 +45,20 @@ intervals are not corrected.
 
 - **confirmed**: better, with p below 0.05
 - **contradicted**: worse, with p below 0.05
-{equal}- **open**: none of these. *Would be decided by* says how many seeds and images would do, with a chance of 80 %,
-  if the observed ratio is the true one
+{equal}- **open**: none of these. *Would be decided by* says how many seeds and images would do for any of them, with a
+  chance of 80 %, if the observed ratio is the true one
 - **not applicable**: one of the rows is not made for that task; – is not measured"""
 NEAR = """- **equal**: the larger error is shown to be less than {margin:.0%} above the smaller one. *p* is then that of
   two one-sided tests, corrected over all comparisons of the task in the same way. Rows that are surely different,
   by however little, count as confirmed or contradicted
-- **little or no gain**: none of these, but that the other row's error is {margin:.0%} or more above its own is ruled
-  out, by a one-sided test that is corrected in the same way; it may be a little better, equal or worse
+- **little or no gain**: none of these, but it is ruled out that the other row's error is {margin:.0%} or more above
+  that of the row that should be better, by a one-sided test that is corrected in the same way. That row may be a
+  little better, equal, or worse by any amount
 """
 IN_ROUNDS = """
 - **in rounds**: decided by `python -m benchmarks rounds` on so many images of each row. Its *p* holds at all rounds and
-  for all comparisons of the task together, which is a family of its own; *equal* has the same margin there"""
+  for all comparisons of the task together, which is a family of its own; *equal* has the same margin there, and *little
+  or no gain* is no verdict"""
 SMALL = (
     "\n\nWhat is found here is found on small models, with few iterations. It is no verdict on the models of the"
     " papers."
@@ -150,9 +152,9 @@ class Judged:
 
     Attributes:
         found: the difference.
-        p: the corrected probability of the difference, or that which the verdict is by.
+        p: the corrected probability of the difference, or of nearness or little gain where that is the verdict.
         verdict: one of VERDICTS.
-        levels: at which a difference would have to be seen, nearness, and little gain, by what Holm's method leaves.
+        levels: at which a difference would have to be seen, and little gain, by what Holm's method leaves.
     """
 
     claim: Claim
@@ -160,7 +162,7 @@ class Judged:
     found: Comparison
     p: float
     verdict: str
-    levels: tuple[float, float, float]
+    levels: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def judge(claims: Sequence[Claim], judge: Judge, metrics: Mapping[str, Metric], 
     ratios = [index for index in known if judge.is_error(found[index][0].metric)]
     near = dict(zip(ratios, adjusted([found[index][2].estimate.p_near(room) for index in ratios]), strict=True))
     little = dict(zip(ratios, adjusted([found[index][2].estimate.p_above(-room) for index in ratios]), strict=True))
-    levels = tuple(LEVEL / max(sum(p >= LEVEL for p in each.values()), 1) for each in (corrected, near, little))
+    levels = tuple(LEVEL / max(sum(p >= LEVEL for p in each.values()), 1) for each in (corrected, little))
     judged = []
     for index, (claim, precision, compared) in enumerate(found):
         p = corrected.get(index, 1.0)
@@ -341,8 +343,8 @@ def _plan(each: Judged, margin: float) -> str:
     """What would decide an open comparison at the levels that Holm's method leaves to those that are not decided."""
     if each.found.estimate is None:
         return "unknown: one number says nothing of how it varies"
-    level, *others = each.levels
-    plan = needed(each.found.parts, each.found.borrowed, level, float(np.log1p(margin)), *others)
+    level, little_level = each.levels
+    plan = needed(each.found.parts, each.found.borrowed, level, float(np.log1p(margin)), little_level)
     if plan is None and each.found.parts.mean == 0 and not margin:
         return "nothing: they are equal"
     return _count(*plan, each) if plan else f"more than {_count(MOST_SEEDS, MOST_IMAGES, each)}"

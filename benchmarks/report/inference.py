@@ -208,16 +208,15 @@ def needed(
     borrowed: Borrowed,
     level: float,
     margin: float = 0.0,
-    near_level: float = LEVEL,
     above_level: float = LEVEL,
 ) -> tuple[int, int] | None:
     """Seeds and images that would decide a comparison with the chance `POWER`.
 
-    It is decided by a difference, at a two-sided ``level``; by showing that it is smaller than ``margin``, at the
-    one-sided ``near_level``; or by showing that it is above -``margin``, at the one-sided ``above_level``. The effect
-    is taken to be the observed one, and variances as estimated. Neither count falls below what there is, and seeds
-    times images is smallest. None where `MOST_SEEDS` and `MOST_IMAGES`
-    would not do, where there is neither an effect nor a margin, and where nothing says how the comparison varies.
+    It is decided by a difference, at a two-sided ``level``, or by showing that it is above -``margin``, at the
+    one-sided ``above_level``, which takes less than showing that it is within the margin. The effect is taken to be the
+    observed one, and variances as estimated. Neither count falls below what there is, and seeds times images is
+    smallest. None where `MOST_SEEDS` and `MOST_IMAGES` would not do, where there is neither an effect nor a margin, and
+    where nothing says how the comparison varies.
     """
     seed, degrees, both = _seed_variance(part, borrowed)
     if not part.images and not degrees:
@@ -237,14 +236,10 @@ def needed(
         lost += ((of_seed + both / count) / seeds) ** 2 / free if free else 0.0
         if not lost:
             return part.mean != 0 or margin > 0
-        freedom, effect, room = total**2 / lost, abs(part.mean) / total**0.5, margin / total**0.5
-        if effect >= stdtrit(freedom, [1 - level / 2, POWER]).sum():
+        freedom, error = total**2 / lost, total**0.5
+        if abs(part.mean) / error >= stdtrit(freedom, [1 - level / 2, POWER]).sum():
             return True
-        if margin and (part.mean + margin) / total**0.5 >= stdtrit(freedom, [1 - above_level, POWER]).sum():
-            return True
-        # It is near if both of the tests say so.
-        reach = stdtrit(freedom, 1 - near_level)
-        return stdtr(freedom, room - effect - reach) + stdtr(freedom, room + effect - reach) - 1 >= POWER
+        return margin > 0 and (part.mean + margin) / error >= stdtrit(freedom, [1 - above_level, POWER]).sum()
 
     plans = []
     for seeds in range(part.seeds, MOST_SEEDS + 1):

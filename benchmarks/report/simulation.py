@@ -62,13 +62,14 @@ SCENARIOS = (
 class Coverage:
     """Of 95 % intervals, and of verdicts at a level of 5 %.
 
+    The comparisons of three seeds and those of one are one family, as on the page of findings.
+
     Attributes:
         several, one, images_alone: shares of the true differences that intervals hold: with several seeds, with one,
             and over images alone.
         false_differences: share of tasks on which any two rows are called different that are not.
         false_equals: share of tasks on which any two rows are shown to be nearer than `MARGIN` that differ by it.
-        false_littles: share of tasks on which any row's gain is shown to be less than `MARGIN` that is that. The
-            comparisons of three seeds and those of one are one family, as on the page of findings.
+        false_littles: share of tasks on which any gain of `MARGIN` is shown to be less.
     """
 
     several: float

@@ -23,8 +23,8 @@ class Suite:
         overrides: those that a method has on one task alone, ``{method: {task: {iterations: 200}}}``.
         gates: bounds of metrics of a task's full-precision row, ``{task: {fd_data: [low, high]}}``. Where it is
             outside, all cells of the task are shown as unverified.
-        equal_within: rows whose errors are shown to differ by less than this share are as good as equal; with 0, none
-            are.
+        equal_within: rows whose errors are shown to differ by less than this share are as good as equal, and a gain
+            that is shown to be less is little or none; with 0, neither is said.
         reported: which numbers of papers stand beside the suite's.
         deployment: what of it is executed, and timed.
         study: how error falls with the time that quantising takes.

@@ -39,7 +39,7 @@ def test_a_setting_of_one_method_changes_that_method_alone(root, tmp_path):
 def dvc(suite, monkeypatch):
     """DVC's command line in the tiny suite, a repository with the pipeline that is generated for it."""
     document = yaml.safe_load(Path("params.yaml").read_text())
-    del document["tables"]["published"], document["tables"]["ablation"]
+    del document["tables"]["published"], document["tables"]["variants"]
     Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     Path("dvc.yaml").write_text(render(Pipeline(SMALL, params.load(Path("params.yaml")))))
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(suite / "site"))

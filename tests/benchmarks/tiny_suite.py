@@ -46,7 +46,7 @@ PARAMS = {
             "precisions": ["w4a8", "w4a32"],
             "methods": ["nearest", "tfmq"],
         },
-        "ablation": {
+        "variants": {
             "protocol": "shared",
             "tasks": ["toy"],
             "precisions": ["w4a8"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -55,7 +56,7 @@ def _ranked(records: Sequence[Record], metrics: Mapping[str, Metric], judges: Ju
         " KID, which papers rank by, is a column."
     )
     return [
-        f"### {task}\n\n{caption(cells)} {ranks}\n\n"
+        f"### {task}\n\n{caption(cells)} {ranks}{_more_seeds(task, cells, judges)}\n\n"
         + cells_table(cells, columns, ("kid_fp",), cost=True, standing=standing, rank=True)
         for task, cells in by_task(records, metrics, standing).items()
     ]
@@ -67,10 +68,20 @@ def ablation(records: Sequence[Record], metrics: Mapping[str, Metric], judges: J
     standing = standings(records, judges)
     parts = [
         f"### {task}\n\nRows that differ from a method in one thing, and the methods that they explain."
-        f" {caption(cells)}\n\n{cells_table(cells, columns, tuple(columns), cost=True, standing=standing)}"
+        f" {caption(cells)}{_more_seeds(task, cells, judges)}\n\n"
+        + cells_table(cells, columns, tuple(columns), cost=True, standing=standing)
         for task, cells in by_task(records, metrics).items()
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _more_seeds(task: str, cells: Sequence[Record], judges: Judges) -> str:
+    """A sentence where rows of a task are judged by more calibration seeds than a table shows; else nothing."""
+    shown = Counter((record.cell.row, record.precision) for record in cells)
+    known = judges[task].records if task in judges else {}
+    if all(len(known.get(row, ())) <= count for row, count in shown.items()):
+        return ""
+    return f" *{RANKED_BY.label}* of rows that another table measures with more calibration seeds is over all of these."
 
 
 OWN_LAYERS = {

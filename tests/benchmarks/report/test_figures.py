@@ -85,10 +85,10 @@ def test_prompts_stand_above_their_columns():
 
 
 def test_every_point_is_told_apart_and_the_chosen_one_stands_out():
-    points = {str(index): (3.0 + index, 0.5 + index) for index in range(13)}
+    points = {str(index): (30.0 - index, 0.5 + index) for index in range(13)}
     figure = figures.scatter(points, "F", "agreement", "4")
     lines = figure.axes[0].lines
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == sorted(points, key=points.get, reverse=True)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == sorted(points, key=points.get)
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(points)
     assert [line.get_label() for line in lines if line.get_marker() == "*"] == ["4"]
     assert figure.axes[0].get_xscale() == "log"

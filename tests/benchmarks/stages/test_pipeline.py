@@ -73,7 +73,7 @@ PAGES = ("README.md", "METHODS.md", "COVERAGE.md", "FINDINGS.md", "RANKING.md", 
 def test_records_and_tables_come_from_the_cells(suite, run, generate, score):
     full = score("full_precision")["w32a32"]
     assert "kid_fp" in full.metrics and "feature_distance" not in full.metrics
-    rows = (("nearest", "leaderboard"), ("tfmq", "leaderboard"), ("temporal_feature_matters", "ablation"))
+    rows = (("nearest", "leaderboard"), ("tfmq", "leaderboard"), ("temporal_feature_matters", "variants"))
     for method, table in rows:
         assert generate(method, table=table) == (0, [])
         records = score(method, table=table)
@@ -85,21 +85,21 @@ def test_records_and_tables_come_from_the_cells(suite, run, generate, score):
             assert phases[:2] == ["calibrate", "weight ranges"] and phases[-1] == "sample"
             assert ("block reconstruction" in phases) == (method != "nearest")
             assert record.coverage["layers"]["conv2d w8a8" if precision == "w4a8" else "conv2d w8a32"] == 2
-            assert ("cached" in record.details) == (table == "ablation")
+            assert ("cached" in record.details) == (table == "variants")
     for method in ("tfmq", "nearest"):
         assert generate(method, table="published") == (0, [])
         score(method, table="published")
     assert run("tables") == (0, [])
     cells = pd.read_csv("results/cells.csv")
     assert len(cells) == 8 and cells["kid_fp"].notna().sum() == 7
-    assert cells["table"].fillna("").tolist() == ["", *["leaderboard"] * 4, "ablation", *["published"] * 2]
+    assert cells["table"].fillna("").tolist() == ["", *["leaderboard"] * 4, "variants", *["published"] * 2]
     page = Path("results/README.md").read_text()
-    for part in ("## Leaderboard", "## Ablation", "## Published", "TFMQ-DM", "not applicable: no choice of layers"):
+    for part in ("## Leaderboard", "## Variants", "## Published", "TFMQ-DM", "not applicable: no choice of layers"):
         assert part in page
     assert "TFMQ-DM" in Path("README.md").read_text()
     assert "TFMQ-DM (published)" in Path("results/COVERAGE.md").read_text()
     figures = sorted(path.name for path in Path("results/figures").iterdir())
-    shown = ("ablation-w4a8", "leaderboard-w4a32", "leaderboard-w4a8", "published-w4a8")
+    shown = ("variants-w4a8", "leaderboard-w4a32", "leaderboard-w4a8", "published-w4a8")
     drawn = [f"toy-{name}-{kind}.png" for name in shown for kind in ("samples", "temporal")]
     assert figures == sorted([*drawn, "toy-intervals.png", "toy-temporal_feature_matters-w4a8-selection.png"])
     assert all(f"(figures/{name})" in page for name in figures)

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def looked_at(suite):
     """The tiny suite, with a method whose temporal features are exact, and what is looked at."""
     document = yaml.safe_load(Path("params.yaml").read_text())
-    document["tables"]["ablation"]["methods"].append("full_precision_temporal")
+    document["tables"]["variants"]["methods"].append("full_precision_temporal")
     document["methods"]["full_precision_temporal"] = {"iterations": 2, "images": 2, "batch": 2}
     Path("params.yaml").write_text(yaml.safe_dump(document | {"temporal": TEMPORAL}, sort_keys=False))
     return suite
@@ -57,7 +57,7 @@ def test_errors_are_relative_to_the_exact_features():
 
 def test_every_row_is_looked_at_and_sorted_by_its_deviation(looked_at, run, generate):
     assert generate("nearest", "w4a8") == (0, [])
-    assert generate("full_precision_temporal", table="ablation") == (0, [])
+    assert generate("full_precision_temporal", table="variants") == (0, [])
     assert run("temporal", "--task", "toy") == (0, [])
     found = json.loads(Path("results/temporal/toy.json").read_text())
     rows = {row["method"]: row for row in found["rows"]}

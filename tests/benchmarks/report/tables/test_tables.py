@@ -10,6 +10,7 @@ from benchmarks.metrics import metrics
 from benchmarks.report import tables
 from benchmarks.report.tables.frame import STATUS_KEYS
 from benchmarks.suite.record import Cost, Value
+from benchmarks.suite.sections import TABLES
 
 COLUMNS = metrics()
 
@@ -137,6 +138,17 @@ def test_ranks_are_those_within_a_table(ranked):
     assert table[["table", "method", "rank"]].iloc[-1].tolist() == ["ablation", "prev", 1]
     text = tables.ablation(ranked.records, COLUMNS, ranked.judges)
     assert "Rank" not in text and "Deviation ↓" in text
+
+
+def test_a_table_says_which_rows_are_by_more_seeds_than_it_shows(rows):
+    for seed in range(3):
+        rows.add("tfmq", -2.0, seed=seed)
+    rows.add("prev", -1.9)
+    first, *_, other = rows.records
+    said = "rows that another table measures with more calibration seeds"
+    for show in (tables.ablation, tables.newer):
+        assert said in show([first, other], COLUMNS, rows.judges)
+        assert said not in show(rows.records, COLUMNS, rows.judges)
 
 
 def test_the_ablation_keeps_the_order_it_is_given(records, make_record):
@@ -321,6 +333,14 @@ def test_the_report_has_every_table_and_metric_and_the_figures(records):
         assert metric.title("FD", 512) in text
     assert "![Same noise](figures/grid.png)" in text
     assert text.endswith("\n") and not text.endswith("\n\n")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_of_a_suite_has_a_section(records, name):
+    shown = [
+        dataclasses.replace(record, backend="executed" if name == "deployed" else "simulated") for record in records
+    ]
+    assert "### emoji-ldm4" in tables.section(name, shown, COLUMNS, {}, {})
 
 
 def test_only_the_marked_region_changes():
