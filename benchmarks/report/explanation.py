@@ -84,7 +84,7 @@ def _bound(place: Place) -> str:
         temporal = place.judge.compare("temporal_error", METHOD, BASE, place.precision)
         lowered = "" if temporal is None else f" makes the temporal features {_times(temporal.parts.mean)} and"
         sentences.append(f"TFMQ-DM{lowered} {_moves(method, 'the deviation')}{_uncertain(method)}.")
-        if method.mean < exact.mean:
+        if method.mean < exact.mean and not _stays(method):
             sentences.append(
                 "What it lowers beyond exact temporal features is no gain in these: other layers were learned"
                 " otherwise, or it is chance."
@@ -121,7 +121,8 @@ def _table(places: Sequence[Place]) -> str:
             found = place.change(row, BASE)
             fields.append(NOTHING if found is None else ratio(found))
         share = place.judge.compare("noise_error", EXACT, BASE, place.precision)
-        fields.append(NOTHING if share is None else f"{1 - np.exp(2 * share.parts.mean):.0%}")
+        # Nothing is not less than nothing: 0.0 takes the sign from what rounds to it.
+        fields.append(NOTHING if share is None else f"{round(1 - np.exp(2 * share.parts.mean), 2) + 0.0:.0%}")
         temporal = [place.judge.mean("temporal_error", row, place.precision) for row in (BASE, METHOD)]
         fields.append(NOTHING if None in temporal else " to ".join(f"{np.exp(value):.2g}" for value in temporal))
         lines.append(line(fields))
@@ -187,13 +188,19 @@ def _bits(precision: str) -> tuple[int, int]:
 
 
 def _moved(found: Estimate) -> str:
+    if _stays(found):
+        return f"stays as it is {_range(found)}"
     return f"{'falls' if found.mean < 0 else 'rises'} {_by(found)}"
 
 
 def _moves(found: Estimate, what: str) -> str:
-    if f"{abs(1 - np.exp(found.mean)):.0%}" == "0%":
+    if _stays(found):
         return f"leaves {what} as it is {_range(found)}"
     return f"{'lowers' if found.mean < 0 else 'raises'} {what} {_by(found)}"
+
+
+def _stays(found: Estimate) -> bool:
+    return f"{abs(1 - np.exp(found.mean)):.0%}" == "0%"
 
 
 def _by(found: Estimate) -> str:
@@ -206,7 +213,7 @@ def _range(found: Estimate) -> str:
 
 def _uncertain(found: Estimate) -> str:
     value = found.value
-    return ", and that is no more than chance" if value.low <= 0 <= value.high else ""
+    return ", and that is no more than chance" if value.low <= 0 <= value.high and not _stays(found) else ""
 
 
 def _times(mean: float) -> str:

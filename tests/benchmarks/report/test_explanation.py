@@ -29,9 +29,18 @@ def test_the_ablation_is_told_in_words(rows):
 
 
 def test_what_is_no_more_than_chance_is_said_to_be(rows):
-    for row in ("prev", "full_precision_temporal"):
-        rows.add(row, -2.0, noise=0.2)
+    for row, level in (("prev", -2.0), ("full_precision_temporal", -1.97)):
+        rows.add(row, level, noise=0.2)
     assert "no more than chance" in explanation.text(rows.judges, {})
+
+
+def test_what_does_not_move_is_said_to_stay(rows):
+    """Nothing neither falls nor rises, nor is there less of it than nothing."""
+    for row, level in {"prev": -2.0, "full_precision_temporal": -1.9999, "tfmq": -1.9999}.items():
+        rows.add(row, level, noise=0.001)
+    text = explanation.text(rows.judges, {})
+    assert "images stays as it is [" in text and "TFMQ-DM leaves the deviation as it is [" in text
+    assert "chance" not in text and "| 0% |" in text
 
 
 def test_a_gain_beyond_exact_temporal_features_is_not_put_down_to_them(rows):
