@@ -194,6 +194,23 @@ def estimate(part: Parts, borrowed: Borrowed) -> Estimate | None:
     return Estimate(part.mean, total**0.5, total**2 / lost if lost else part.images - 1.0, part.images, part.seeds)
 
 
+def over(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of means whose errors are independent, such as those of several tasks, each as much as the others.
+
+    Its variance is the sum of theirs by the square of their number, with Satterthwaite's degrees of freedom.
+    """
+    variances = np.array([each.error**2 for each in estimates])
+    total = float(variances.sum())
+    lost = sum(variance**2 / each.degrees for variance, each in zip(variances, estimates, strict=True))
+    return Estimate(
+        mean=float(np.mean([each.mean for each in estimates])),
+        error=total**0.5 / len(estimates),
+        degrees=total**2 / lost if lost else 1.0,
+        images=sum(each.images for each in estimates),
+        seeds=min(each.seeds for each in estimates),
+    )
+
+
 def adjusted(probabilities: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted probabilities: those below a level are false with at most that chance, all together."""
     p = np.asarray(probabilities, float)

@@ -67,12 +67,14 @@ SIMULATED = (
     " usually is, beside that of images, in all pairs of rows of the task, as far as these agree; where a precision has"
     " one seed, that stands for it. Below, rows are drawn whose true differences are known: the share of 95 % intervals"
     " that hold them, over all pairs of 8 rows on {tasks} tasks, and what intervals over images alone would do. The"
-    " last three columns are the shares of tasks with any false verdict, after Holm's correction over all pairs of both"
-    " precisions; at most 5 % is promised of each, and {tasks} tasks leave a standard error of {chance:.1%}. Half of"
-    " the rows are worse than the others by just the margin, here a standard deviation of an image: calling two of one"
-    " half different is false, and so is calling two of different halves equal, or the gain of the better one little."
-    " Where rows are not alike, or tails heavy, the model behind all this does not hold, and the scenario says what is"
-    " left of the promise. `python -m benchmarks.report.simulation 2000` does the same with more tasks."
+    " next three columns are the shares of tasks with any false verdict, after Holm's correction over all pairs of both"
+    " precisions; at most 5 % is promised of each, and {tasks} tasks leave a standard error of {chance:.1%}. The last"
+    " three are of means over {together} tasks at a time, of which there are fewer; these have three seeds and borrow"
+    " nothing. Half of the rows are worse than the others by just the margin, here a standard deviation of an image:"
+    " calling two of one half different is false, and so is calling two of different halves equal, or the gain of the"
+    " better one little. Where rows are not alike, or tails heavy, the model behind what is borrowed does not hold, and"
+    " the scenario says what is left of the promise; means over tasks do without it. `python -m"
+    " benchmarks.report.simulation 2000` does the same with more tasks."
 )
 
 
@@ -98,7 +100,9 @@ def page(
         parts += [MANY, *tables]
     if any(found.separation for found in outcomes.values()):
         parts.append(f"## By task\n\n{_by_task(evidence, outcomes)}")
-        introduced = SIMULATED.format(tasks=simulated, chance=(LEVEL * (1 - LEVEL) / simulated) ** 0.5)
+        introduced = SIMULATED.format(
+            tasks=simulated, together=simulation.TOGETHER, chance=(LEVEL * (1 - LEVEL) / simulated) ** 0.5
+        )
         parts.append(f"{introduced}\n\n{simulation.table(tasks=simulated)}")
     parts.append(LIMITS)
     return "\n\n".join(parts) + "\n"

@@ -16,10 +16,12 @@ from itertools import combinations
 
 import numpy as np
 
-from benchmarks.report.inference import LEVEL, Parts, adjusted, borrow, estimate, parts_of
+from benchmarks.report.inference import LEVEL, Borrowed, Estimate, Parts, adjusted, borrow, estimate, over, parts_of
 from benchmarks.report.words import line
 
 TASKS = 500
+# How many tasks a mean over tasks is of.
+TOGETHER = 5
 # How far apart rows are that may not be called equal, in standard deviations of an image.
 MARGIN = 1.0
 
@@ -70,6 +72,8 @@ class Coverage:
         false_differences: share of tasks on which any two rows are called different that are not.
         false_equals: share of tasks on which any two rows are shown to be nearer than `MARGIN` that differ by it.
         false_littles: share of tasks on which any gain of `MARGIN` is shown to be less.
+        differences_over, equals_over, littles_over: the same three of means over `TOGETHER` tasks, which borrow nothing
+            and are of several seeds alone.
     """
 
     several: float
@@ -78,13 +82,17 @@ class Coverage:
     false_differences: float
     false_equals: float
     false_littles: float
+    differences_over: float
+    equals_over: float
+    littles_over: float
 
 
 def coverage(scenario: Scenario, tasks: int = TASKS) -> Coverage:
     """Coverage over all pairs of rows of so many tasks; the same numbers each time."""
     generator = np.random.default_rng(0)
     inside: list[tuple[bool, bool, bool]] = []
-    wrong: list[tuple[bool, bool, bool]] = []
+    estimates: list[list[Estimate]] = []
+    own_seeds: list[list[Estimate]] = []
     means = MARGIN * (np.arange(scenario.rows) % 2)
     for _ in range(tasks):
         # Rows differ in how far they are from full precision, by some tenths.
@@ -96,30 +104,42 @@ def coverage(scenario: Scenario, tasks: int = TASKS) -> Coverage:
         parts = [parts_of(several[a] - several[b]) for a, b in pairs]
         borrowed = borrow(parts, scenario.rows - 1)
         singles = [parts_of(one[a] - one[b]) for a, b in pairs]
-        differ = np.array(2 * [means[a] != means[b] for a, b in pairs])
-        gains = np.array(2 * [means[a] < means[b] for a, b in pairs])
-        found = [estimate(part, borrowed) for part in (*parts, *singles)]
-        different = np.array(adjusted([each.p for each in found])) < LEVEL
-        near = np.array(adjusted([each.p_near(MARGIN) for each in found])) < LEVEL
-        little = np.array(adjusted([each.p_above(-MARGIN) for each in found])) < LEVEL
-        wrong.append(tuple(bool(each.any()) for each in (different & ~differ, near & differ, little & gains)))
+        estimates.append([estimate(part, borrowed) for part in (*parts, *singles)])
+        own_seeds.append([estimate(part, Borrowed()) for part in parts])
         for (a, b), part, single in zip(pairs, parts, singles, strict=True):
             truth = means[a] - means[b]
             alone = 1.96 * (single.between_images / single.images) ** 0.5
             inside.append(
                 (_holds(part, borrowed, truth), _holds(single, borrowed, truth), abs(single.mean - truth) <= alone)
             )
-    return Coverage(*np.mean(inside, axis=0).tolist(), *np.mean(wrong, axis=0).tolist())
+    truths = np.array([means[a] - means[b] for a, b in pairs])
+    together = [
+        [over(each) for each in zip(*own_seeds[first : first + TOGETHER], strict=True)]
+        for first in range(0, tasks, TOGETHER)
+    ]
+    wrong = np.mean([_wrong(each, np.tile(truths, 2)) for each in estimates], axis=0)
+    wrong_over = np.mean([_wrong(each, truths) for each in together], axis=0)
+    return Coverage(*np.mean(inside, axis=0).tolist(), *wrong.tolist(), *wrong_over.tolist())
 
 
 def table(scenarios: Sequence[Scenario] = SCENARIOS, tasks: int = TASKS) -> str:
     """Markdown of the coverage of each scenario."""
     heads = ["Scenario", "Three seeds", "One seed, borrowing", "One seed, over images alone"]
-    rows = [line([*heads, "Falsely different", "Falsely equal", "Falsely little"]), line([":--"] + 6 * ["--:"])]
+    kinds = ("different", "equal", "little")
+    heads += [f"Falsely {kind}" for kind in kinds] + [f"Over {TOGETHER} tasks, falsely {kind}" for kind in kinds]
+    rows = [line(heads), line([":--"] + (len(heads) - 1) * ["--:"])]
     for scenario in scenarios:
         found = coverage(scenario, tasks)
         rows.append(line([scenario.text, *(f"{share:.1%}" for share in dataclasses.astuple(found))]))
     return "\n".join(rows)
+
+
+def _wrong(found: Sequence[Estimate], truths: np.ndarray) -> list[bool]:
+    """Whether any of a family is falsely called different, equal, or without a gain of `MARGIN`."""
+    different = np.array(adjusted([each.p for each in found])) < LEVEL
+    near = np.array(adjusted([each.p_near(MARGIN) for each in found])) < LEVEL
+    little = np.array(adjusted([each.p_above(-MARGIN) for each in found])) < LEVEL
+    return [bool(each.any()) for each in (different & (truths == 0), near & (truths != 0), little & (truths < 0))]
 
 
 def _draw(

@@ -59,8 +59,8 @@ def test_every_claim_has_a_verdict_on_every_task(rows):
     text = show(rows, claims)
     overview = {row[0]: row[2:] for row in lines(text, "## Verdicts")}
     assert overview == {
-        "first": ["**confirmed** w4a8", "**confirmed** w4a8"],
-        "second": ["**contradicted** w4a8", "**contradicted** w4a8"],
+        "first": 2 * ["**confirmed** w4a8"],
+        "second": 2 * ["**contradicted** w4a8"],
         "third": ["open w4a8", "–"],
         "fourth": ["**confirmed** w4a8", "–"],
     }
@@ -115,6 +115,29 @@ def test_rows_that_are_shown_to_be_near_are_equal(rows):
     strict = show(rows, claims, margin=0.015)
     assert {row[0]: row[2] for row in lines(strict, "## Verdicts")}["near"] == "open w4a8"
     assert "equal" not in show(rows, claims).split("## Verdicts")[0], "without a margin none are"
+
+
+def test_tasks_together_decide_what_none_decides_alone(rows):
+    tasks = ("one", "two", "three", "four", "five")
+    generator = np.random.default_rng(0)
+    for task in tasks:
+        for row, level in (("tfmq", -2.0), ("qdiffusion", -1.9)):
+            for seed in range(3):
+                rows.add(row, level + 0.03 * generator.normal(), noise=0.05, task=task, seed=seed)
+        rows.add("ptqd", -3.0, noise=0.05, task=task)
+    claims = [Claim("gain", "us", "tfmq", "qdiffusion"), Claim("one seed", "us", "ptqd", "tfmq")]
+    text = show(rows, claims)
+    overview = {row[0]: row[2:] for row in lines(text, "## Verdicts")}
+    assert overview["gain"][-1] == "**confirmed** w4a8" and overview["gain"].count("open w4a8") >= 3
+    assert overview["one seed"][-1] == "–", "without seeds of its own nothing says how it varies"
+    section = text.split("## Over tasks")[1].split("\n## ")[0]
+    assert "Of 1 comparisons: 1 confirmed, 0 contradicted, 0 open." in section
+    (row,) = lines(section, "0 open.")
+    differences = [rows.judges[task].compare(RANKED_BY.name, "tfmq", "qdiffusion", "w4a8").parts.mean for task in tasks]
+    assert row[:2] == ["confirmed", "gain"] and row[6] == "5"
+    assert float(row[5].split()[0]) == pytest.approx(np.exp(np.mean(differences)), abs=1e-3)
+    few = {task: rows.judges[task] for task in tasks[:2]}
+    assert "Over tasks |" not in page([r for r in rows.records if r.task in few], few, metrics(), claims)
 
 
 def test_where_only_a_gain_is_ruled_out_it_is_little_or_none(rows):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import polygamma
-from scipy.stats import norm, t, ttest_1samp
+from scipy.stats import norm, t, ttest_1samp, ttest_ind
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
@@ -22,6 +22,7 @@ from benchmarks.report.inference import (
     borrow,
     estimate,
     needed,
+    over,
     parts_of,
 )
 from benchmarks.report.simulation import Scenario
@@ -55,6 +56,18 @@ def test_nearness_is_two_one_sided_t_tests(values):
         assert found.p_near(margin) == pytest.approx(expected)
     assert found.p_near(abs(found.mean) / 2) == 0.5, "what is not near is not shown to be"
     assert estimate(parts_of(np.zeros((1, 9))), Borrowed()).p_near(0.1) == 0.0
+
+
+def test_the_mean_over_two_tasks_is_welchs_t_test(values):
+    """That one's difference is twice the mean of the first and the negative of the second."""
+    first, second = values[0], values[1][:12] * 3 - 0.2
+    found = over([estimate(parts_of(each[None]), Borrowed()) for each in (first, second)])
+    welch = ttest_ind(first, -second, equal_var=False)
+    assert found.p == pytest.approx(welch.pvalue) and found.degrees == pytest.approx(welch.df)
+    assert found.mean == pytest.approx((first.mean() + second.mean()) / 2)
+    assert (found.images, found.seeds) == (len(first) + 12, 1)
+    same = estimate(parts_of(np.zeros((1, 9))), Borrowed())
+    assert over([same, same]).p == 1.0, "rows that are one network do not differ"
 
 
 def test_a_gain_is_ruled_out_by_a_one_sided_t_test(values):
@@ -188,14 +201,16 @@ def test_images_that_would_rule_out_a_gain():
 
 @pytest.mark.parametrize("seed", [0.0, 0.1, 0.3])
 def test_intervals_hold_the_truth_as_often_as_they_say(seed):
-    found = simulation.coverage(Scenario("", seed), tasks=40)
+    found = simulation.coverage(Scenario("", seed), tasks=100)
     assert 0.925 < found.several < 0.975 and 0.925 < found.one < 0.98
     assert (found.images_alone < 0.92) == (seed > 0)
-    # At most 5 % is promised; of 40 tasks, 4 are no surprise.
+    # At most 5 % is promised; of 100 tasks, 10 are no surprise, and of 20 means over tasks, 3.
     assert max(found.false_differences, found.false_equals, found.false_littles) <= 0.1
+    assert max(found.differences_over, found.equals_over, found.littles_over) <= 0.15
 
 
 def test_intervals_bear_rows_that_are_not_alike():
-    found = simulation.coverage(Scenario("", 0.1, unequal=1.0, tail=3.0), tasks=40)
+    found = simulation.coverage(Scenario("", 0.1, unequal=1.0, tail=3.0), tasks=100)
     assert found.several > 0.9 and found.one > 0.85 > found.images_alone
+    assert max(found.differences_over, found.equals_over, found.littles_over) <= 0.15, "these borrow nothing"
     assert "| Calibrations do not matter |" in simulation.table(simulation.SCENARIOS[:1], tasks=2)
